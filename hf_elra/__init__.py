@@ -1,0 +1,1 @@
+from hf_elra.optim import ELRA

@@ -1,0 +1,20 @@
+"""The one exception type for wrong input.
+
+It lives outside every room because all of them raise it. Scripts and the launcher turn it into one line on stderr and
+exit code 2; nothing else is handled here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigurationError(ValueError):
+    """A setting cannot be used. The message names the setting, the value and the remedy."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the valid name closest to ``name``, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

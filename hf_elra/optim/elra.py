@@ -1,0 +1,491 @@
+"""ELRA as a ``torch.optim.Optimizer``: knows torch and nothing of Hugging Face.
+
+The class keeps state and moves tensors. What it does with the numbers is put together from four pieces that live next
+door: a direction (``directions.py``), a step-size rule (``step_size.py``), guards on the step and on the loss
+(``guards.py``). ``reference.py`` is the same method in plain float64, equation by equation; tests hold the two against
+each other at every step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.optim.directions import Direction, gradient_direction
+from hf_elra.optim.guards import (
+    MAX_CONSECUTIVE_RESTARTS,
+    NON_FINITE_BACKOFF,
+    RestartGuard,
+    StepGuards,
+    new_restart_memory,
+)
+from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
+
+PER_GROUP = ("lr", "weight_decay")
+RESTART_FORMULAS = ("derived", "paper")
+
+
+def elra_alpha(
+    line: LineMeasurement,
+    *,
+    alpha: float,
+    step_size: float,
+    step_rule: str,
+    noise_correction: float,
+    guards: StepGuards,
+    direction_norm: float,
+) -> float:
+    """Return α_t from α_{t-1}, the step that was taken and the two gradients at its ends (ELRA, eq. 4).
+
+    Args:
+        line: the scalar products at both ends of the last step.
+        alpha: α_{t-1}.
+        step_size: the step really taken, α_{t-1} times the scheduler's factor.
+        step_rule: key of ``STEP_RULES``.
+        noise_correction: 0.15 in κ = 1 + 0.15/(1 + α²).
+        guards: bounds on the result.
+        direction_norm: norm of the direction about to be followed.
+    """
+    if line.previous_slope > 0:
+        correction = 1 + noise_correction / (1 + step_size * step_size)
+        proposal = step_size * STEP_RULES[step_rule](line) * correction
+    else:  # the last gradient was zero: it says nothing
+        proposal = alpha
+    return guards.apply(proposal, alpha, direction_norm)
+
+
+def dot(left: list[Tensor], right: list[Tensor]) -> float:
+    """Return Σ⟨left_i, right_i⟩ over two lists of tensors of equal shapes, in float32 or better.
+
+    Each tensor's product is taken in its own precision but at least float32; the sum over tensors is float64.
+    """
+    products = []
+    for x, y in zip(left, right, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        products.append(torch.dot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)).double())
+    if not products:
+        return 0.0
+    device = products[0].device
+    return float(torch.stack([product.to(device) for product in products]).sum())
+
+
+class ELRA(torch.optim.Optimizer):
+    r"""Exponential Learning Rate Adaption: momentum-free descent whose one learning rate α finds itself.
+
+    x_{t+1} = x_t - α_t·G_t, where α_t comes from the scalar products of neighbouring gradients over *all* parameters of
+    *all* groups. That estimate is the long Barzilai-Borwein step times a noise correction κ. If a loss turns out too
+    high, the step that led there is taken back and tried again shorter (soft restart).
+
+    ELRA has to know the loss. Give it as ``step(closure)``, as ``step(loss=value)`` or as ``observe_loss(value)``
+    before ``step()``. Without any it steps all the same, with no restarts, and warns once.
+
+    Args:
+        params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
+            share relative to the ``lr`` below) and its own ``weight_decay``; everything else is one per optimizer.
+        lr (float): α_0, the first learning rate; it is adapted exponentially fast. Default: 1e-3.
+        step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems. Default: ``"bb1"``.
+        noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²); 0 for deterministic problems. Default: 0.15.
+        max_growth (float): largest α_t/α_{t-1}, γ_max in the paper. Default: 10.
+        lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-8, 1e6).
+        min_step_norm (float): floor under α‖G‖, the α warm-up of section 3.1 (0.1 for language models). It never
+            applies to a retraced step. Default: 0.
+        max_step_norm (float or None): crop above α‖G‖, c in section 3.5. None for none. Default: 2.
+        weight_decay (float): d in x ← (1 - d)·x, once per update and *not* scaled by α: the paper's factor 0.9997 is
+            3e-4. Default: 0.
+        soft_restart (bool): take steps back that led to a too high loss. What is not finite always restarts.
+            Default: True.
+        restart_sigma (float): a loss above mean + ``restart_sigma``·σ is too high. Default: 5.
+        initial_restart_ratio (float or None): while no mean is known, a loss above f_0 + (ratio - 1)·|f_0| is. None
+            drops this rule, for a pre-trained start. Default: 1.1.
+        restart_window (int or None): mean and σ over the last so many losses; None: over the last cycle, as declared
+            by :meth:`end_cycle`. Default: None.
+        restart_formula (str): ``"derived"`` or ``"paper"``: section 3.2's formula with or without the square that its
+            print lost. Default: ``"derived"``.
+
+    Raises:
+        ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
+        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite with α at
+            its lower bound.
+
+    The learning rate in force is :attr:`alpha` and every group's ``"alpha"``. A scheduler that writes ``group["lr"]``
+    acts as a factor: the step taken is α·lr/initial_lr, and the next α is computed from the step really taken. A factor
+    of 0 freezes the parameters and leaves α alone.
+
+    Source: "A gradient descent optimizer with auto controlled large learning rates, dynamic batch sizes and without
+    momentum" (ELRA, 2024), sections 2 and 3. State: one tensor per parameter, the last direction.
+
+    Example:
+        >>> optimizer = ELRA(model.parameters())
+        >>> for inputs, targets in batches:
+        ...     loss = loss_function(model(inputs), targets)
+        ...     loss.backward()
+        ...     optimizer.step(loss=loss)
+        ...     optimizer.zero_grad()
+    """
+
+    direction: Direction = staticmethod(gradient_direction)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        step_rule: str = "bb1",
+        noise_correction: float = 0.15,
+        max_growth: float = 10.0,
+        lr_bounds: tuple[float, float] = (1e-8, 1e6),
+        min_step_norm: float = 0.0,
+        max_step_norm: float | None = 2.0,
+        weight_decay: float = 0.0,
+        soft_restart: bool = True,
+        restart_sigma: float = 5.0,
+        initial_restart_ratio: float | None = 1.1,
+        restart_window: int | None = None,
+        restart_formula: str = "derived",
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        _check_settings(settings)
+        settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
+        self._observed_loss: Tensor | float | None = None
+        self._warned_no_loss = False
+        # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite; ``step_size`` is the step last taken.
+        super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, "step_size": 0.0})
+        self.param_groups[0]["control"] = {
+            "alpha": float(lr),
+            "step_size": 0.0,
+            "previous_slope": None,
+            "previous_loss": None,
+            "direction_norm": None,
+            "step_norm": 0.0,
+            "cosine": None,
+            "updates": 0,
+            "restarts": 0,
+            "non_finite": 0,
+            "consecutive_restarts": 0,
+            "tries_at_lower_bound": 0,
+            "memory": new_restart_memory(),
+        }
+
+    # ---- what a user reads ----
+
+    @property
+    def alpha(self) -> float:
+        """The learning rate in force, α_t."""
+        return self._control["alpha"]
+
+    @property
+    def restarts(self) -> int:
+        """How many steps were taken back so far, for a too high loss or for anything not finite."""
+        return self._control["restarts"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
+        (so far) and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
+        control = self._control
+        metrics = {"alpha": control["alpha"], "step_norm": control["step_norm"], "restarts": control["restarts"]}
+        if control["cosine"] is not None:
+            metrics["cosine"] = control["cosine"]
+        return metrics
+
+    # ---- what a training loop calls ----
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
+
+        Args:
+            loss (Tensor with one element, or float): on several processes the same value on every one of them.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ConfigurationError(
+                    f"loss must be one number but has shape {tuple(loss.shape)}; reduce it first, e.g. loss.mean()."
+                )
+            self._observed_loss = loss.detach()
+        elif isinstance(loss, (int, float)):
+            self._observed_loss = float(loss)
+        else:
+            raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
+
+    def end_cycle(self) -> None:
+        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
+        RestartGuard.end_cycle(self._control["memory"])
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """Make one update.
+
+        Args:
+            closure (callable, optional): computes loss and gradients and returns the loss; called once.
+            loss (Tensor or float, optional): the loss, if gradients are there already. Not together with ``closure``.
+
+        Returns:
+            What the closure returned, else ``loss``.
+        """
+        if closure is not None and loss is not None:
+            raise ConfigurationError("step() got both closure and loss; give one of them.")
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if loss is not None:
+            self.observe_loss(loss)
+        observed, self._observed_loss = self._observed_loss, None
+        if observed is None and not self._warned_no_loss:
+            self._warned_no_loss = True
+            warnings.warn(
+                "ELRA was not told the loss, so it cannot take back a step that went too far. Call step(closure), "
+                "step(loss=loss) or observe_loss(loss) before step(); in a Hugging Face Trainer, import hf_elra first.",
+                stacklevel=3,
+            )
+        self._update(None if observed is None else float(observed))
+        return loss
+
+    # ---- the update ----
+
+    @property
+    def _control(self) -> dict[str, Any]:
+        return self.param_groups[0]["control"]
+
+    def _update(self, loss: float | None) -> None:
+        control, settings = self._control, self.param_groups[0]
+        control["updates"] += 1
+        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
+        scale = max(factors)
+        weights = [factor / scale if scale > 0 else 0.0 for factor in factors]
+
+        params, gradients = self._gather()
+        directions = [self.direction(group) for group in gradients]
+        # Products along the new direction (weighted as it will be stepped) and along the last one. Where the direction
+        # is the gradient itself, one product serves for all three.
+        squares = [dot(g, g) for g in gradients]
+        gradient_norm_squared = slope = norm_squared = 0.0
+        for weight, gradient, direction, square in zip(weights, gradients, directions, squares, strict=True):
+            same = direction is gradient
+            gradient_norm_squared += square
+            slope += weight * (square if same else dot(gradient, direction))
+            norm_squared += weight * weight * (square if same else dot(direction, direction))
+        current_slope = self._slope_along_last_direction(params, gradients)
+
+        if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
+            self._restart(NON_FINITE_BACKOFF, factors, finite=False)
+            return
+
+        guard = RestartGuard(
+            settings["restart_sigma"],
+            settings["initial_restart_ratio"],
+            settings["restart_window"],
+            settings["restart_formula"],
+        )
+        memory, can_retrace = control["memory"], control["previous_slope"] is not None
+        if loss is not None:
+            highest = guard.highest_loss(memory)
+            guard.record(memory, min(loss, highest))
+            if (
+                settings["soft_restart"]
+                and can_retrace
+                and loss > highest
+                and control["consecutive_restarts"] < MAX_CONSECUTIVE_RESTARTS
+            ):
+                factor = guard.shrink(control["step_size"], control["previous_slope"], loss, control["previous_loss"])
+                self._restart(factor, factors, finite=True)
+                return
+        control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
+
+        direction_norm = math.sqrt(norm_squared)
+        guards = StepGuards(
+            settings["max_growth"], settings["lr_bounds"], settings["min_step_norm"], settings["max_step_norm"]
+        )
+        if can_retrace:
+            line = LineMeasurement(control["previous_slope"], current_slope, gradient_norm_squared)
+            product = math.sqrt(gradient_norm_squared) * control["direction_norm"]
+            control["cosine"] = current_slope / product if product > 0 else 0.0
+            alpha = elra_alpha(
+                line,
+                alpha=control["alpha"],
+                step_size=control["step_size"],
+                step_rule=settings["step_rule"],
+                noise_correction=settings["noise_correction"],
+                guards=guards,
+                direction_norm=direction_norm,
+            )
+        else:
+            alpha = guards.apply(control["alpha"], control["alpha"], direction_norm)
+        self._set_alpha(alpha)
+        self._descend(params, directions, factors)
+        control["step_size"] = alpha * scale
+        control["step_norm"] = alpha * scale * direction_norm
+        control["previous_loss"] = loss
+        # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
+        control["previous_slope"] = slope if scale > 0 else None
+        control["direction_norm"] = direction_norm
+
+    def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Return, group by group, the parameters that have a gradient, and these gradients."""
+        params, gradients = [], []
+        for group in self.param_groups:
+            used = [p for p in group["params"] if p.grad is not None]
+            for p in used:
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"ELRA does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+                        "build the embedding with sparse=False."
+                    )
+            params.append(used)
+            gradients.append([p.grad for p in used])
+        return params, gradients
+
+    def _slope_along_last_direction(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> float:
+        """Return ⟨G_t, u_{t-1}⟩, each group weighted by its share in the last step."""
+        step_size, total = self._control["step_size"], 0.0
+        for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+            pairs = [
+                (g, self.state[p]["previous_direction"])
+                for p, g in zip(group_params, group_gradients, strict=True)
+                if "previous_direction" in self.state.get(p, ())
+            ]
+            if pairs and step_size > 0:
+                total += group["step_size"] / step_size * dot([g for g, _ in pairs], [u for _, u in pairs])
+        return total
+
+    def _descend(self, params: list[list[Tensor]], directions: list[list[Tensor]], factors: list[float]) -> None:
+        """x ← (1 - d)·x - α·factor·u, and remember u."""
+        for group, group_params, group_directions, factor in zip(
+            self.param_groups, params, directions, factors, strict=True
+        ):
+            used = set(group_params)
+            for p in group["params"]:
+                if p not in used:  # it does not move, so there is nothing of it to take back
+                    self.state.pop(p, None)
+            group["step_size"] = step_size = self.alpha * factor
+            if not group_params:
+                continue
+            if factor != 0:
+                if group["weight_decay"] != 0:
+                    torch._foreach_mul_(group_params, 1 - group["weight_decay"])
+                torch._foreach_add_(group_params, group_directions, alpha=-step_size)
+            kept = []
+            for p in group_params:
+                state = self.state[p]
+                if "previous_direction" not in state:
+                    state["previous_direction"] = torch.empty_like(p, memory_format=torch.preserve_format)
+                kept.append(state["previous_direction"])
+            torch._foreach_copy_(kept, group_directions)
+
+    def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
+        """Go back to x_{t-1} and step again along the old direction with α·factor.
+
+        x_{t-1} - α'u = x_t + (α - α')u, whatever the weight decay was, so one addition does both. The floor under the
+        step norm does not apply here: it would undo the restart.
+        """
+        control, settings = self._control, self.param_groups[0]
+        control["restarts"] += 1
+        control["consecutive_restarts"] += 1
+        low = settings["lr_bounds"][0]
+        if not finite:
+            control["non_finite"] += 1
+            if control["alpha"] <= low:
+                control["tries_at_lower_bound"] += 1
+            if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
+                raise RuntimeError(
+                    f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning "
+                    f"rate at its lower bound {low:g} (lr_bounds): the cause is not the step. Look for NaN or inf in "
+                    "the data, in the loss or in the starting weights."
+                )
+        self._set_alpha(max(control["alpha"] * factor, low))
+        if control["previous_slope"] is None:  # no step behind us: stay, only more careful
+            return
+        for group, group_factor in zip(self.param_groups, factors, strict=True):
+            new_step_size = self.alpha * group_factor
+            params = [p for p in group["params"] if "previous_direction" in self.state.get(p, ())]
+            if params:
+                kept = [self.state[p]["previous_direction"] for p in params]
+                torch._foreach_add_(params, kept, alpha=group["step_size"] - new_step_size)
+            group["step_size"] = new_step_size
+        control["step_size"] = self.alpha * max(factors)
+        control["step_norm"] = control["step_size"] * control["direction_norm"]
+
+    def _set_alpha(self, alpha: float) -> None:
+        self._control["alpha"] = alpha
+        for group in self.param_groups:
+            group["alpha"] = alpha
+
+    # ---- groups ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        for name, value in self.defaults.items():
+            given = param_group.get(name, value)
+            if name not in PER_GROUP and given != value:
+                raise ConfigurationError(
+                    f"{name}={given!r} cannot be set for one group: ELRA has one {name} per optimizer. "
+                    "Pass it to ELRA(...) itself; a group may set lr and weight_decay."
+                )
+        _check_settings({name: param_group[name] for name in PER_GROUP if name in param_group}, group=True)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["alpha"] = self.param_groups[0]["alpha"]
+        for p in group["params"]:
+            if p.is_complex():
+                raise ConfigurationError(
+                    f"params: ELRA does not support complex parameters (one of shape {tuple(p.shape)} is {p.dtype}); "
+                    "optimise torch.view_as_real(parameter) instead."
+                )
+
+
+def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
+    """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
+
+    def need(name: str, valid: Callable[[Any], bool], meaning: str) -> None:
+        value = settings.get(name)
+        if name not in settings:
+            return
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not valid(value):
+            raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
+
+    need("lr", lambda v: v >= 0 if group else v > 0, "a number > 0, the first learning rate (try 1e-3)")
+    need("weight_decay", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update")
+    if group:
+        return
+    need("noise_correction", lambda v: v >= 0, "a number >= 0 (0.15 in the paper, 0 for noise-free problems)")
+    need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
+    need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")
+    need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5 in the paper)")
+    if settings["max_step_norm"] is not None:
+        need("max_step_norm", lambda v: v > 0, "a number > 0 (2 in the paper), or None for no cropping")
+        if settings["min_step_norm"] > settings["max_step_norm"]:
+            raise ConfigurationError(
+                f"min_step_norm={settings['min_step_norm']!r} is above max_step_norm={settings['max_step_norm']!r}; "
+                "lower the one or raise the other."
+            )
+    if settings["initial_restart_ratio"] is not None:
+        need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1 in the paper), or None to drop the rule")
+    window = settings["restart_window"]
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
+        raise ConfigurationError(f"restart_window={window!r} must be a whole number >= 2, or None for whole cycles.")
+    bounds = settings["lr_bounds"]
+    if not (
+        isinstance(bounds, (tuple, list))
+        and len(bounds) == 2
+        and all(isinstance(b, (int, float)) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
+        and 0 < bounds[0] < bounds[1]
+    ):
+        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. (1e-8, 1e6).")
+    if not bounds[0] <= settings["lr"] <= bounds[1]:
+        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+    if not isinstance(settings["soft_restart"], bool):
+        raise ConfigurationError(f"soft_restart={settings['soft_restart']!r} must be True or False.")
+    for name, valid in (("step_rule", tuple(STEP_RULES)), ("restart_formula", RESTART_FORMULAS)):
+        value = settings[name]
+        if value not in valid:
+            raise ConfigurationError(
+                f"{name}={value!r} must be one of {', '.join(map(repr, valid))}.{nearest(str(value), valid)}"
+            )

@@ -1,0 +1,587 @@
+"""hf_elra.optim.ELRA: the paper's problems, the twin in reference.py, and what users' loops do to an optimizer."""
+
+import copy
+import io
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_elra import ELRA
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim.reference import ReferenceELRA
+
+NOISE_FREE = dict(
+    step_rule="bb2", noise_correction=0, max_growth=100, max_step_norm=None, restart_window=50, lr=1e-3
+)
+
+
+def bowl(x):
+    return 3 * x[0] ** 2 + 24 * x[1] ** 2
+
+
+def rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def saddle(x):
+    return x[0] ** 2 - x[1] ** 2
+
+
+def updates_until(function, start, reached, limit=5000, **arguments):
+    """Gradient evaluations from the start point until ``reached(loss)``; ``limit`` if it never is."""
+    x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], **{**NOISE_FREE, **arguments})
+    for count in range(limit):
+        optimizer.zero_grad()
+        loss = function(x)
+        if reached(loss.item()):
+            return count
+        loss.backward()
+        optimizer.step(loss=loss)
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("function", "start", "below", "within"),
+    [
+        (bowl, (-5.75, 1.75), 0.1, 9),
+        (bowl, (-5.75, 1.75), 1e-6, 12),
+        (rosenbrock, (-3.0, -2.0), 1.0, 10),
+        (saddle, (1.0, 1e-9), -1.0, 8),
+    ],
+)
+def test_paper_problem_is_solved_within_the_papers_steps(function, start, below, within):
+    assert updates_until(function, start, lambda loss: loss < below) <= within
+
+
+def test_far_rosenbrock_median_over_perturbed_starts():
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(60):
+        moved = torch.tensor([-11.0, 121.0], dtype=torch.float64)
+        moved += 1e-3 * torch.randn(2, generator=generator, dtype=torch.float64)
+        counts.append(updates_until(rosenbrock, moved.tolist(), lambda loss: loss < 1))
+    assert statistics.median(counts) <= 300
+
+
+@pytest.mark.parametrize("step_rule", ["bb1", "bb2"])
+def test_path_turns_with_the_coordinates(step_rule):
+    torch.manual_seed(1)
+    rotation, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    curvature = torch.logspace(-1, 1, 20, dtype=torch.float64)
+    start = torch.randn(20, dtype=torch.float64)
+
+    def function(x):
+        return (curvature * x**2).sum() + x.cos().sum()
+
+    def path(turn):
+        x = (turn.T @ start).requires_grad_()
+        optimizer = ELRA([x], step_rule=step_rule)
+        points = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = function(turn @ x)
+            loss.backward()
+            optimizer.step(loss=loss)
+            points.append(turn @ x.detach())
+        return torch.stack(points)
+
+    plain, turned = path(torch.eye(20, dtype=torch.float64)), path(rotation)
+    assert (plain - turned).abs().max() < 1e-9
+
+
+# ---- the twin ----
+
+events = st.sampled_from(["plain"] * 6 + ["spike", "nan_loss", "inf_gradient", "zero_gradient", "end_cycle"])
+arguments = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([1e-6, 1e-3, 1.0]),
+        "step_rule": st.sampled_from(["bb1", "bb2"]),
+        "noise_correction": st.sampled_from([0.0, 0.15]),
+        "max_growth": st.sampled_from([1.5, 10.0, 1e6]),
+        "min_step_norm": st.sampled_from([0.0, 0.1]),
+        "max_step_norm": st.sampled_from([None, 0.5, 2.0]),
+        "weight_decay": st.sampled_from([0.0, 3e-4]),
+        "soft_restart": st.booleans(),
+        "initial_restart_ratio": st.sampled_from([None, 1.1]),
+        "restart_window": st.sampled_from([None, 2, 7]),
+        "restart_formula": st.sampled_from(["derived", "paper"]),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arguments=arguments, sequence=st.lists(events, min_size=5, max_size=25), seed=st.integers(0, 2**31)
+)
+def test_walks_with_the_reference(arguments, sequence, seed):
+    generator = torch.Generator().manual_seed(seed)
+    curvature = torch.rand(9, generator=generator, dtype=torch.float64) * 4 - 0.5
+    start = torch.randn(9, generator=generator, dtype=torch.float64)
+    a, b = start[:6].reshape(2, 3).clone().requires_grad_(), start[6:].clone().requires_grad_()
+    fast = ELRA([{"params": [a]}, {"params": [b]}], **arguments)
+    reference = ReferenceELRA(start, **arguments)
+    for event in sequence:
+        point = torch.cat([a.detach().reshape(-1), b.detach()])
+        noise = torch.randn(9, generator=generator, dtype=torch.float64)
+        gradient = curvature * point + 0.1 * noise
+        loss = float((curvature * point**2).sum() / 2 + 0.1 * noise[0])
+        if event == "spike":
+            loss += 1e6
+        elif event == "nan_loss":
+            loss = math.nan
+        elif event == "inf_gradient":
+            gradient[3] = math.inf
+        elif event == "zero_gradient":
+            gradient.zero_()
+        elif event == "end_cycle":
+            fast.end_cycle()
+            reference.end_cycle()
+        a.grad, b.grad = gradient[:6].reshape(2, 3).clone(), gradient[6:].clone()
+        fast.step(loss=loss)
+        reference.step(loss, gradient)
+        point = torch.cat([a.detach().reshape(-1), b.detach()])
+        assert torch.isfinite(point).all()
+        assert fast.restarts == reference.restarts
+        # Curvature is a difference of products: where it is nearly zero the two may differ by more than rounding.
+        assert fast.alpha == pytest.approx(reference.alpha, rel=1e-6)
+        torch.testing.assert_close(point, reference.x, rtol=1e-6, atol=1e-9)
+        with torch.no_grad():  # so that such differences do not add up
+            a.copy_(reference.x[:6].reshape(2, 3))
+            b.copy_(reference.x[6:])
+        fast.param_groups[0]["control"]["alpha"] = reference.alpha
+
+
+# ---- the loss ----
+
+
+def quadratic_step(optimizer, x, how):
+    optimizer.zero_grad()
+    if how == "closure":
+
+        def closure():
+            loss = (x**2).sum()
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+    loss = (x**2).sum()
+    loss.backward()
+    if how == "observe":
+        optimizer.observe_loss(loss.item())
+        return optimizer.step()
+    return optimizer.step(loss=loss)
+
+
+def test_three_ways_to_tell_the_loss_agree():
+    points = []
+    for how in ("closure", "keyword", "observe"):
+        x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+        optimizer = ELRA([x], lr=2.0, max_step_norm=None)  # far too high: restarts are needed
+        for _ in range(10):
+            quadratic_step(optimizer, x, how)
+        assert optimizer.restarts > 0
+        points.append(x.detach().clone())
+    assert torch.equal(points[0], points[1])
+    assert torch.equal(points[0], points[2])
+
+
+def test_step_returns_the_closures_loss():
+    x = torch.tensor([1.0], requires_grad=True)
+    assert quadratic_step(ELRA([x]), x, "closure").item() == 1.0
+
+
+def test_without_a_loss_it_steps_and_warns_once():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = ELRA([x], lr=0.1)
+    with pytest.warns(UserWarning, match="not told the loss"):
+        (x**2).sum().backward()
+        optimizer.step()
+    assert x[0].item() != 1.0
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_loss_that_is_no_number_is_refused():
+    optimizer = ELRA([torch.zeros(2, requires_grad=True)])
+    with pytest.raises(ConfigurationError, match=r"shape \(2,\)"):
+        optimizer.observe_loss(torch.zeros(2))
+    with pytest.raises(ConfigurationError, match="not str"):
+        optimizer.observe_loss("1.0")
+    with pytest.raises(ConfigurationError, match="one of them"):
+        optimizer.step(lambda: 1.0, loss=1.0)
+
+
+# ---- restarts ----
+
+
+def test_restart_goes_back_and_steps_shorter():
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=1.5, max_step_norm=None, noise_correction=0)
+    quadratic_step(optimizer, x, "keyword")  # 1 - 1.5·2 = -2, where the loss is 4 > 1.1
+    assert x.item() == pytest.approx(-2)
+    quadratic_step(optimizer, x, "keyword")
+    # The parabola through f(1) = 1 with slope 2 and f(-2) = 4 has its minimum at 0, α = ½.
+    assert optimizer.restarts == 1
+    assert optimizer.alpha == pytest.approx(0.5)
+    assert x.item() == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("formula", ["derived", "paper"])
+def test_restart_at_least_halves(formula):
+    x = torch.tensor([5.0], requires_grad=True)
+    optimizer = ELRA([x], lr=2.0, restart_formula=formula)
+    quadratic_step(optimizer, x, "keyword")
+    before = optimizer.alpha
+    optimizer.step(loss=1e9)
+    assert optimizer.restarts == 1
+    assert optimizer.alpha <= before / 2
+
+
+def test_initial_rule_works_for_negative_losses_and_can_be_dropped():
+    for ratio, expected in ((1.1, 1), (None, 0)):
+        x = torch.tensor([1.0], requires_grad=True)
+        x.grad = torch.tensor([1.0])
+        optimizer = ELRA([x], initial_restart_ratio=ratio)
+        optimizer.step(loss=-10.0)
+        optimizer.step(loss=-9.5)  # higher, but within a tenth of |f_0|
+        assert optimizer.restarts == 0
+        optimizer.step(loss=-8.5)
+        assert optimizer.restarts == expected
+
+
+def test_cycle_statistics_replace_the_initial_rule():
+    x = torch.tensor([1.0], requires_grad=True)
+    x.grad = torch.tensor([1e-3])
+    optimizer = ELRA([x], lr=1e-3)
+    for loss in (10.0, 1.0, 1.2, 0.8, 1.0):
+        optimizer.step(loss=loss)
+    optimizer.end_cycle()
+    mean, std = statistics.fmean([10, 1, 1.2, 0.8, 1]), statistics.pstdev([10, 1, 1.2, 0.8, 1])
+    optimizer.step(loss=mean + 5 * std - 1e-3)
+    assert optimizer.restarts == 0
+    optimizer.step(loss=mean + 5 * std + 1e-3)
+    assert optimizer.restarts == 1
+
+
+def test_floor_never_undoes_a_restart():
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    x.grad = torch.tensor([1.0], dtype=torch.float64)
+    optimizer = ELRA([x], min_step_norm=0.1)
+    optimizer.step(loss=1.0)
+    assert optimizer.alpha == pytest.approx(0.1)  # the floor
+    optimizer.step(loss=1e6)
+    assert optimizer.alpha < 1e-6
+    assert x.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_loss_that_stays_high_is_accepted_after_twenty_restarts():
+    x = torch.tensor([1.0], requires_grad=True)
+    x.grad = torch.tensor([1.0])
+    optimizer = ELRA([x])
+    optimizer.step(loss=1.0)
+    for _ in range(25):
+        optimizer.step(loss=100.0)
+    assert 20 <= optimizer.restarts < 25
+    assert optimizer.metrics["step_norm"] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "element", "gradient"])
+@pytest.mark.parametrize("when", [0, 3])
+def test_non_finite_never_reaches_the_weights(bad, where, when):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = ELRA([x], lr=1e-2, soft_restart=False)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = (x**2).sum()
+        loss.backward()
+        if step == when:
+            if where == "loss":
+                loss = loss * bad
+            elif where == "element":
+                x.grad[1] = bad
+            else:
+                x.grad.fill_(bad)
+        optimizer.step(loss=loss)
+        assert torch.isfinite(x).all()
+        assert torch.isfinite(optimizer.state[x].get("previous_direction", torch.zeros(1))).all()
+    assert optimizer.restarts == 1
+    assert (x**2).sum() < 5
+
+
+def test_staying_non_finite_ends_with_a_clear_error():
+    x = torch.tensor([1.0], requires_grad=True)
+    x.grad = torch.tensor([1.0])
+    optimizer = ELRA([x])
+    optimizer.step(loss=1.0)
+    with pytest.raises(RuntimeError, match="lower bound 1e-08"):
+        for _ in range(200):
+            optimizer.step(loss=math.nan)
+    assert 20 < optimizer.restarts < 60
+    assert torch.isfinite(x).all()
+
+
+# ---- guards ----
+
+
+def test_step_norm_is_cropped_and_floored():
+    x = torch.zeros(4, requires_grad=True)
+    optimizer = ELRA([x], lr=1.0, min_step_norm=0.5, max_step_norm=2.0)
+    x.grad = torch.full((4,), 100.0)
+    before = x.detach().clone()
+    optimizer.step(loss=1.0)
+    assert (x - before).norm().item() == pytest.approx(2.0)
+    assert optimizer.metrics["step_norm"] == pytest.approx(2.0)
+    small = torch.zeros(4, requires_grad=True)
+    optimizer = ELRA([small], lr=1e-3, min_step_norm=0.5)
+    small.grad = torch.full((4,), 0.1)
+    optimizer.step(loss=1.0)
+    assert small.norm().item() == pytest.approx(0.5)
+
+
+def test_growth_is_bounded_on_negative_curvature():
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=1e-3, max_growth=4)
+    rates = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = -(x**2).sum()
+        loss.backward()
+        optimizer.step(loss=loss)
+        rates.append(optimizer.alpha)
+    assert rates == pytest.approx([1e-3, 4e-3, 16e-3, 64e-3])
+
+
+# ---- groups, schedulers, weight decay ----
+
+
+def test_weight_decay_is_a_factor_per_update_and_group():
+    decayed, plain = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = ELRA([{"params": [decayed], "weight_decay": 3e-4}, {"params": [plain]}])
+    decayed.grad, plain.grad = torch.zeros(2), torch.zeros(2)
+    for _ in range(10):
+        optimizer.step(loss=1.0)
+    assert decayed[0].item() == pytest.approx(0.9997**10)
+    assert plain[0].item() == 1.0
+
+
+def test_scheduler_acts_as_a_factor_and_zero_freezes():
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=1e-2, noise_correction=0, max_step_norm=None)
+    factors = [0.0, 0.5, 1.0, 0.0, 0.0, 1.0, 0.5]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 6)])
+    curvature = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    for factor in factors:
+        optimizer.zero_grad()
+        loss = (curvature * x**2).sum() / 2
+        loss.backward()
+        before, gradient = x.detach().clone(), x.grad.clone()
+        optimizer.step(loss=loss)
+        torch.testing.assert_close(before - x.detach(), optimizer.alpha * factor * gradient)
+        scheduler.step()
+    assert math.isfinite(optimizer.alpha)
+    assert optimizer.param_groups[0]["alpha"] == optimizer.alpha
+
+
+def test_rate_is_computed_from_the_step_really_taken():
+    """On a parabola one measured step gives the exact rate 1/h, whatever factor the step was scaled by."""
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=0.1, noise_correction=0, max_growth=1e6)
+    optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (2 * x**2).sum()
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert optimizer.alpha == pytest.approx(0.25)
+
+
+def test_a_groups_own_lr_is_its_share():
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = ELRA([{"params": [a]}, {"params": [b], "lr": 1e-2}], lr=1e-3)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    optimizer.step(loss=1.0)
+    assert a.item() == pytest.approx(-1e-3)
+    assert b.item() == pytest.approx(-1e-2)
+
+
+def test_one_rate_for_all_groups_whatever_the_grouping():
+    torch.manual_seed(0)
+    start = torch.randn(6, dtype=torch.float64)
+    curvature = torch.rand(6, dtype=torch.float64)
+
+    def run(cuts):
+        parts = [p.clone().requires_grad_() for p in start.split(cuts)]
+        optimizer = ELRA([{"params": [p]} for p in parts])
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (curvature * torch.cat(parts) ** 2).sum()
+            loss.backward()
+            optimizer.step(loss=loss)
+        return torch.cat(parts).detach()
+
+    torch.testing.assert_close(run([6]), run([1, 2, 3]), rtol=1e-12, atol=1e-14)
+
+
+# ---- parameters of all kinds ----
+
+
+def test_frozen_unused_empty_and_scalar_parameters():
+    frozen = torch.ones(2)
+    unused, empty = torch.ones(3, requires_grad=True), torch.empty(0, 4, requires_grad=True)
+    scalar, matrix = torch.tensor(2.0, requires_grad=True), torch.ones(2, 3).t().requires_grad_()
+    optimizer = ELRA([frozen, unused, empty, scalar, matrix], lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = scalar**2 + (matrix**2).sum() + empty.sum()
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert torch.equal(unused, torch.ones(3))
+    assert torch.equal(frozen, torch.ones(2))
+    assert loss.item() < 1e-3
+
+
+def test_parameter_that_is_used_only_sometimes():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = ELRA([a, b], lr=0.01)
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = (a**2).sum() + ((b**2).sum() if step % 3 else 0)
+        loss.backward()
+        before = b.detach().clone()
+        restarts = optimizer.restarts
+        optimizer.step(loss=loss)
+        if step % 3 == 0 and optimizer.restarts == restarts:
+            assert torch.equal(b, before)
+    assert torch.isfinite(a).all()
+    assert (a**2).sum() < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtypes_keep_wide_control_numbers(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3000).to(dtype).requires_grad_()
+    optimizer = ELRA([x], lr=1e-3, max_step_norm=None)
+    norms = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = (x.float() ** 2).mean() * 100
+        loss.backward()
+        norms.append(x.grad.double().norm().item())
+        optimizer.step(loss=loss)
+    assert x.dtype == dtype
+    assert loss.item() < 10
+    # A bfloat16 sum of 3,000 squares would be off by percents.
+    assert optimizer.param_groups[0]["control"]["direction_norm"] == pytest.approx(norms[-1], rel=1e-5)
+
+
+def test_sparse_and_complex_are_refused():
+    embedding = torch.nn.Embedding(10, 3, sparse=True)
+    optimizer = ELRA(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step(loss=1.0)
+    with pytest.raises(ConfigurationError, match="complex"):
+        ELRA([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+
+
+# ---- state ----
+
+
+def noisy_run(model, optimizer, generator, steps):
+    for _ in range(steps):
+        inputs = torch.randn(8, 5, generator=generator)
+        optimizer.zero_grad()
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        if torch.rand((), generator=generator) < 0.1:
+            loss = loss * 50
+        loss.backward()
+        optimizer.step(loss=loss)
+        optimizer.end_cycle() if optimizer.param_groups[0]["control"]["updates"] % 7 == 0 else None
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_state_continues_bit_for_bit(window, dtype):
+    def fresh():
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)).to(torch.float32)
+        if dtype == torch.bfloat16:
+            model = torch.nn.Sequential(model.bfloat16())
+            model.forward = lambda x, m=model: m[0](x.bfloat16()).float()
+        return model, ELRA(model.parameters(), restart_window=window, min_step_norm=0.05)
+
+    model, optimizer = fresh()
+    noisy_run(model, optimizer, torch.Generator().manual_seed(0), 20)
+    noisy_run(model, optimizer, torch.Generator().manual_seed(1), 20)
+
+    first, first_optimizer = fresh()
+    noisy_run(first, first_optimizer, torch.Generator().manual_seed(0), 20)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": first_optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second, second_optimizer = fresh()
+    second.load_state_dict(saved["model"])
+    second_optimizer.load_state_dict(saved["optimizer"])
+    noisy_run(second, second_optimizer, torch.Generator().manual_seed(1), 20)
+
+    assert optimizer.restarts > 0
+    for expected, found in zip(model.parameters(), second.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    assert optimizer.state_dict()["param_groups"] == second_optimizer.state_dict()["param_groups"]
+
+
+def test_deepcopy_continues_like_the_original():
+    model = torch.nn.Linear(5, 1)
+    optimizer = ELRA(model.parameters())
+    noisy_run(model, optimizer, torch.Generator().manual_seed(0), 5)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    noisy_run(model, optimizer, torch.Generator().manual_seed(1), 5)
+    noisy_run(twin, twin_optimizer, torch.Generator().manual_seed(1), 5)
+    assert torch.equal(model.weight, twin.weight)
+    assert optimizer.alpha == twin_optimizer.alpha
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0}, r"lr=0 must be a number > 0"),
+        ({"lr": "1e-3"}, r"lr='1e-3' must be"),
+        ({"lr": 1e7}, r"lr=10000000.0 is outside lr_bounds"),
+        ({"step_rule": "bb3"}, r"step_rule='bb3' must be one of 'bb1', 'bb2'. Did you mean"),
+        ({"noise_correction": -1}, "noise_correction=-1"),
+        ({"max_growth": 1.0}, "max_growth=1.0"),
+        ({"lr_bounds": (1e6, 1e-8)}, "lr_bounds=.*low < high"),
+        ({"lr_bounds": 3}, "lr_bounds=3"),
+        ({"min_step_norm": 3.0}, "min_step_norm=3.0 is above max_step_norm=2.0"),
+        ({"max_step_norm": 0}, "max_step_norm=0"),
+        ({"weight_decay": 1.5}, "weight_decay=1.5"),
+        ({"soft_restart": "yes"}, "soft_restart='yes'"),
+        ({"restart_sigma": math.nan}, "restart_sigma=nan"),
+        ({"initial_restart_ratio": 0.9}, "initial_restart_ratio=0.9"),
+        ({"restart_window": 1}, "restart_window=1"),
+        ({"restart_formula": "papr"}, "Did you mean 'paper'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ELRA([torch.zeros(1, requires_grad=True)], **arguments)
+
+
+def test_a_group_cannot_have_its_own_global_setting():
+    with pytest.raises(ConfigurationError, match="one max_growth per optimizer"):
+        ELRA([{"params": [torch.zeros(1, requires_grad=True)], "max_growth": 3.0}])
+    with pytest.raises(ConfigurationError, match="weight_decay=2"):
+        ELRA([{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": 2}])

@@ -1,1 +1,30 @@
+"""ELRA for Hugging Face Transformers: training without choosing a learning rate.
+
+Importing this package registers ``--optim elra`` with Transformers; nothing else changes.
+"""
+
+from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
+from hf_elra.trainer import (
+    ElraSeq2SeqTrainer,
+    ElraSeq2SeqTrainingArguments,
+    ElraTrainer,
+    ElraTrainerMixin,
+    ElraTrainingArguments,
+    register,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELRA",
+    "ConfigurationError",
+    "ElraSeq2SeqTrainer",
+    "ElraSeq2SeqTrainingArguments",
+    "ElraTrainer",
+    "ElraTrainerMixin",
+    "ElraTrainingArguments",
+    "register",
+]
+
+register()

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import statistics
+import warnings
 
 import pytest
 import torch
@@ -14,9 +15,7 @@ from hf_elra import ELRA
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.reference import ReferenceELRA
 
-NOISE_FREE = dict(
-    step_rule="bb2", noise_correction=0, max_growth=100, max_step_norm=None, restart_window=50, lr=1e-3
-)
+NOISE_FREE = dict(step_rule="bb2", noise_correction=0, max_growth=100, max_step_norm=None, restart_window=50, lr=1e-3)
 
 
 def bowl(x):
@@ -115,9 +114,7 @@ arguments = st.fixed_dictionaries(
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    arguments=arguments, sequence=st.lists(events, min_size=5, max_size=25), seed=st.integers(0, 2**31)
-)
+@given(arguments=arguments, sequence=st.lists(events, min_size=5, max_size=25), seed=st.integers(0, 2**31))
 def test_walks_with_the_reference(arguments, sequence, seed):
     generator = torch.Generator().manual_seed(seed)
     curvature = torch.rand(9, generator=generator, dtype=torch.float64) * 4 - 0.5
@@ -198,12 +195,10 @@ def test_step_returns_the_closures_loss():
 def test_without_a_loss_it_steps_and_warns_once():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     optimizer = ELRA([x], lr=0.1)
+    (x**2).sum().backward()
     with pytest.warns(UserWarning, match="not told the loss"):
-        (x**2).sum().backward()
         optimizer.step()
     assert x[0].item() != 1.0
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
@@ -322,9 +317,13 @@ def test_staying_non_finite_ends_with_a_clear_error():
     x.grad = torch.tensor([1.0])
     optimizer = ELRA([x])
     optimizer.step(loss=1.0)
-    with pytest.raises(RuntimeError, match="lower bound 1e-08"):
+
+    def keep_trying():
         for _ in range(200):
             optimizer.step(loss=math.nan)
+
+    with pytest.raises(RuntimeError, match="lower bound 1e-08"):
+        keep_trying()
     assert 20 < optimizer.restarts < 60
     assert torch.isfinite(x).all()
 

@@ -58,6 +58,3 @@ class ControlCycle:
         ended = completed > self.completed
         self.completed = max(self.completed, completed)
         return ended
-
-    def __str__(self) -> str:
-        return f"{self.length:g}{self.unit}"

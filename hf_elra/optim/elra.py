@@ -444,11 +444,11 @@ def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
     """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
 
     def need(name: str, valid: Callable[[Any], bool], meaning: str) -> None:
-        value = settings.get(name)
         if name not in settings:
             return
+        value = settings[name]
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not valid(value):
+        if not (is_number and math.isfinite(value) and valid(value)):
             raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
 
     need("lr", lambda v: v >= 0 if group else v > 0, "a number > 0, the first learning rate (try 1e-3)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,9 @@ class ReferenceELRA:
         self.weight_decay, self.soft_restart, self.restart_sigma = weight_decay, soft_restart, restart_sigma
         self.initial_restart_ratio, self.restart_window = initial_restart_ratio, restart_window
         self.restart_formula = restart_formula
-        self.previous_x: Tensor | None = None
-        self.previous_gradient: Tensor | None = None
-        self.previous_loss: float | None = None
+        self.previous_x: Any = None  # a Tensor from the first step on, as are the next two
+        self.previous_gradient: Any = None
+        self.previous_loss: Any = None
         self.initial_loss: float | None = None
         self.losses: list[float] = []  # of the window, or of the cycle that is running
         self.last_cycle: tuple[float, float] | None = None

@@ -1,0 +1,254 @@
+"""Settings of ELRA in a Hugging Face Trainer: the flags, their checks, and what becomes of stock arguments.
+
+``ElraSettings`` are the ``--elra_*`` flags. They are fields of ``ElraTrainingArguments``; for a script with its own
+``TrainingArguments`` the launcher takes them from the command line (``LAUNCHER_FLAGS``). Nothing here trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import TrainingArguments
+from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
+
+from hf_elra.control import ControlCycle
+from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.optim import ELRA
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"elra": ELRA}
+"""Every ``--optim`` name of this package."""
+
+
+@dataclass
+class LauncherFlags:
+    """The ``--elra_*`` flags that the launcher took from the command line; they win over arguments.
+
+    ``honoured`` becomes true when a Trainer has read them.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    honoured: bool = False
+
+
+LAUNCHER_FLAGS = LauncherFlags()
+
+LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
+_LANGUAGE_MODEL_CLASSES = frozenset(
+    name
+    for mapping in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+)
+_LANGUAGE_MODEL_ENDINGS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
+
+
+@dataclass
+class ElraSettings:
+    """The ``--elra_*`` flags.
+
+    Args:
+        elra_min_step_norm (float, optional): floor under the step norm α‖G‖. Default: 0.1 for language models (paper,
+            section 3.1), else 0.
+        elra_control_cycle (str): the stretch of training whose losses judge the next one's: ``45000sp`` (samples),
+            ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``"1ep"``.
+        elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
+    """
+
+    elra_min_step_norm: float | None = field(
+        default=None,
+        metadata={"help": "Floor under ELRA's step norm. Default: 0.1 for language models, else 0."},
+    )
+    elra_control_cycle: str = field(
+        default="1ep",
+        metadata={"help": "Length of a control cycle: 45000sp (samples), 45000tok (tokens), 0.25ep, 100ba (updates)."},
+    )
+    elra_skip_last_batch: bool = field(
+        default=True,
+        metadata={"help": "Skip the last, incomplete batch of an epoch."},
+    )
+
+    @classmethod
+    def of(cls, args: Any) -> ElraSettings:
+        """Return the settings in force for ``args``: the launcher's, else those of ``args``, else the defaults."""
+        LAUNCHER_FLAGS.honoured = True
+        given = LAUNCHER_FLAGS.values
+        return cls(**{f.name: given.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
+
+
+@dataclass
+class ElraTrainingArguments(ElraSettings, TrainingArguments):
+    """``TrainingArguments`` with what ELRA needs as defaults, and the ``--elra_*`` flags.
+
+    Parameters that have another default than in ``TrainingArguments``:
+        optim (str): ``"elra"``.
+        learning_rate (float): 1e-3; α_0, which is adapted exponentially fast.
+        lr_scheduler_type (str): ``"constant"``; ELRA finds its own rate.
+        max_grad_norm (float): 0; clipping the gradient would change the scalar products the rate is made of.
+
+    Parameters of ELRA: see :class:`ElraSettings`; the rest of ELRA's arguments go through ``optim_args``, e.g.
+    ``"max_step_norm=1,restart_sigma=4"``.
+    """
+
+    optim: str = field(default="elra", metadata={"help": "The optimizer to use."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "The first learning rate; ELRA adapts it."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "A schedule acts as a factor on ELRA's own rate."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for ELRA."})
+
+
+@dataclass
+class ElraSeq2SeqTrainingArguments(ElraTrainingArguments, Seq2SeqTrainingArguments):
+    """``Seq2SeqTrainingArguments`` with the defaults and flags of :class:`ElraTrainingArguments`."""
+
+
+def uses_elra(args: Any) -> bool:
+    """Return whether ``args.optim`` names one of this package's optimizers."""
+    return str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
+
+
+def is_language_model(model: Any) -> bool:
+    """Return whether a model, bare or wrapped by PEFT or DDP, is trained to predict tokens."""
+    while True:
+        name = type(model).__name__
+        if name in _LANGUAGE_MODEL_CLASSES or name.endswith(_LANGUAGE_MODEL_ENDINGS):
+            return True
+        inner = getattr(model, "get_base_model", None)
+        inner = inner() if callable(inner) else getattr(model, "module", None)
+        if inner is None or inner is model:
+            return False
+        model = inner
+
+
+def prepare_arguments(args: TrainingArguments, *, deepspeed: bool) -> None:
+    """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
+
+    Raises:
+        ConfigurationError: a setting rules ELRA out.
+    """
+    if args.fp16:
+        raise ConfigurationError(
+            "fp16=True cannot be used with ELRA: the loss scaler multiplies gradients and skips updates behind the "
+            "optimizer's back. Use --bf16, or neither."
+        )
+    if deepspeed:
+        raise ConfigurationError(
+            "deepspeed cannot be used with ELRA: DeepSpeed replaces the optimizer's update and never hands over the "
+            "loss. Use DDP or FSDP through accelerate launch."
+        )
+    replaced = []
+    for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
+        if getattr(args, name) != value and not _given_by_user(args, name):
+            replaced.append(f"{name} {_plain(getattr(args, name))} -> {_plain(value)}")
+            setattr(args, name, value)
+    if args.process_index == 0:
+        if replaced:
+            logger.warning("ELRA replaces defaults of %s: %s.", type(args).__name__, ", ".join(replaced))
+        if args.max_grad_norm and args.max_grad_norm > 0:
+            logger.warning(
+                "max_grad_norm=%g clips gradients, which changes the scalar products that ELRA's learning rate is "
+                "made of. Use 0; ELRA crops the step instead (max_step_norm).",
+                args.max_grad_norm,
+            )
+        if args.lr_scheduler_type != SchedulerType.CONSTANT:
+            logger.warning(
+                "lr_scheduler_type=%s multiplies ELRA's own learning rate; small factors over many noisy updates let "
+                "it collapse. Use constant.",
+                _plain(args.lr_scheduler_type),
+            )
+        if args.weight_decay > 1e-3:
+            logger.warning(
+                "weight_decay=%g shrinks the weights by this share at every update, whatever the learning rate "
+                "(half gone after %d updates). The paper uses 3e-4; AdamW's 0.1 at a rate of 5e-4 amounts to 5e-5.",
+                args.weight_decay,
+                round(0.693 / args.weight_decay),
+            )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
+
+
+def _given_by_user(args: TrainingArguments, name: str) -> bool:
+    """A value is the user's own if ELRA's arguments hold it, if it is no default, or if it is on the command line."""
+    if isinstance(args, ElraSettings):
+        return True
+    default = {f.name: f.default for f in dataclasses.fields(args)}[name]
+    flags = (f"--{name}", f"--{name.replace('_', '-')}")
+    return getattr(args, name) != default or any(word.split("=")[0] in flags for word in sys.argv[1:])
+
+
+# ---- the optimizer's own arguments ----
+
+
+def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
+    """Return the keyword arguments of the optimizer that ``args`` ask for, checked.
+
+    In order of precedence: ``optim_args``, then ``--elra_*`` flags, then defaults that depend on the model.
+    """
+    optimizer_class = OPTIMIZERS[str(getattr(args.optim, "value", args.optim))]
+    settings = ElraSettings.of(args)
+    min_step_norm = settings.elra_min_step_norm
+    if min_step_norm is None:
+        min_step_norm = LANGUAGE_MODEL_MIN_STEP_NORM if is_language_model(model) else 0.0
+    arguments: dict[str, Any] = {"lr": args.learning_rate, "min_step_norm": min_step_norm}
+    arguments.update(parse_optim_args(args.optim_args, optimizer_class))
+    optimizer_class([torch.nn.Parameter(torch.zeros(1))], **arguments)  # its constructor knows what is valid
+    ControlCycle.parse(settings.elra_control_cycle, "elra_control_cycle")
+    return arguments
+
+
+def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Read ``"min_step_norm=0.1,max_step_norm=2"`` into values of the types of the optimizer's arguments.
+
+    A pair is written with a colon, ``lr_bounds=1e-8:1e6``.
+    """
+    hints = typing.get_type_hints(optimizer_class.__init__)
+    valid = [name for name in inspect.signature(optimizer_class).parameters if name not in ("params", "weight_decay")]
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ConfigurationError(f"optim_args: {item!r} is not of the form name=value.")
+        if name == "weight_decay":
+            raise ConfigurationError(
+                f"optim_args: weight_decay={value} belongs to the Trainer, which sets it per parameter group; "
+                f"pass --weight_decay {value}."
+            )
+        if name not in valid:
+            raise ConfigurationError(
+                f"optim_args: {name!r} is no argument of {optimizer_class.__name__}.{nearest(name, valid)} "
+                f"Valid names: {', '.join(valid)}."
+            )
+        values[name] = _convert(name, value, hints[name])
+    return values
+
+
+def _convert(name: str, text: str, hint: Any) -> Any:
+    """Turn the text of one optimizer argument into a value of the type that its annotation names."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    (target,) = (option for option in options if option is not type(None))
+    try:
+        if typing.get_origin(target) is tuple:
+            low, high = text.strip("()").split(":")
+            return float(low), float(high)
+        if target is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return target(text)
+    except (ValueError, KeyError):
+        wanted = "two numbers, low:high" if typing.get_origin(target) is tuple else target.__name__
+        none = " or none" if type(None) in options else ""
+        raise ConfigurationError(f"optim_args: {name}={text!r} must be {wanted}{none}.") from None

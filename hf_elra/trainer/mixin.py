@@ -1,0 +1,185 @@
+"""The Trainer mixin: tells the optimizer the loss, counts what was seen, logs what ELRA did.
+
+``ElraTrainer`` and ``ElraSeq2SeqTrainer`` are stock trainers with the mixin. ``with_elra`` puts it in front of any
+other subclass; ``registry.py`` uses that for trainers built by code that does not know this package. Arguments and
+their checks are in ``arguments.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import find_batch_size
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
+
+from hf_elra.optim import ELRA
+from hf_elra.trainer.arguments import ElraSettings, optimizer_arguments, prepare_arguments, uses_elra
+from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # so that type checkers know what self is; at run time it stands before any Trainer
+    _Base = Trainer
+else:
+    _Base = object
+
+
+def trains_with_elra(trainer: Trainer) -> bool:
+    """Whether a Trainer's arguments name one of our optimizers, or an ELRA was passed to it."""
+    given = trainer.optimizer_cls_and_kwargs
+    return (
+        uses_elra(trainer.args)
+        or isinstance(trainer.optimizer, ELRA)
+        or (given is not None and isinstance(given[0], type) and issubclass(given[0], ELRA))
+    )
+
+
+class ElraTrainerMixin(_Base):
+    """Put in front of ``Trainer`` or a subclass of it: ``class MyTrainer(ElraTrainerMixin, SomeTrainer)``.
+
+    With ``optim="elra"`` the optimizer is told the true mean loss of every update: over all micro-batches of the group
+    and, through one all-reduce, over all processes. Logs get ``alpha``, ``step_norm``, ``restarts`` and ``cosine``, and
+    ``learning_rate`` there is the α in force. With any other optimizer only the counting is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prepare_elra()
+
+    def prepare_elra(self) -> None:
+        """Check the settings and hook in; called at the end of ``__init__``, before any work is done."""
+        self.elra_settings = ElraSettings.of(self.args)
+        self.elra_active = trains_with_elra(self)
+        if self.elra_active:
+            prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
+        if uses_elra(self.args):
+            optimizer_arguments(self.args, self.model)
+        self._group_loss: Any = 0.0
+        self._group_samples = self._group_tokens = 0
+        self.add_callback(ElraCallback(self.elra_settings.elra_control_cycle))
+
+    @property
+    def elra_callback(self) -> ElraCallback:
+        """The callback that counts; looked up because resuming may replace callback objects."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, ElraCallback))
+
+    @property
+    def elra_optimizer(self) -> Any:
+        """The loss-aware optimizer inside Accelerate's wrapper, or None."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        return optimizer if hasattr(optimizer, "observe_loss") else None
+
+    # ---- the loss ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run a micro-batch; after the last one of an update tell the optimizer the update's mean loss."""
+        samples = find_batch_size(inputs) or 0
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(inputs, "get") else None
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
+        # the mean.
+        self._group_loss = self._group_loss + loss.detach().float()
+        self._group_samples += samples
+        self._group_tokens += tokens.numel() if isinstance(tokens, torch.Tensor) else 0
+        if self.accelerator.sync_gradients:
+            self._finish_group()
+        return loss
+
+    def _finish_group(self) -> None:
+        loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
+        self._group_loss, self._group_samples, self._group_tokens = 0.0, 0, 0
+        if self.accelerator.num_processes > 1:
+            counts = torch.tensor([samples, tokens], device=loss.device)
+            loss = self.accelerator.reduce(loss, reduction="mean")
+            samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.elra_callback.count(samples, tokens)
+        if (optimizer := self.elra_optimizer) is not None:
+            optimizer.observe_loss(loss)
+
+    # ---- the last batch of an epoch ----
+
+    def get_train_dataloader(self):
+        """The stock data loader, without the last incomplete batch of an epoch (paper, section 3.5)."""
+        if not self._skips_last_batch():
+            return super().get_train_dataloader()
+        kept = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = kept
+
+    def _skips_last_batch(self) -> bool:
+        if not self.elra_active or not self.elra_settings.elra_skip_last_batch:
+            return False
+        if not has_length(self.train_dataset):
+            return True
+        batch = self._train_batch_size * self.args.world_size
+        if len(self.train_dataset) >= batch:
+            return True
+        logger.warning(
+            "The training data (%d samples) are less than one batch of %d: the incomplete batch is used all the same.",
+            len(self.train_dataset),
+            batch,
+        )
+        return False
+
+    def set_initial_training_values(self, args, dataloader):
+        """Stock counts, without the incomplete group of micro-batches at the end of an epoch."""
+        values = super().set_initial_training_values(args, dataloader)
+        epochs, _, examples, _, batch, micro_batches, max_steps = values
+        accumulation = args.gradient_accumulation_steps
+        whole = micro_batches // accumulation
+        if not self._skips_last_batch() or not has_length(dataloader) or whole == 0:
+            return values
+        if args.max_steps > 0:
+            epochs = -(-max_steps // whole)
+        else:
+            max_steps = -int(-args.num_train_epochs * whole // 1)
+        return epochs, whole, examples, max_steps * batch, batch, whole * accumulation, max_steps
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Stock micro-batches of one update; a short last batch of an iterable data set is dropped."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if has_length(self.train_dataset) or not batches or not self._skips_last_batch():
+            return batches, num_items
+        size = find_batch_size(batches[-1])
+        self._full_batch = max(size or 0, find_batch_size(batches[0]) or 0, getattr(self, "_full_batch", 0))
+        if self.accelerator.gradient_state.end_of_dataloader and (size or 0) < self._full_batch:
+            batches = batches[:-1]
+            num_items = self._get_num_items_in_batch(batches, device)
+        return batches, num_items
+
+    # ---- logs ----
+
+    def _get_learning_rate(self) -> float:
+        optimizer = self.elra_optimizer
+        return optimizer.alpha if optimizer is not None else super()._get_learning_rate()
+
+    def log(self, logs, *args, **kwargs):
+        """Log, with the optimizer's own numbers beside the training loss."""
+        optimizer = self.elra_optimizer
+        if "loss" in logs and optimizer is not None:
+            logs.update(optimizer.metrics)
+        super().log(logs, *args, **kwargs)
+
+
+class ElraTrainer(ElraTrainerMixin, Trainer):
+    """``transformers.Trainer`` that tells ELRA the loss; use it with :class:`ElraTrainingArguments`."""
+
+
+class ElraSeq2SeqTrainer(ElraTrainerMixin, Seq2SeqTrainer):
+    """``transformers.Seq2SeqTrainer`` that tells ELRA the loss; use it with :class:`ElraSeq2SeqTrainingArguments`."""
+
+
+@functools.cache
+def with_elra(trainer_class: type) -> type:
+    """Return a subclass of ``trainer_class`` with :class:`ElraTrainerMixin` in front, under the same name."""
+    if issubclass(trainer_class, ElraTrainerMixin):
+        return trainer_class
+    names = {k: getattr(trainer_class, k) for k in ("__module__", "__qualname__", "__doc__")}
+    return type(trainer_class.__name__, (ElraTrainerMixin, trainer_class), names)

@@ -1,0 +1,59 @@
+"""Makes ``--optim elra`` a name that Transformers knows, and every Trainer that uses it loss-aware.
+
+``register()`` runs on ``import hf_elra``. It adds the names of ``OPTIMIZERS`` to the enumeration and the table that
+Transformers looks optimizers up in, and wraps ``Trainer.__init__``: a Trainer (or any subclass, from any library) whose
+``args.optim`` is one of ours gets ``ElraTrainerMixin`` in front of its class. Others are left as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import Trainer, trainer_optimizer
+from transformers.training_args import OptimizerNames
+
+from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments
+from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
+
+
+def register() -> None:
+    """Register the names and wrap ``Trainer.__init__``; calling it again changes nothing."""
+    for name in OPTIMIZERS:
+        add_enum_member(OptimizerNames, name.upper(), name)
+        trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handle
+    if not hasattr(Trainer.__init__, "_hf_elra"):
+        Trainer.__init__ = _wrap(Trainer.__init__)  # type: ignore[method-assign]
+
+
+def add_enum_member(enumeration: Any, name: str, value: str) -> None:
+    """Add a member to an existing enumeration of strings, as the ``class`` statement would have."""
+    if value in enumeration._value2member_map_:
+        return
+    member = str.__new__(enumeration, value)
+    member._name_, member._value_ = name, value
+    member._sort_order_ = len(enumeration._member_names_)
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[value] = member
+    if hasattr(enumeration, "_hashable_values_"):  # Python >= 3.13
+        enumeration._hashable_values_.append(value)
+    type.__setattr__(enumeration, name, member)
+
+
+def _handle(context: Any) -> tuple[type, dict[str, Any]]:
+    name = str(getattr(context.args.optim, "value", context.args.optim))
+    return OPTIMIZERS[name], optimizer_arguments(context.args, context.model)
+
+
+def _wrap(initialise: Any) -> Any:
+    @functools.wraps(initialise)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if not isinstance(self, ElraTrainerMixin) and trains_with_elra(self):
+            trainer_class: Any = type(self)
+            self.__class__ = with_elra(trainer_class)
+            self.prepare_elra()
+
+    __init__._hf_elra = True  # type: ignore[attr-defined]
+    return __init__

@@ -266,6 +266,21 @@ def test_cycle_statistics_replace_the_initial_rule():
     assert optimizer.restarts == 1
 
 
+def test_noise_of_the_first_losses_raises_the_initial_limit():
+    x = torch.tensor([1.0], requires_grad=True)
+    x.grad = torch.tensor([1e-3])
+    optimizer = ELRA([x])
+    losses = [1.0, 0.5, 1.05, 0.4, 1.0, 0.6, 0.5, 1.0, 0.45, 0.9]
+    for loss in losses:
+        optimizer.step(loss=loss)
+    limit = statistics.fmean(losses) + 5 * statistics.pstdev(losses)
+    assert limit > 1.1
+    optimizer.step(loss=limit - 1e-3)
+    assert optimizer.restarts == 0
+    optimizer.step(loss=2 * limit)
+    assert optimizer.restarts == 1
+
+
 def test_floor_never_undoes_a_restart():
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     x.grad = torch.tensor([1.0], dtype=torch.float64)

@@ -20,6 +20,11 @@ MAX_CONSECUTIVE_RESTARTS = 20
 """After so many restarts in a row the step cannot be the cause (each at least halves it)."""
 
 
+ENOUGH_LOSSES = 10
+"""From so many losses on, their own mean and σ may raise the limit of the first cycle. Beyond the paper: losses of
+small batches often differ by more than a tenth, and 1.1·f_0 alone would take back good steps for a whole epoch."""
+
+
 @dataclass(frozen=True)
 class StepGuards:
     """Bounds on α and on the step norm α‖u‖ (ELRA, sections 3.1 and 3.5).
@@ -68,6 +73,7 @@ class RestartGuard:
         sigma: a loss above mean + ``sigma``·σ is too high.
         initial_ratio: while no mean is known, a loss above f_0 + (ratio - 1)·|f_0| is (1.1·f_0 for f_0 > 0). None drops
             this first rule, for pre-trained starts. At f_0 = 0 nothing is known of the scale and the rule is silent.
+            ``ENOUGH_LOSSES`` losses may raise this limit.
         window: mean and σ over the last ``window`` losses, from the second on; None: over the last complete cycle.
         formula: ``"derived"`` or ``"paper"``, see :meth:`shrink`.
     """
@@ -90,7 +96,11 @@ class RestartGuard:
         initial = memory["initial_loss"]
         if self.initial_ratio is None or initial is None or initial == 0:
             return math.inf
-        return initial + (self.initial_ratio - 1) * abs(initial)
+        limit = initial + (self.initial_ratio - 1) * abs(initial)
+        running = LossStatistics(*memory["cycle"])
+        if self.window is None and running.count >= ENOUGH_LOSSES:
+            limit = max(limit, running.mean + self.sigma * running.std)
+        return limit
 
     def record(self, memory: dict[str, Any], loss: float) -> None:
         """Take a finite loss into the statistics."""

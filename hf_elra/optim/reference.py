@@ -70,7 +70,10 @@ class ReferenceELRA:
             return self.last_cycle[0] + self.restart_sigma * self.last_cycle[1]
         if self.initial_restart_ratio is None or not self.initial_loss:
             return math.inf
-        return self.initial_loss + (self.initial_restart_ratio - 1) * abs(self.initial_loss)
+        limit = self.initial_loss + (self.initial_restart_ratio - 1) * abs(self.initial_loss)
+        if self.restart_window is None and len(self.losses) >= 10:  # ours: noise seen so far may raise the limit
+            limit = max(limit, statistics.fmean(self.losses) + self.restart_sigma * statistics.pstdev(self.losses))
+        return limit
 
     def step(self, loss: float, gradient: Tensor) -> None:
         """Update ``x`` from loss (float) and gradient (float64, shape (n,)) at ``x``."""

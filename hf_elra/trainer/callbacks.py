@@ -1,4 +1,4 @@
-"""Callbacks of a training run: what was seen so far, control cycles, and a clean stop on Ctrl-C.
+"""Callbacks of a training run: what was seen so far, control cycles, a clean stop on Ctrl-C, progress in tokens.
 
 Callbacks here count and trigger; what a cycle's end decides is the optimizer's and the controller's business.
 """
@@ -6,6 +6,7 @@ Callbacks here count and trigger; what a cycle's end decides is the optimizer's 
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -102,3 +103,36 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.received = number
         print(f"\n{signal.Signals(number).name}: saving after this update; once more to stop at once.", flush=True)
+
+
+class ProgressLine(TrainerCallback):
+    """Prints one line per log: updates, tokens, tokens per second, loss, what ELRA did, and the time left.
+
+    Needs ``include_num_input_tokens_seen`` in the arguments. It takes the place of the Trainer's own printing.
+    ``tokens`` are those seen since training began or was resumed.
+    """
+
+    tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self._started = time.perf_counter()
+        self._first_update, self._first_token = state.global_step, state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        self.tokens = state.num_input_tokens_seen - self._first_token
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        updates, tokens = state.global_step, state.num_input_tokens_seen
+        line = f"update {updates:>6,}/{state.max_steps:,}  {tokens:>11,} tokens"
+        if "eval_loss" in logs:
+            print(f"{line}  validation loss {logs['eval_loss']:.4f}", flush=True)
+            return
+        line += f"  {self.tokens / seconds:>8,.0f} tokens/s  loss {logs['loss']:.4f}"
+        line += f"  learning rate {logs['learning_rate']:.3g}"
+        if "alpha" in logs:
+            line += f"  step norm {logs['step_norm']:.3g}  restarts {logs['restarts']}"
+        left = seconds / max(updates - self._first_update, 1) * (state.max_steps - updates)
+        print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", flush=True)

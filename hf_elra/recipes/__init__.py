@@ -1,0 +1,1 @@
+"""Things to train: models, their data and their settings."""

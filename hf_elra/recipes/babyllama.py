@@ -1,0 +1,265 @@
+"""BabyLlama: the presets, the model, and the training settings that go with each optimizer.
+
+``tiny`` runs in minutes on two CPU cores; ``15m`` is llama2.c's stories15M, the model of the paper's section 4.4. Texts
+and tokenizers are in ``text_data.py``; the run itself is ``scripts/train_babyllama.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
+
+from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.recipes.text_data import PYTHON_DOCS
+from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer.arguments import OPTIMIZERS
+
+# Every name below is a flag of the script; a flag given by the user wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A Llama of 1.0 M parameters. The control cycle is the paper's 45,000 sequences of 51.2 M scaled to this run's
+    # length: short enough for several cycles in a run of minutes.
+    "tiny": {
+        "dataset": PYTHON_DOCS,
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "intermediate_size": 344,
+        "block_size": 128,
+        "vocab_size": 2048,
+        "max_steps": 2400,
+        # Tried at 1 M tokens, one seed each: batch 16 with floors 0.1/0.2/0.4 ended at 5.96/5.68/6.01 nats, batch 8
+        # and 4 with floor 0.2 at 5.33 and 5.27 (docs/results/tiny_preset.md).
+        "per_device_train_batch_size": 8,
+        "elra_min_step_norm": 0.2,
+        "per_device_eval_batch_size": 32,
+        "elra_control_cycle": "2000sp",
+        "logging_steps": 40,
+        "eval_steps": 400,
+    },
+    # llama2.c's stories15M: 15,191,712 parameters.
+    "15m": {
+        "dataset": "roneneldan/TinyStories",
+        "hidden_size": 288,
+        "num_layers": 6,
+        "num_heads": 6,
+        "intermediate_size": 768,
+        "block_size": 256,
+        "vocab_size": 32_000,
+        "max_steps": 800_000,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "elra_control_cycle": "45000sp",
+        "logging_steps": 100,
+        "eval_steps": 5000,
+    },
+}
+
+_TINY = PRESETS["tiny"]
+
+# Sensible settings by optimizer family, for comparison runs from the same script.
+_SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0}
+_ADAMW = {**_SCHEDULED, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "elra": {},
+    "adamw": {**_ADAMW, "learning_rate": {"tiny": 3e-3, "15m": 5e-4}},  # llama2.c's, at its batch of 512: 5e-4
+    "stable_adamw": {**_ADAMW, "learning_rate": {"tiny": 3e-3, "15m": 5e-4}},
+    "lion": {**_SCHEDULED, "weight_decay": 0.1, "learning_rate": {"tiny": 3e-4, "15m": 1e-4}},
+    "sgd": {**_SCHEDULED, "learning_rate": 0.3},
+    "adafactor": {**_SCHEDULED, "learning_rate": 1e-2},
+    "rmsprop": {**_SCHEDULED, "learning_rate": 1e-3},
+    "adagrad": {**_SCHEDULED, "learning_rate": 1e-2},
+    "schedule_free": {"lr_scheduler_type": "constant", "learning_rate": 3e-3, "adam_beta1": 0.9, "adam_beta2": 0.95},
+}
+
+
+@dataclass
+class BabyLlamaArguments:
+    """What to train on, the size of the model, and what to do with the run; defaults come from the preset.
+
+    Args:
+        preset (str): ``tiny`` or ``15m``.
+        dataset (str): ``python-docs`` (in every Python, no network) or a data set of the hub with a text column.
+        dataset_config, text_column (str): its configuration and column.
+        train_file, validation_file (str): local text instead: txt with ``<|endoftext|>`` between documents, jsonl or
+            parquet, gzipped or not.
+        tokenizer (str): a tokenizer of the hub, a folder or a ``tokenizer.model``; without it a BPE is trained.
+        vocab_size (int): its pieces, where it is trained here.
+        hidden_size, num_layers, num_heads, intermediate_size, block_size (int): the Llama; ``block_size`` is the number
+            of positions and the length of a training sequence, in tokens.
+        prompt (str): beginning of the sample.
+        sample_tokens (int): length of the sample.
+        model_card (str): where to write a model card.
+        resume (bool): go on from the last checkpoint of an interrupted run.
+        overwrite (bool): replace what is in the output folder. With ``--resume`` too, a run that was interrupted goes
+            on and a finished one is replaced.
+    """
+
+    preset: str = field(default="tiny", metadata={"help": "tiny (minutes on two CPU cores) or 15m (stories15M)."})
+    dataset: str = field(default=PYTHON_DOCS, metadata={"help": "python-docs or a name on the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "Local txt, jsonl or parquet file, maybe .gz."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for validation."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub name, folder or tokenizer.model."})
+    vocab_size: int = field(default=_TINY["vocab_size"], metadata={"help": "Pieces of the tokenizer trained here."})
+    hidden_size: int = field(default=_TINY["hidden_size"], metadata={"help": "Width of the model."})
+    num_layers: int = field(default=_TINY["num_layers"], metadata={"help": "Number of layers."})
+    num_heads: int = field(default=_TINY["num_heads"], metadata={"help": "Number of attention heads."})
+    intermediate_size: int = field(default=_TINY["intermediate_size"], metadata={"help": "Feed-forward width."})
+    block_size: int = field(default=_TINY["block_size"], metadata={"help": "Tokens in a sequence; positions."})
+    prompt: str = field(default="The", metadata={"help": "Beginning of the generated sample."})
+    sample_tokens: int = field(default=120, metadata={"help": "Tokens in the generated sample."})
+    model_card: str | None = field(default=None, metadata={"help": "Write a model card to this path."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigurationError(
+                f"hidden_size={self.hidden_size} must be an even multiple of num_heads={self.num_heads}."
+            )
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line instead of after a hundred lines of usage."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigurationError(f"{message} (--help lists all flags)")
+
+
+def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingArguments]:
+    """Read the command line: preset, then the optimizer's own settings, then the flags given."""
+    preset = _value_of("--preset", words, "tiny")
+    if preset not in PRESETS:
+        raise ConfigurationError(
+            f"--preset {preset} is unknown.{nearest(preset, PRESETS)} Choose {' or '.join(PRESETS)}."
+        )
+    optim = _value_of("--optim", words, "elra")
+    known = list(OptimizerNames._value2member_map_)
+    if optim not in known:
+        raise ConfigurationError(
+            f"--optim {optim} is unknown.{nearest(optim, known)} Ours: {', '.join(OPTIMIZERS)}; "
+            "Transformers' names work too, e.g. adamw_torch."
+        )
+    defaults = {
+        "output_dir": f"runs/babyllama-{preset}",
+        "report_to": ["none"],
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "include_num_input_tokens_seen": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_steps": PRESETS[preset]["eval_steps"],
+        **PRESETS[preset],
+        **{name: pick(value, preset) for name, value in settings_for(optim).items()},
+    }
+    dataclasses: Any = (BabyLlamaArguments, ElraTrainingArguments)
+    parser = _Parser(dataclasses, allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    if _given("--num_train_epochs", words) and not _given("--max_steps", words):
+        parser.set_defaults(max_steps=-1)
+    recipe, training = parser.parse_args_into_dataclasses(words)
+    return recipe, training
+
+
+def settings_for(optim: str) -> dict[str, Any]:
+    """Return the training settings that suit an optimizer of this name; AdamW's for a family not listed."""
+    family = next((f for f in FAMILIES if optim.startswith(f) or f"_{f}" in optim), "adamw")
+    return FAMILIES[family]
+
+
+def pick(value: Any, preset: str) -> Any:
+    """Return a setting that may differ by preset."""
+    return value[preset] if isinstance(value, dict) else value
+
+
+def _value_of(flag: str, words: list[str], default: str) -> str:
+    for position, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name == flag:
+            return value or (words[position + 1] if position + 1 < len(words) else "")
+    return default
+
+
+def _given(flag: str, words: list[str]) -> bool:
+    return any(word.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for word in words)
+
+
+def build_model(recipe: BabyLlamaArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """Build an untrained Llama with tied embeddings in the sizes of ``recipe``; weights from torch's global seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads,
+        max_position_embeddings=recipe.block_size,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Stack blocks of equal length; the labels are the tokens themselves (the model shifts them)."""
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """Return ``prompt`` continued by ``tokens`` tokens, sampled at temperature 0.8 with a fixed seed."""
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    limit = model.config.max_position_embeddings
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_length=min(limit, inputs["input_ids"].shape[1] + tokens),
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def recorded_settings(recipe: BabyLlamaArguments, training: ElraTrainingArguments) -> dict[str, Any]:
+    """The settings that decide the trajectory: what a resumed run must share with the interrupted one."""
+    ignored = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
+    settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ignored}
+    for name in (
+        "optim",
+        "optim_args",
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+        "elra_min_step_norm",
+        "elra_control_cycle",
+        "elra_skip_last_batch",
+    ):
+        value = getattr(training, name)
+        settings[name] = getattr(value, "value", value)
+    return settings
+
+
+def command_line() -> str:
+    """The command that started this process, as a user would type it."""
+    return " ".join(["python", *sys.argv])

@@ -1,0 +1,42 @@
+"""What ELRA did in a run, as a Markdown table made from the Trainer's log history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a Markdown table, columns aligned to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
+    """Return a table of about ``rows`` evenly spaced training logs, the last one included.
+
+    Args:
+        history: the Trainer's ``state.log_history``.
+        rows: how many logs to show at most.
+    """
+    logs = [entry for entry in history if "loss" in entry]
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    stride = max(1, -(-len(logs) // rows))
+    shown = logs[::-1][::stride][::-1]
+    columns = {
+        "update": lambda e: f"{e['step']:,}",
+        "tokens": lambda e: f"{e['num_input_tokens_seen']:,}" if "num_input_tokens_seen" in e else "",
+        "training loss": lambda e: f"{e['loss']:.4f}",
+        "validation loss": lambda e: f"{evaluations[e['step']]:.4f}" if e["step"] in evaluations else "",
+        "learning rate": lambda e: f"{e['learning_rate']:.3g}",
+        "step norm": lambda e: f"{e['step_norm']:.3g}" if "step_norm" in e else "",
+        "cosine": lambda e: f"{e['cosine']:+.3f}" if "cosine" in e else "",
+        "restarts": lambda e: f"{e['restarts']}" if "restarts" in e else "",
+    }
+    table = [[show(entry) for show in columns.values()] for entry in shown]
+    used = [i for i in range(len(columns)) if any(row[i] for row in table)]
+    return markdown_table([list(columns)[i] for i in used], [[row[i] for i in used] for row in table])

@@ -1,0 +1,102 @@
+"""Small models, data and trainers that the tests share."""
+
+import logging
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from hf_elra import ElraTrainer, ElraTrainingArguments
+from hf_elra.trainer.arguments import LAUNCHER_FLAGS
+
+VOCABULARY = 64
+
+
+@pytest.fixture(autouse=True)
+def _no_flags_left_over():
+    yield
+    LAUNCHER_FLAGS.values, LAUNCHER_FLAGS.honoured = {}, False
+
+
+@pytest.fixture
+def caplog_warnings(caplog):
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def llama(seed=0, **config):
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+
+
+def classifier(seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def token_rows(count=64, length=16, seed=0, unequal=False):
+    """Rows of tokens that count upwards from a random start: easy to learn. ``unequal`` masks some targets."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        start = torch.randint(0, VOCABULARY, (1,), generator=generator)
+        tokens = (start + torch.arange(length)) % VOCABULARY
+        labels = tokens.clone()
+        if unequal:
+            labels[torch.randint(2, length, (1,), generator=generator) :] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def arguments(folder, arguments_class=ElraTrainingArguments, **given):
+    return arguments_class(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 8,
+            "max_steps": 10,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **given,
+        }
+    )
+
+
+def trainer(folder, model=None, rows=None, trainer_class=ElraTrainer, callbacks=None, eval_dataset=None, **given):
+    return trainer_class(
+        model if model is not None else llama(),
+        arguments(folder, **given),
+        train_dataset=rows if rows is not None else token_rows(),
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
+
+
+def logged(run, key):
+    """The values of one key in the training logs."""
+    return [entry[key] for entry in run.state.log_history if "loss" in entry and key in entry]
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])

@@ -1,6 +1,9 @@
 """Small models, data and trainers that the tests share."""
 
 import logging
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test depends on a network
 
 import pytest
 import torch

@@ -61,11 +61,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _TINY = PRESETS["tiny"]
 
-# Sensible settings by optimizer family, for comparison runs from the same script.
+# Sensible settings by optimizer family, for comparison runs from the same script. The first that fits a name counts.
 _SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0}
 _ADAMW = {**_SCHEDULED, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95}
 FAMILIES: dict[str, dict[str, Any]] = {
     "elra": {},
+    "schedule_free": {"lr_scheduler_type": "constant", "learning_rate": 3e-3, "adam_beta1": 0.9, "adam_beta2": 0.95},
     "adamw": {**_ADAMW, "learning_rate": {"tiny": 3e-3, "15m": 5e-4}},  # llama2.c's, at its batch of 512: 5e-4
     "stable_adamw": {**_ADAMW, "learning_rate": {"tiny": 3e-3, "15m": 5e-4}},
     "lion": {**_SCHEDULED, "weight_decay": 0.1, "learning_rate": {"tiny": 3e-4, "15m": 1e-4}},
@@ -73,7 +74,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "adafactor": {**_SCHEDULED, "learning_rate": 1e-2},
     "rmsprop": {**_SCHEDULED, "learning_rate": 1e-3},
     "adagrad": {**_SCHEDULED, "learning_rate": 1e-2},
-    "schedule_free": {"lr_scheduler_type": "constant", "learning_rate": 3e-3, "adam_beta1": 0.9, "adam_beta2": 0.95},
 }
 
 

@@ -107,6 +107,11 @@ class ElraTrainingArguments(ElraSettings, TrainingArguments):
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for ELRA."})
 
+    def __post_init__(self) -> None:
+        if uses_elra(self):
+            refuse_unusable(fp16=self.fp16, deepspeed=self.deepspeed is not None)
+        super().__post_init__()
+
 
 @dataclass
 class ElraSeq2SeqTrainingArguments(ElraTrainingArguments, Seq2SeqTrainingArguments):
@@ -131,13 +136,9 @@ def is_language_model(model: Any) -> bool:
         model = inner
 
 
-def prepare_arguments(args: TrainingArguments, *, deepspeed: bool) -> None:
-    """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
-
-    Raises:
-        ConfigurationError: a setting rules ELRA out.
-    """
-    if args.fp16:
+def refuse_unusable(*, fp16: bool, deepspeed: bool) -> None:
+    """Raise a ConfigurationError for what ELRA cannot be combined with."""
+    if fp16:
         raise ConfigurationError(
             "fp16=True cannot be used with ELRA: the loss scaler multiplies gradients and skips updates behind the "
             "optimizer's back. Use --bf16, or neither."
@@ -147,6 +148,15 @@ def prepare_arguments(args: TrainingArguments, *, deepspeed: bool) -> None:
             "deepspeed cannot be used with ELRA: DeepSpeed replaces the optimizer's update and never hands over the "
             "loss. Use DDP or FSDP through accelerate launch."
         )
+
+
+def prepare_arguments(args: TrainingArguments, *, deepspeed: bool) -> None:
+    """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
+
+    Raises:
+        ConfigurationError: a setting rules ELRA out.
+    """
+    refuse_unusable(fp16=args.fp16, deepspeed=deepspeed)
     replaced = []
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
         if getattr(args, name) != value and not _given_by_user(args, name):

@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
 from hf_elra.optim import ELRA
-from hf_elra.trainer.arguments import ElraSettings, optimizer_arguments, prepare_arguments, uses_elra
+from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,11 @@ class ElraTrainerMixin(_Base):
         self.prepare_elra()
 
     def prepare_elra(self) -> None:
-        """Check the settings and hook in; called at the end of ``__init__``, before any work is done."""
+        """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
         self.elra_settings = ElraSettings.of(self.args)
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
             prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
-        if uses_elra(self.args):
-            optimizer_arguments(self.args, self.model)
         self._group_loss: Any = 0.0
         self._group_samples = self._group_tokens = 0
         self.add_callback(ElraCallback(self.elra_settings.elra_control_cycle))

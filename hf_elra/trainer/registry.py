@@ -8,12 +8,13 @@ Transformers looks optimizers up in, and wraps ``Trainer.__init__``: a Trainer (
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments
+from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, uses_elra
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -47,8 +48,14 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _wrap(initialise: Any) -> Any:
+    signature = inspect.signature(initialise)
+
     @functools.wraps(initialise)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Wrong settings are refused before the Trainer makes folders or moves models.
+        given = signature.bind(self, *args, **kwargs).arguments
+        if given.get("args") is not None and uses_elra(given["args"]):
+            optimizer_arguments(given["args"], given.get("model"))
         initialise(self, *args, **kwargs)
         if not isinstance(self, ElraTrainerMixin) and trains_with_elra(self):
             trainer_class: Any = type(self)

@@ -1,0 +1,170 @@
+"""``hf-elra run``: unmodified scripts, flags they do not know, and the same through Accelerate."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from hf_elra.trainer.launcher import run
+
+PLAIN = """
+import json, sys
+import torch
+from transformers import HfArgumentParser, {trainer}, {arguments}
+from tests.conftest import llama, logged, token_rows
+
+{extra}
+
+if __name__ == "__main__":
+    (args,) = HfArgumentParser({arguments}).parse_args_into_dataclasses()
+    torch.manual_seed(0)
+    trainer = {build}(llama(), args, train_dataset=token_rows())
+    trainer.train()
+    seen = {{
+        "alpha": logged(trainer, "alpha"),
+        "loss": logged(trainer, "loss"),
+        "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
+        "class": type(trainer).__name__,
+        "floor": trainer.optimizer.param_groups[0].get("min_step_norm"),
+        "argv": sys.argv[1:],
+    }}
+    if trainer.is_world_process_zero():
+        open(args.output_dir + "/seen.json", "w").write(json.dumps(seen))
+"""
+FROM_A_LIBRARY = """
+class LibraryTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return (loss, outputs) if return_outputs else loss
+"""
+
+
+def write_script(folder, kind="Trainer"):
+    arguments = "Seq2SeqTrainingArguments" if kind == "Seq2SeqTrainer" else "TrainingArguments"
+    trainer = "Trainer" if kind == "LibraryTrainer" else kind
+    extra = FROM_A_LIBRARY if kind == "LibraryTrainer" else ""
+    script = folder / "unmodified_script.py"
+    script.write_text(textwrap.dedent(PLAIN.format(trainer=trainer, arguments=arguments, extra=extra, build=kind)))
+    return script
+
+
+def flags(folder, *more):
+    return [
+        *("--output_dir", str(folder), "--max_steps", "4", "--logging_steps", "1", "--report_to", "none"),
+        *("--use_cpu", "true", "--save_strategy", "no", "--disable_tqdm", "true"),
+        *more,
+    ]
+
+
+def seen(folder):
+    return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    monkeypatch.setattr("sys.path", list(sys.path))
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "Seq2SeqTrainer", "LibraryTrainer"])
+def test_unmodified_script(tmp_path, kind):
+    script = write_script(tmp_path, kind)
+    assert run([str(script), *flags(tmp_path, "--optim", "elra", "--elra_min_step_norm", "0.25")]) == 0
+    result = seen(tmp_path)
+    assert result["optimizer"] == "ELRA"
+    assert result["class"] == kind
+    assert result["floor"] == 0.25
+    assert len(result["alpha"]) == 4
+    assert not any("elra_" in word for word in result["argv"])
+
+
+def test_unmodified_script_with_a_stock_optimizer(tmp_path, capsys):
+    script = write_script(tmp_path)
+    assert run([str(script), *flags(tmp_path, "--optim", "sgd", "--elra_min_step_norm=0.25")]) == 0
+    assert seen(tmp_path)["optimizer"] == "SGD"
+    assert seen(tmp_path)["alpha"] == []
+    assert "--elra_min_step_norm had no effect" in capsys.readouterr().err
+
+
+def test_module(tmp_path, monkeypatch):
+    write_script(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run(["-m", "unmodified_script", *flags(tmp_path, "--optim", "elra", "--no_elra_skip_last_batch")]) == 0
+    assert seen(tmp_path)["optimizer"] == "ELRA"
+    assert seen(tmp_path)["floor"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim", "erla"], "--optim erla is not known. Did you mean 'elra'?"),
+        (["--optim=elar"], "Did you mean 'elra'?"),
+        (
+            ["--optim", "elra", "--elra_min_norm", "1"],
+            "unknown flag --elra_min_norm. Did you mean 'elra_min_step_norm'?",
+        ),
+        (["--optim", "elra", "--optim_args", "c=2"], "'c' is no argument of ELRA"),
+        (["--optim", "elra", "--elra_control_cycle", "soon"], "elra_control_cycle='soon'"),
+        (["--optim", "elra", "--fp16", "true"], "fp16=True cannot be used"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, message):
+    script = write_script(tmp_path)
+    assert run([str(script), *flags(tmp_path, *words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "seen.json").exists()
+
+
+def test_missing_script(capsys):
+    assert run(["no_such_script.py"]) == 2
+    assert "'no_such_script.py' does not exist" in capsys.readouterr().err
+    assert run([]) == 2
+    assert run(["--help"]) == 0
+
+
+def command(*words):
+    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_installed_command(tmp_path):
+    script = write_script(tmp_path)
+    executable = os.path.join(os.path.dirname(sys.executable), "hf-elra")
+    result = command(executable, "run", str(script), *flags(tmp_path, "--optim", "elra"))
+    assert result.returncode == 0, result.stderr
+    assert seen(tmp_path)["optimizer"] == "ELRA"
+
+
+def test_accelerate_launch(tmp_path):
+    script = write_script(tmp_path)
+    result = command(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "hf_elra.run"),
+        *(str(script), *flags(tmp_path, "--optim", "elra", "--elra_min_step_norm", "0.2")),
+    )
+    assert result.returncode == 0, result.stderr
+    assert seen(tmp_path)["floor"] == 0.2
+
+
+def test_two_processes_walk_the_path_of_one(tmp_path):
+    """1 process × batch 4 and 2 processes × batch 2: the same losses and rates."""
+    results = []
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        script = write_script(folder)
+        result = command(
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+            *("-m", "hf_elra.run", str(script)),
+            *flags(folder, "--optim", "elra", "--per_device_train_batch_size", str(batch)),
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(seen(folder))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    assert results[0]["alpha"] == pytest.approx(results[1]["alpha"], rel=1e-3)

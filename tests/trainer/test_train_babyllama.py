@@ -1,0 +1,130 @@
+"""scripts/train_babyllama.py from end to end, as a user starts it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "scripts" / "train_babyllama.py")
+SMALL = [
+    *("--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--intermediate_size", "64"),
+    *("--block_size", "32", "--vocab_size", "300", "--per_device_train_batch_size", "4"),
+    *("--max_steps", "30", "--logging_steps", "5", "--eval_steps", "15", "--save_steps", "10", "--use_cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"The cat {i} sat on the mat. The dog {i} ran home." for i in range(120)))
+    return str(path)
+
+
+def start(*words, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def finish(*words):
+    process = start(*words)
+    output, error = process.communicate(timeout=300)
+    return process.returncode, output, error
+
+
+def test_run_writes_what_it_promises(tmp_path, story):
+    folder, card = tmp_path / "run", tmp_path / "cards" / "card.md"
+    code, output, error = finish(*SMALL, "--train_file", story, "--output_dir", str(folder), "--model_card", str(card))
+    assert code == 0, error
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["tokens_seen"] == 30 * 4 * 32
+    assert metrics["updates"] == 30
+    assert re.search(r"tokens/s  loss [\d.]+  learning rate", output)
+    assert f"validation loss {metrics['validation_loss']:.4f}" in output
+    assert f"unigram entropy {metrics['unigram_entropy']:.4f}" in output
+    assert (folder / "sample.txt").read_text().startswith("The")
+    assert (folder / "sample.txt").read_text().strip() in output
+    assert f"{metrics['validation_loss']:.4f}" in card.read_text()
+    for name in ("model.safetensors", "tokenizer.json", "training.md", "log_history.json"):
+        assert (folder / name).stat().st_size > 0
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == metrics["parameters"]
+    assert len(AutoTokenizer.from_pretrained(folder)) == 300
+
+    code, _, error = finish(*SMALL, "--train_file", story, "--output_dir", str(folder))
+    assert code == 2
+    assert "holds a finished run; pass --overwrite" in error
+
+
+def test_interrupted_run_saves_and_its_command_resumes_it(tmp_path, story):
+    """Ctrl-C in mid-run, then the printed command: the end is the same as without."""
+    words = [*SMALL, "--max_steps", "120", "--save_steps", "1000", "--train_file", story, "--output_dir"]
+    process = start(*words, str(tmp_path / "cut"))
+    for line in process.stdout:
+        if "update     15/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    command = re.search(r"Go on with:\n  (.+)", output)[1].split()
+    assert command[-1] == "--resume"
+    resumed = subprocess.run(
+        [sys.executable, *command[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from" in resumed.stdout
+    code, _, error = finish(*words, str(tmp_path / "whole"))
+    assert code == 0, error
+    results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole")]
+    assert results[0]["validation_loss"] == results[1]["validation_loss"]
+    assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
+
+
+def test_stock_optimizer_from_the_same_script(tmp_path, story):
+    code, output, error = finish(
+        *SMALL, "--train_file", story, "--output_dir", str(tmp_path / "run"), "--optim", "adamw_torch"
+    )
+    assert code == 0, error
+    assert "step norm" not in output
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim", "elar"], "--optim elar is unknown. Did you mean 'elra'?"),
+        (
+            ["--optim_args", "min_norm=1"],
+            "optim_args: 'min_norm' is no argument of ELRA. Did you mean 'min_step_norm'?",
+        ),
+        (["--train_file", "no_such_file.txt"], "train_file='no_such_file.txt' does not exist"),
+        (["--block_size", "100000"], "fewer than one block of 100000; give more text or lower --block_size."),
+    ],
+)
+def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, story, words, message):
+    code, output, error = finish(*SMALL, "--train_file", story, "--output_dir", str(tmp_path / "run"), *words)
+    assert code == 2
+    assert message in error
+    assert sum(line.startswith("error:") for line in error.splitlines()) == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+    assert output == ""

@@ -9,6 +9,7 @@ each other at every step.
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -208,7 +209,7 @@ class ELRA(torch.optim.Optimizer):
                     f"loss must be one number but has shape {tuple(loss.shape)}; reduce it first, e.g. loss.mean()."
                 )
             self._observed_loss = loss.detach()
-        elif isinstance(loss, (int, float)):
+        elif isinstance(loss, numbers.Real):
             self._observed_loss = float(loss)
         else:
             raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")

@@ -32,8 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_size": 128,
         "vocab_size": 2048,
         "max_steps": 2400,
-        # Tried at 1 M tokens, one seed each: batch 16 with floors 0.1/0.2/0.4 ended at 5.96/5.68/6.01 nats, batch 8
-        # and 4 with floor 0.2 at 5.33 and 5.27 (docs/results/tiny_preset.md).
+        # Tried at 1 M tokens, one seed each: batch 16 with floors 0.1/0.2/0.4 ended at 5.96/5.69/6.01 nats, batch 8
+        # and 4 with floor 0.2 at 5.33 and 5.26 (docs/results/tiny_preset.md).
         "per_device_train_batch_size": 8,
         "elra_min_step_norm": 0.2,
         "per_device_eval_batch_size": 32,

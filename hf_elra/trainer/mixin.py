@@ -12,8 +12,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import find_batch_size
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.optim import ELRA
@@ -90,10 +90,10 @@ class ElraTrainerMixin(_Base):
     def _finish_group(self) -> None:
         loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
         self._group_loss, self._group_samples, self._group_tokens = 0.0, 0, 0
-        if self.accelerator.num_processes > 1:
-            counts = torch.tensor([samples, tokens], device=loss.device)
-            loss = self.accelerator.reduce(loss, reduction="mean")
-            samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if (processes := self.accelerator.num_processes) > 1:
+            told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
+            total = self.accelerator.reduce(told, reduction="sum").tolist()
+            loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
         self.elra_callback.count(samples, tokens)
         if (optimizer := self.elra_optimizer) is not None:
             optimizer.observe_loss(loss)
@@ -103,6 +103,11 @@ class ElraTrainerMixin(_Base):
     def get_train_dataloader(self):
         """The stock data loader, without the last incomplete batch of an epoch (paper, section 3.5)."""
         if not self._skips_last_batch():
+            if self.elra_active and self.elra_settings.elra_skip_last_batch and self.train_dataset is not None:
+                logger.warning(
+                    "The training data are less than one batch of %d: the incomplete batch is used all the same.",
+                    self._train_batch_size * self.args.world_size,
+                )
             return super().get_train_dataloader()
         kept = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = True
@@ -117,14 +122,7 @@ class ElraTrainerMixin(_Base):
         if not has_length(self.train_dataset):
             return True
         batch = self._train_batch_size * self.args.world_size
-        if len(self.train_dataset) >= batch:
-            return True
-        logger.warning(
-            "The training data (%d samples) are less than one batch of %d: the incomplete batch is used all the same.",
-            len(self.train_dataset),
-            batch,
-        )
-        return False
+        return len(self.train_dataset) >= batch
 
     def set_initial_training_values(self, args, dataloader):
         """Stock counts, without the incomplete group of micro-batches at the end of an epoch."""

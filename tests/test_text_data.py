@@ -138,6 +138,13 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_sentencepiece_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr("hf_elra.recipes.text_data.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install sentencepiece"):
+        load_tokenizer(str(tmp_path / "tokenizer.model"))
+
+
 def test_unigram_entropy_in_nats():
     blocks = Dataset.from_dict({"input_ids": [[1, 1, 2, 2], [3, 3, 4, 4]]})
     assert unigram_entropy(blocks) == pytest.approx(math.log(4))

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if name_or_path.endswith(".model"):
             if not Path(name_or_path).is_file():
                 raise OSError("no such file")
+            if find_spec("sentencepiece") is None:
+                raise OSError("it needs the sentencepiece package (pip install sentencepiece)")
             tokenizer = LlamaTokenizer.from_pretrained(str(Path(name_or_path).parent))
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)

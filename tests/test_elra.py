@@ -563,6 +563,8 @@ def test_deepcopy_continues_like_the_original():
     noisy_run(twin, twin_optimizer, torch.Generator().manual_seed(1), 5)
     assert torch.equal(model.weight, twin.weight)
     assert optimizer.alpha == twin_optimizer.alpha
+    with pytest.warns(UserWarning, match="not told the loss"):
+        copy.deepcopy(optimizer).step()
 
 
 # ---- bad input ----

@@ -131,6 +131,8 @@ class ELRA(torch.optim.Optimizer):
     """
 
     direction: Direction = staticmethod(gradient_direction)
+    _observed_loss: Tensor | float | None = None
+    _warned_no_loss = False
 
     def __init__(
         self,
@@ -153,8 +155,6 @@ class ELRA(torch.optim.Optimizer):
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_settings(settings)
         settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
-        self._observed_loss: Tensor | float | None = None
-        self._warned_no_loss = False
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite; ``step_size`` is the step last taken.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, "step_size": 0.0})
         self.param_groups[0]["control"] = {

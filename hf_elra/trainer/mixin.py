@@ -46,6 +46,11 @@ class ElraTrainerMixin(_Base):
     ``learning_rate`` there is the α in force. With any other optimizer only the counting is added.
     """
 
+    _group_loss: Any = 0.0
+    _group_samples = 0
+    _group_tokens = 0
+    _full_batch = 0  # samples in a whole micro-batch of an iterable data set, as far as seen
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.prepare_elra()
@@ -56,8 +61,6 @@ class ElraTrainerMixin(_Base):
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
             prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
-        self._group_loss: Any = 0.0
-        self._group_samples = self._group_tokens = 0
         self.add_callback(ElraCallback(self.elra_settings.elra_control_cycle))
 
     @property
@@ -87,9 +90,13 @@ class ElraTrainerMixin(_Base):
             self._finish_group()
         return loss
 
+    def _start_group(self) -> None:
+        self._group_loss = 0.0
+        self._group_samples = self._group_tokens = 0
+
     def _finish_group(self) -> None:
         loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
-        self._group_loss, self._group_samples, self._group_tokens = 0.0, 0, 0
+        self._start_group()
         if (processes := self.accelerator.num_processes) > 1:
             told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
@@ -139,15 +146,16 @@ class ElraTrainerMixin(_Base):
         return epochs, whole, examples, max_steps * batch, batch, whole * accumulation, max_steps
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Stock micro-batches of one update; a short last batch of an iterable data set is dropped."""
+        """Stock micro-batches of one update; an incomplete last group of an iterable data set is skipped."""
+        self._start_group()  # whatever an interrupted group left behind
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if has_length(self.train_dataset) or not batches or not self._skips_last_batch():
             return batches, num_items
-        size = find_batch_size(batches[-1])
-        self._full_batch = max(size or 0, find_batch_size(batches[0]) or 0, getattr(self, "_full_batch", 0))
-        if self.accelerator.gradient_state.end_of_dataloader and (size or 0) < self._full_batch:
-            batches = batches[:-1]
-            num_items = self._get_num_items_in_batch(batches, device)
+        sizes = [find_batch_size(batch) or 0 for batch in batches]
+        self._full_batch = max(*sizes, self._full_batch)
+        at_the_end = self.accelerator.gradient_state.end_of_dataloader
+        if at_the_end and (len(batches) < num_batches or sizes[-1] < self._full_batch):
+            return [], None
         return batches, num_items
 
     # ---- logs ----

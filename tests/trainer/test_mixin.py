@@ -231,9 +231,12 @@ def test_short_last_batch_of_an_iterable_data_set_is_skipped(tmp_path):
         def __iter__(self):
             return iter(token_rows(21))
 
-    run = trainer(tmp_path, rows=Stream(), per_device_train_batch_size=4, max_steps=5)
+    run = trainer(tmp_path, rows=Stream(), per_device_train_batch_size=4, max_steps=12)
     run.train()
-    assert run.elra_callback.samples == 20
+    assert (run.state.global_step, run.elra_callback.samples) == (12, 48)  # 5 whole batches a pass
+    run = trainer(tmp_path, rows=Stream(), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=5)
+    run.train()
+    assert (run.state.global_step, run.elra_callback.samples) == (5, 40)  # 2 whole groups a pass
 
 
 def test_control_cycles_end_and_give_statistics(tmp_path):

@@ -20,7 +20,15 @@ from transformers import PrinterCallback, set_seed
 
 from hf_elra import ConfigurationError, ElraTrainer
 from hf_elra.recipes import babyllama, text_data
-from hf_elra.recipes.run_folder import LOG, METRICS, SAMPLE, check_run_folder, start_run, write_json
+from hf_elra.recipes.run_folder import (
+    LOG,
+    METRICS,
+    SAMPLE,
+    AlreadyFinished,
+    check_run_folder,
+    start_run,
+    write_json,
+)
 from hf_elra.report.model_card import build_model_card
 from hf_elra.report.table import training_table
 from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
@@ -70,8 +78,6 @@ def main(words: list[str]) -> int:
             f"{model.num_parameters():,} parameters; {texts.name}: {len(train) * recipe.block_size:,} training tokens "
             f"of {len(tokenizer):,} kinds; unigram entropy of the validation text {entropy:.4f} nats per token"
         )
-        if checkpoint:
-            print(f"going on from {checkpoint}")
     trainer.accelerator.wait_for_everyone()
 
     try:
@@ -101,6 +107,7 @@ def main(words: list[str]) -> int:
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "updates": trainer.state.global_step,
         "parameters": model.num_parameters(),
+        "resumed_from": checkpoint,
         "train_seconds": result.metrics["train_runtime"],
         "tokens_per_second": progress.tokens / result.metrics["train_runtime"],
         "command": babyllama.command_line(),
@@ -118,9 +125,11 @@ def main(words: list[str]) -> int:
     write_json(Path(folder, METRICS), metrics)
 
     print(f"\n{table}\n\n{sample}\n")
+    since = " since the last resume" if checkpoint else ""
     print(
         f"validation loss {loss:.4f} nats per token (perplexity {math.exp(loss):.2f}); "
-        f"unigram entropy {entropy:.4f}; {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"
+        f"unigram entropy {entropy:.4f}; {metrics['train_seconds']:.0f} s, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s{since}"
     )
     print(f"model, tokenizer, {METRICS}, {SAMPLE} and training.md are in {folder}")
     if recipe.model_card:
@@ -134,6 +143,8 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except AlreadyFinished as notice:
+        print(notice)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ import torch
 
 from hf_elra import ConfigurationError
 from hf_elra.recipes.babyllama import FAMILIES, build_model, parse_arguments, settings_for
-from hf_elra.recipes.run_folder import METRICS, SETTINGS, check_run_folder, start_run
+from hf_elra.recipes.run_folder import METRICS, SETTINGS, AlreadyFinished, check_run_folder, start_run
 
 
 class Pieces:
@@ -43,6 +43,7 @@ def test_every_value_can_be_overridden():
     assert training.elra_control_cycle == "45000sp"
     assert training.output_dir == "runs/babyllama-15m"
     assert parse_arguments(["--num_train_epochs", "2"])[1].max_steps == -1
+    assert parse_arguments(["--optim", "sgd"])[1].elra_min_step_norm is None  # the preset's floor is ELRA's alone
 
 
 @pytest.mark.parametrize(
@@ -82,17 +83,17 @@ def test_adamw_is_set_as_usual():
         ("--max_steps many", "invalid int value: 'many'"),
         ("--fp16", "fp16=True cannot be used with ELRA"),
         ("--deepspeed ds.json", "deepspeed cannot be used with ELRA"),
-        ("--no_such_flag 1", "no_such_flag"),
+        ("--max_step 1", "unknown argument --max_step. Did you mean '--max_steps'"),
     ],
 )
 def test_wrong_flags(words, message):
-    with pytest.raises((ConfigurationError, ValueError), match=message):
+    with pytest.raises(ConfigurationError, match=message):
         parse_arguments(words.split())
 
 
 # ---- the output folder ----
 
-SOME = {"optim": "elra", "seed": 1}
+SOME = {"optim": "elra", "seed": 1, "max_steps": 10}
 
 
 def interrupted(folder, checkpoint=True):
@@ -137,8 +138,9 @@ def test_interrupted_run(tmp_path):
     assert check(folder, resume=True).endswith("checkpoint-3")
     assert check(folder, resume=True, overwrite=True).endswith("checkpoint-3")
     assert check(folder, overwrite=True) is None
-    with pytest.raises(ConfigurationError, match="other settings .seed 1 -> 2."):
+    with pytest.raises(ConfigurationError, match="changed: seed 1 -> 2"):
         check(folder, {**SOME, "seed": 2}, resume=True)
+    assert check(folder, {**SOME, "max_steps": 20}, resume=True).endswith("checkpoint-3")  # longer is no other run
     assert check(folder, {**SOME, "seed": 2}, resume=True, overwrite=True) is None
     with pytest.raises(ConfigurationError, match="before its first checkpoint"):
         check(interrupted(tmp_path / "early", checkpoint=False), resume=True)
@@ -149,6 +151,9 @@ def test_finished_run(tmp_path):
     for given in ({}, {"resume": True}):
         with pytest.raises(ConfigurationError, match="a finished run; pass --overwrite"):
             check(folder, **given)
-    assert check(folder, resume=True, overwrite=True) is None
+    with pytest.raises(AlreadyFinished, match="holds this run, finished"):
+        check(folder, resume=True, overwrite=True)
+    assert check(folder, {**SOME, "max_steps": 20}, resume=True, overwrite=True) is None
+    assert check(folder, overwrite=True) is None
     start_run(folder, SOME, None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS]

@@ -24,6 +24,7 @@ METRICS = {
     "tokens_seen": 2000,
     "updates": 2,
     "parameters": 1234,
+    "resumed_from": None,
     "train_seconds": 3.0,
     "tokens_per_second": 667.0,
     "command": "python train.py",

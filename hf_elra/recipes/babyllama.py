@@ -6,18 +6,20 @@ and tokenizers are in ``text_data.py``; the run itself is ``scripts/train_babyll
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.recipes.text_data import PYTHON_DOCS
 from hf_elra.trainer import ElraTrainingArguments
-from hf_elra.trainer.arguments import OPTIMIZERS
+from hf_elra.trainer.arguments import OPTIMIZERS, OneLineParser
 
 # Every name below is a flag of the script; a flag given by the user wins.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,8 +97,8 @@ class BabyLlamaArguments:
         sample_tokens (int): length of the sample.
         model_card (str): where to write a model card.
         resume (bool): go on from the last checkpoint of an interrupted run.
-        overwrite (bool): replace what is in the output folder. With ``--resume`` too, a run that was interrupted goes
-            on and a finished one is replaced.
+        overwrite (bool): replace the run in the output folder. With ``--resume`` too: an interrupted run goes on, a
+            finished one is left alone, and only a run with other settings is replaced.
     """
 
     preset: str = field(default="tiny", metadata={"help": "tiny (minutes on two CPU cores) or 15m (stories15M)."})
@@ -128,13 +130,6 @@ class BabyLlamaArguments:
             )
 
 
-class _Parser(HfArgumentParser):
-    """Says what is wrong in one line instead of after a hundred lines of usage."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigurationError(f"{message} (--help lists all flags)")
-
-
 def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingArguments]:
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = _value_of("--preset", words, "tiny")
@@ -159,15 +154,15 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_steps": PRESETS[preset]["eval_steps"],
-        **PRESETS[preset],
+        **{name: value for name, value in PRESETS[preset].items() if optim in OPTIMIZERS or name[:5] != "elra_"},
         **{name: pick(value, preset) for name, value in settings_for(optim).items()},
     }
     dataclasses: Any = (BabyLlamaArguments, ElraTrainingArguments)
-    parser = _Parser(dataclasses, allow_abbrev=False)
+    parser = OneLineParser(dataclasses, allow_abbrev=False)
     parser.set_defaults(**defaults)
     if _given("--num_train_epochs", words) and not _given("--max_steps", words):
         parser.set_defaults(max_steps=-1)
-    recipe, training = parser.parse_args_into_dataclasses(words)
+    recipe, training = parser.parse(words)
     return recipe, training
 
 
@@ -251,6 +246,8 @@ def recorded_settings(recipe: BabyLlamaArguments, training: ElraTrainingArgument
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "seed",
+        "max_steps",
+        "num_train_epochs",
         "elra_min_step_norm",
         "elra_control_cycle",
         "elra_skip_last_batch",
@@ -261,5 +258,6 @@ def recorded_settings(recipe: BabyLlamaArguments, training: ElraTrainingArgument
 
 
 def command_line() -> str:
-    """The command that started this process, as a user would type it."""
-    return " ".join(["python", *sys.argv])
+    """The command that started this process, as a user can type it in the same folder."""
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, *sys.argv])

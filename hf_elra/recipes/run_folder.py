@@ -19,6 +19,14 @@ from hf_elra.errors import ConfigurationError
 SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
 
+LENGTH = ("max_steps", "num_train_epochs")
+"""Settings in which a resumed run may differ from the interrupted one."""
+
+
+class AlreadyFinished(Exception):
+    """The run that was asked for is there already; its text says so."""
+
+
 def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> str | None:
     """Decide, before any work, what happens to ``folder``; return the checkpoint to resume from, or None.
 
@@ -26,11 +34,12 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         folder: the output folder; it need not exist.
         settings: what decides the trajectory; a run is resumed only with the same.
         resume: go on with an interrupted run.
-        overwrite: replace a run that is there. With ``resume`` too, an interrupted run goes on, a finished one is
-            replaced.
+        overwrite: replace a run that is there. With ``resume`` too, an interrupted run goes on, a finished one is left
+            alone, and only a run with other settings is replaced.
 
     Raises:
         ConfigurationError: the folder cannot be used that way; nothing was touched.
+        AlreadyFinished: with both ``resume`` and ``overwrite``, there is nothing left to do.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -47,38 +56,39 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
             f"output_dir={folder!r} holds files that are no run of this script; choose another folder."
         )
     finished = (path / METRICS).is_file()
-    if resume and not finished:
-        before = json.loads((path / SETTINGS).read_text())
-        changed = [
-            f"{name} {before.get(name)!r} -> {settings.get(name)!r}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
-        if changed and not overwrite:
-            raise ConfigurationError(
-                f"output_dir={folder!r} holds an interrupted run with other settings ({'; '.join(changed)}); give the "
-                "same to resume it, or --overwrite to replace it."
-            )
-        checkpoint = get_last_checkpoint(folder)
-        if not changed and checkpoint is not None:
-            return checkpoint
-        if not overwrite:
-            raise ConfigurationError(
-                f"output_dir={folder!r} holds a run that was interrupted before its first checkpoint; "
-                "start it again with --overwrite."
-            )
+    before = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    changed = {name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
+    checkpoint = get_last_checkpoint(folder)
+    if resume and finished and overwrite and not changed:
+        raise AlreadyFinished(
+            f"output_dir={folder!r} holds this run, finished. To train again, remove the folder or pass --overwrite "
+            "without --resume."
+        )
+    if resume and not finished and not changed - set(LENGTH) and checkpoint is not None:
+        return checkpoint
+    if overwrite:
         return None
-    if not overwrite:
-        state = "a finished run" if finished else "an interrupted run"
+    state = "a finished run" if finished else "an interrupted run"
+    if not resume:
         remedy = "--overwrite to replace it" if finished else "--resume to go on with it, --overwrite to replace it"
-        raise ConfigurationError(f"output_dir={folder!r} holds {state}; pass {remedy}, or choose another folder.")
-    return None
+    elif finished:
+        remedy = "--overwrite to replace it; there is nothing to resume"
+    elif changed - set(LENGTH):
+        shown = "; ".join(f"{name} {before.get(name)!r} -> {settings.get(name)!r}" for name in sorted(changed))
+        remedy = f"the settings it had to resume it, or --overwrite to replace it (changed: {shown})"
+    else:
+        remedy = "--overwrite to replace it; it was interrupted before its first checkpoint"
+    raise ConfigurationError(f"output_dir={folder!r} holds {state}; pass {remedy}, or choose another folder.")
 
 
 def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> None:
-    """Empty the folder unless a run goes on from ``checkpoint``, and write down the settings."""
+    """Empty the folder unless a run goes on from ``checkpoint``, saying so, and write down the settings."""
     path = Path(folder)
-    if checkpoint is None:
+    if checkpoint is not None:
+        print(f"going on from {checkpoint}")
+    else:
+        if (path / SETTINGS).is_file():
+            print(f"replacing the run in {folder}")
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     write_json(path / SETTINGS, settings)

@@ -225,34 +225,32 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_siz
         block_size: tokens in a block.
         what: what these documents are, for the error.
 
+    Raises:
+        ConfigurationError: the text is shorter than one block.
+
     Returns:
         A data set with one column ``input_ids``, each row a list of ``block_size`` integers; cached on disk by content.
     """
+    tokens = 0
+    for document in documents:
+        tokens += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        if tokens >= block_size:
+            break
+    else:
+        raise ConfigurationError(
+            f"the {what} text has {tokens} tokens, fewer than one block of {block_size}; "
+            "give more text or lower --block_size."
+        )
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
     state = {"format": _BLOCK_FORMAT, "text": digest.hexdigest(), "tokenizer": _tokenizer_key(tokenizer)}
-    try:
-        return Dataset.from_generator(
-            _blocks,
-            features=Features({"input_ids": List(Value("int32"))}),
-            gen_kwargs={"source": _Source(documents, tokenizer, state), "block_size": block_size},
-        )
-    except DatasetGenerationError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, _TooShort):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise ConfigurationError(
-            f"the {what} text has {cause} tokens, fewer than one block of {block_size}; "
-            "give more text or lower --block_size."
-        ) from None
-
-
-class _TooShort(ValueError):
-    """Fewer tokens than one block; its text is their number."""
+    return Dataset.from_generator(
+        _blocks,
+        features=Features({"input_ids": List(Value("int32"))}),
+        gen_kwargs={"source": _Source(documents, tokenizer, state), "block_size": block_size},
+    )
 
 
 class _Source:
@@ -273,18 +271,14 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _blocks(source: _Source, block_size: int) -> Iterator[dict[str, list[int]]]:
     buffer: list[int] = []
-    yielded = False
     documents = iter(source.documents)
     while batch := list(islice(documents, 256)):
         encoded = source.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         buffer.extend(chain.from_iterable([*ids, source.tokenizer.eos_token_id] for ids in encoded))
         whole = len(buffer) - len(buffer) % block_size
         for start in range(0, whole, block_size):
-            yielded = True
             yield {"input_ids": buffer[start : start + block_size]}
         buffer = buffer[whole:]
-    if not yielded:
-        raise _TooShort(len(buffer))
 
 
 def unigram_entropy(blocks: Dataset) -> float:

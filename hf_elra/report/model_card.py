@@ -56,7 +56,8 @@ def build_model_card(folder: str) -> ModelCard:
         "validation loss": f"{metrics['validation_loss']:.4f} nats per token",
         "perplexity": f"{metrics['perplexity']:.2f}",
         "unigram entropy of the validation text": f"{metrics['unigram_entropy']:.4f} nats per token",
-        "training time": f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s",
+        "training time": f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"
+        + (" since the last resume" if metrics["resumed_from"] else ""),
         "machine": metrics["machine"],
         "versions": ", ".join(f"{package} {version}" for package, version in metrics["versions"].items()),
         "seed": str(settings["seed"]),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import HfArgumentParser
 from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import TrainingArguments
@@ -82,8 +83,12 @@ class ElraSettings:
     def of(cls, args: Any) -> ElraSettings:
         """Return the settings in force for ``args``: the launcher's, else those of ``args``, else the defaults."""
         LAUNCHER_FLAGS.honoured = True
-        given = LAUNCHER_FLAGS.values
-        return cls(**{f.name: given.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
+        taken = LAUNCHER_FLAGS.values
+        return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
+
+    def given(self) -> list[str]:
+        """Return the names of the settings that are not at their defaults."""
+        return [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
 
 
 @dataclass
@@ -116,6 +121,22 @@ class ElraTrainingArguments(ElraSettings, TrainingArguments):
 @dataclass
 class ElraSeq2SeqTrainingArguments(ElraTrainingArguments, Seq2SeqTrainingArguments):
     """``Seq2SeqTrainingArguments`` with the defaults and flags of :class:`ElraTrainingArguments`."""
+
+
+class OneLineParser(HfArgumentParser):
+    """An ``HfArgumentParser`` that says what is wrong in one line, raised, instead of after a page of usage."""
+
+    def error(self, message: str) -> Any:  # noqa: D102
+        raise ConfigurationError(f"{message}.")
+
+    def parse(self, words: list[str]) -> tuple[Any, ...]:
+        """Parse all of ``words``; a flag that is not known is an error with the nearest one that is."""
+        *results, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            valid = [option for action in self._actions for option in action.option_strings]
+            raise ConfigurationError(f"unknown argument {flag}.{nearest(flag, valid)} --help lists all flags.")
+        return tuple(results)
 
 
 def uses_elra(args: Any) -> bool:

@@ -8,15 +8,15 @@ the ``--elra_*`` flags out of the arguments and runs the script as ``__main__``.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import runpy
 import sys
 
-from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.trainer.arguments import LAUNCHER_FLAGS, OPTIMIZERS, ElraSettings
+from hf_elra.trainer.arguments import LAUNCHER_FLAGS, OPTIMIZERS, ElraSettings, OneLineParser
 
 USAGE = "usage: hf-elra run [-m] SCRIPT_OR_MODULE [ARGS ...]   (ARGS may hold --elra_* flags the script does not know)"
 
@@ -32,13 +32,15 @@ def run(words: list[str]) -> int:
     try:
         remaining = take_elra_flags(arguments)
         check_optimizer_name(remaining)
-        if not is_module and not os.path.isfile(target):
-            raise ConfigurationError(f"script {target!r} does not exist; for a module write: hf-elra run -m {target}")
         sys.argv = [target, *remaining]
         if is_module:
             sys.path.insert(0, os.getcwd())
+            check_module(target)
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
+            if not os.path.isfile(target):
+                hint = "" if target.endswith(".py") else f" For a module write: hf-elra run -m {target}"
+                raise ConfigurationError(f"script {target!r} does not exist.{hint}")
             sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
             runpy.run_path(target, run_name="__main__")
     except ConfigurationError as error:
@@ -48,6 +50,16 @@ def run(words: list[str]) -> int:
         given = ", ".join(f"--{name}" for name in LAUNCHER_FLAGS.values)
         print(f"hf-elra: warning: {given} had no effect: no Trainer ran with --optim elra.", file=sys.stderr)
     return 0
+
+
+def check_module(name: str) -> None:
+    """Raise a ConfigurationError if there is no module of this name to run."""
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if not found:
+        raise ConfigurationError(f"module {name!r} cannot be found here or among the installed packages.")
 
 
 def take_elra_flags(words: list[str]) -> list[str]:
@@ -75,8 +87,8 @@ def take_elra_flags(words: list[str]) -> list[str]:
             ours.append(words[position])
             position += 1
     if ours:
-        parser = HfArgumentParser(ElraSettings, prog="hf-elra run")  # type: ignore[arg-type]
-        (settings,) = parser.parse_args_into_dataclasses(ours)
+        parser = OneLineParser(ElraSettings)  # type: ignore[arg-type]
+        (settings,) = parser.parse(ours)
         LAUNCHER_FLAGS.values = {name: getattr(settings, name) for name in names}
     return rest
 

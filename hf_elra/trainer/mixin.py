@@ -61,6 +61,12 @@ class ElraTrainerMixin(_Base):
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
             prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
+        elif without_effect := self.elra_settings.given():
+            logger.warning(
+                "%s has no effect with optim=%s.",
+                ", ".join(without_effect),
+                getattr(self.args.optim, "value", self.args.optim),
+            )
         self.add_callback(ElraCallback(self.elra_settings.elra_control_cycle))
 
     @property

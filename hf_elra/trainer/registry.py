@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, uses_elra
+from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, refuse_unusable, uses_elra
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -55,6 +55,7 @@ def _wrap(initialise: Any) -> Any:
         # Wrong settings are refused before the Trainer makes folders or moves models.
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("args") is not None and uses_elra(given["args"]):
+            refuse_unusable(fp16=given["args"].fp16, deepspeed=bool(given["args"].deepspeed))
             optimizer_arguments(given["args"], given.get("model"))
         initialise(self, *args, **kwargs)
         if not isinstance(self, ElraTrainerMixin) and trains_with_elra(self):

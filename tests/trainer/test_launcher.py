@@ -111,6 +111,7 @@ def test_module(tmp_path, monkeypatch):
         (["--optim", "elra", "--optim_args", "c=2"], "'c' is no argument of ELRA"),
         (["--optim", "elra", "--elra_control_cycle", "soon"], "elra_control_cycle='soon'"),
         (["--optim", "elra", "--fp16", "true"], "fp16=True cannot be used"),
+        (["--optim", "elra", "--elra_min_step_norm", "big"], "elra_min_step_norm"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, message):
@@ -125,6 +126,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, messag
 def test_missing_script(capsys):
     assert run(["no_such_script.py"]) == 2
     assert "'no_such_script.py' does not exist" in capsys.readouterr().err
+    assert run(["-m", "no_such.module"]) == 2
+    assert "module 'no_such.module' cannot be found" in capsys.readouterr().err
+    assert run(["trl.scripts.sft"]) == 2
+    assert "write: hf-elra run -m trl.scripts.sft" in capsys.readouterr().err
     assert run([]) == 2
     assert run(["--help"]) == 0
 

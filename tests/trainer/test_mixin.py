@@ -327,6 +327,11 @@ def test_with_another_optimizer_nothing_changes(tmp_path):
     assert torch.equal(*points)
 
 
+def test_flags_without_effect_are_named(tmp_path, caplog_warnings):
+    trainer(tmp_path, optim="adamw_torch", elra_min_step_norm=0.3)
+    assert "elra_min_step_norm has no effect with optim=adamw_torch" in caplog_warnings.text
+
+
 def test_trackers_get_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,10 @@ def test_run_writes_what_it_promises(tmp_path, story):
     code, _, error = finish(*SMALL, "--train_file", story, "--output_dir", str(folder))
     assert code == 2
     assert "holds a finished run; pass --overwrite" in error
+    code, output, _ = finish(*SMALL, "--train_file", story, "--output_dir", str(folder), "--resume", "--overwrite")
+    assert code == 0
+    assert "holds this run, finished" in output
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
 def test_interrupted_run_saves_and_its_command_resumes_it(tmp_path, story):
@@ -80,10 +85,10 @@ def test_interrupted_run_saves_and_its_command_resumes_it(tmp_path, story):
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    command = re.search(r"Go on with:\n  (.+)", output)[1].split()
+    command = shlex.split(re.search(r"Go on with:\n  (.+)", output)[1])
     assert command[-1] == "--resume"
     resumed = subprocess.run(
-        [sys.executable, *command[1:]],
+        command,
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class ElraTrainerMixin(_Base):
     _group_loss: Any = 0.0
     _group_samples = 0
     _group_tokens = 0
+    _loss_is_divided: bool | None = None
     _full_batch = 0  # samples in a whole micro-batch of an iterable data set, as far as seen
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +88,8 @@ class ElraTrainerMixin(_Base):
         """Run a micro-batch; after the last one of an update tell the optimizer the update's mean loss."""
         samples = find_batch_size(inputs) or 0
         tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(inputs, "get") else None
+        if self.elra_active and not self._divides_by_items(model, inputs, num_items_in_batch):
+            num_items_in_batch = None
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
         # the mean.
@@ -95,6 +99,36 @@ class ElraTrainerMixin(_Base):
         if self.accelerator.sync_gradients:
             self._finish_group()
         return loss
+
+    def _divides_by_items(self, model: Any, inputs: Any, num_items: Any) -> bool:
+        """Whether the loss really is divided by ``num_items_in_batch``; found by trial, once.
+
+        Many models accept the argument and ignore it (BERT's classifiers, for one). Transformers then takes the sum
+        of the micro-batches' mean losses, times the number of processes, for the mean. Without the argument it divides
+        by their number, which is right for them. A loss that a subclass computes itself is the subclass's word.
+        """
+        alone = self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        stock = (
+            type(self).compute_loss is Trainer.compute_loss and type(self)._prepare_inputs is Trainer._prepare_inputs
+        )
+        if num_items is None or alone or not stock or self.compute_loss_func is not None:
+            return True
+        if self._loss_is_divided is None:
+            was_training = model.training
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            model.eval()
+            with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
+                prepared = self._prepare_inputs(inputs)
+                losses: list[Any] = [
+                    self.compute_loss(model, dict(prepared), num_items_in_batch=number)
+                    for number in (num_items, 2 * num_items)
+                ]
+            once, twice = (float(loss.mean()) for loss in losses)
+            model.train(was_training)
+            if once == 0 or not math.isfinite(once):  # says nothing
+                return True
+            self._loss_is_divided = not math.isclose(once, twice, rel_tol=1e-2)
+        return self._loss_is_divided
 
     def _start_group(self) -> None:
         self._group_loss = 0.0

@@ -63,6 +63,32 @@ def test_accumulated_micro_batches_give_the_true_mean_loss(tmp_path, rows):
         torch.testing.assert_close(points, results[0][1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [{}, {"label_smoothing_factor": 0.1}])
+def test_models_that_ignore_the_number_of_items_are_divided_by_the_micro_batches(tmp_path, given):
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"][0] // 32} for row in token_rows(48)]
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        model = classifier()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        seen = LossesSeen()
+        run = trainer(
+            tmp_path,
+            model=model,
+            rows=rows,
+            callbacks=[seen],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=6,
+            **given,
+        )
+        run.train()
+        results.append((torch.tensor(seen.losses), weights(run.model)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
+
+
 def test_loss_told_is_the_mean_over_target_tokens(tmp_path):
     rows = token_rows(8, unequal=True)
     seen = LossesSeen()

@@ -1,6 +1,7 @@
-"""Control cycles and loss statistics: plain Python, knows neither torch nor Hugging Face."""
+"""Control cycles, loss statistics and the batch size: plain Python, knows neither torch nor Hugging Face."""
 
+from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.control.cycle import ControlCycle
 from hf_elra.control.statistics import LossStatistics
 
-__all__ = ["ControlCycle", "LossStatistics"]
+__all__ = ["BatchDecision", "BatchSchedule", "BatchSizeController", "ControlCycle", "LossStatistics"]

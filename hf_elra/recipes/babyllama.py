@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.recipes.text_data import PYTHON_DOCS
-from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer import ElraSettings, ElraTrainingArguments
 from hf_elra.trainer.arguments import OPTIMIZERS, OneLineParser
 
 # Every name below is a flag of the script; a flag given by the user wins.
@@ -248,9 +248,7 @@ def recorded_settings(recipe: BabyLlamaArguments, training: ElraTrainingArgument
         "seed",
         "max_steps",
         "num_train_epochs",
-        "elra_min_step_norm",
-        "elra_control_cycle",
-        "elra_skip_last_batch",
+        *(f.name for f in fields(ElraSettings)),
     ):
         value = getattr(training, name)
         settings[name] = getattr(value, "value", value)

@@ -32,6 +32,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"elra": ELRA}
 """Every ``--optim`` name of this package."""
 
 
+BATCH_CONTROLS = ("off", "elra", "schedule")
+LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
+
+
 @dataclass
 class LauncherFlags:
     """The ``--elra_*`` flags that the launcher took from the command line; they win over arguments.
@@ -45,7 +49,6 @@ class LauncherFlags:
 
 LAUNCHER_FLAGS = LauncherFlags()
 
-LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 _LANGUAGE_MODEL_CLASSES = frozenset(
     name
     for mapping in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
@@ -64,6 +67,15 @@ class ElraSettings:
         elra_control_cycle (str): the stretch of training whose losses judge the next one's: ``45000sp`` (samples),
             ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``"1ep"``.
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
+        elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
+            (section 3.3), with any optimizer; ``schedule``: as ``elra_batch_schedule`` says. Default: ``off``.
+        elra_batch_growth (float): factor of a change. Default: 1.5.
+        elra_max_batch_size (int, optional): most samples of an update, over all processes. Default: no limit.
+        elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
+            ``gradient_accumulation_steps``.
+        elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4). Default: False.
+        elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
+            ``0:1,0.5:2,0.75:4``.
     """
 
     elra_min_step_norm: float | None = field(
@@ -78,6 +90,19 @@ class ElraSettings:
         default=True,
         metadata={"help": "Skip the last, incomplete batch of an epoch."},
     )
+    elra_batch_control: str = field(
+        default="off",
+        metadata={"help": "Who decides the batch size: off, elra or schedule.", "choices": BATCH_CONTROLS},
+    )
+    elra_batch_growth: float = field(default=1.5, metadata={"help": "Factor of a change of the batch size."})
+    elra_max_batch_size: int | None = field(default=None, metadata={"help": "Most samples of an update."})
+    elra_initial_accumulation: int | None = field(
+        default=None, metadata={"help": "Micro-batches of the first updates."}
+    )
+    elra_gradient_decay: bool = field(default=False, metadata={"help": "Scale gradients by m_0/m."})
+    elra_batch_schedule: str | None = field(
+        default=None, metadata={"help": "Multiples of the first batch over training: 0:1,0.5:2,0.75:4."}
+    )
 
     @classmethod
     def of(cls, args: Any) -> ElraSettings:
@@ -86,9 +111,12 @@ class ElraSettings:
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
-    def given(self) -> list[str]:
-        """Return the names of the settings that are not at their defaults."""
-        return [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
+    def given_for_elra_only(self) -> list[str]:
+        """Return the names of settings that were changed and do nothing for another optimizer."""
+        changed = [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
+        if self.elra_batch_control == "off":
+            return changed
+        return [name for name in changed if name in ("elra_min_step_norm", "elra_skip_last_batch")]
 
 
 @dataclass
@@ -142,6 +170,12 @@ class OneLineParser(HfArgumentParser):
 def uses_elra(args: Any) -> bool:
     """Return whether ``args.optim`` names one of this package's optimizers."""
     return str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
+
+
+def wants_batch_control(args: Any) -> bool:
+    """Return whether the batch size is to be controlled, for whatever optimizer."""
+    own = getattr(args, "elra_batch_control", "off")
+    return LAUNCHER_FLAGS.values.get("elra_batch_control", own) != "off"
 
 
 def is_language_model(model: Any) -> bool:

@@ -5,13 +5,14 @@ Callbacks here count and trigger; what a cycle's end decides is the optimizer's 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from hf_elra.control import ControlCycle
+from hf_elra.control import ControlCycle, LossStatistics
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -22,50 +23,78 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 class ElraCallback(TrainerCallback, ExportableState):
-    """Counts samples and tokens over all processes and tells the optimizer when a control cycle is over.
+    """Counts samples and tokens over all processes, and ends control cycles.
 
-    Its counts are part of every checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on
-    resume.
+    Its counts, the running cycle's losses, the position in the data and the batch-size controller are part of every
+    checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. The Trainer sets
+    ``trainer`` whenever it looks the callback up.
 
     Args:
         control_cycle (str): length of a cycle, e.g. ``"1ep"``.
     """
 
+    trainer: Any = None
+
     def __init__(self, control_cycle: str = "1ep") -> None:
         self.control_cycle = control_cycle
         self.samples = 0
         self.tokens = 0
+        self.cycle_losses: list[Any] = [0, 0.0, 0.0]  # count, mean, squared deviations
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
+        self._group_size = 1
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {
-            "args": {"control_cycle": self.control_cycle},
-            "attributes": {"samples": self.samples, "tokens": self.tokens},
-        }
+        attributes = {"samples": self.samples, "tokens": self.tokens, "cycle_losses": self.cycle_losses}
+        if self.trainer is not None and self.trainer.batch_controller is not None:
+            attributes["data_position"] = self.trainer.data_position()
+        return {"args": {"control_cycle": self.control_cycle}, "attributes": attributes}
 
-    def count(self, samples: int, tokens: int) -> None:
-        """Add one update's samples and tokens, summed over all processes."""
+    @classmethod
+    def saved_attributes(cls, state: Any) -> dict[str, Any]:
+        """Return the attributes in the checkpoint that is being resumed; empty for a fresh start."""
+        saved = state.stateful_callbacks.get(cls.__name__) if state.global_step else None
+        saved = saved[0] if isinstance(saved, list) else saved
+        return saved["attributes"] if saved else {}
+
+    def count(self, samples: int, tokens: int, loss: Any, group_size: int) -> None:
+        """Add one update: samples and tokens over all processes, its mean loss, its number of micro-batches."""
         self.samples += samples
         self.tokens += tokens
+        self._group_size = group_size
+        if self.trainer.batch_controller is not None and math.isfinite(value := float(loss)):
+            statistics = LossStatistics(*self.cycle_losses)
+            statistics.add(value)
+            self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        saved = saved[0] if isinstance(saved, list) else saved
-        attributes = saved["attributes"] if saved else {"samples": 0, "tokens": 0}
-        self.samples, self.tokens = attributes["samples"], attributes["tokens"]
+        saved = self.saved_attributes(state)
+        self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
+        self.cycle_losses = saved.get("cycle_losses", [0, 0.0, 0.0])
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already
 
+    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self.trainer.begin_epoch()
+
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        optimizer = unwrap_optimizer(kwargs["optimizer"])
-        if self._advance(state) and hasattr(optimizer, "end_cycle"):
-            optimizer.end_cycle()
+        if self._advance(state):
+            optimizer = unwrap_optimizer(kwargs["optimizer"])
+            if hasattr(optimizer, "end_cycle"):
+                optimizer.end_cycle()
+            statistics = LossStatistics(*self.cycle_losses)
+            if statistics.count:
+                self.cycle_losses = [0, 0.0, 0.0]
+                self.trainer.finish_cycle(statistics.mean, statistics.std)
+        self.trainer.correct_state(self._group_size)
 
     def _advance(self, state: Any) -> bool:
         return self._cycle.advance(
-            samples=self.samples, tokens=self.tokens, epochs=state.epoch or 0.0, updates=state.global_step
+            samples=self.samples,
+            tokens=self.tokens,
+            epochs=self.trainer.true_epoch(state),
+            updates=state.global_step,
         )
 
 

@@ -7,10 +7,11 @@ their checks are in ``arguments.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
@@ -20,13 +21,9 @@ from transformers.trainer_utils import has_length
 from hf_elra.optim import ELRA
 from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
+from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:  # so that type checkers know what self is; at run time it stands before any Trainer
-    _Base = Trainer
-else:
-    _Base = object
 
 
 def trains_with_elra(trainer: Trainer) -> bool:
@@ -39,7 +36,7 @@ def trains_with_elra(trainer: Trainer) -> bool:
     )
 
 
-class ElraTrainerMixin(_Base):
+class ElraTrainerMixin(DynamicBatchMixin):
     """Put in front of ``Trainer`` or a subclass of it: ``class MyTrainer(ElraTrainerMixin, SomeTrainer)``.
 
     With ``optim="elra"`` the optimizer is told the true mean loss of every update: over all micro-batches of the group
@@ -50,6 +47,7 @@ class ElraTrainerMixin(_Base):
     _group_loss: Any = 0.0
     _group_samples = 0
     _group_tokens = 0
+    _group_size = 0
     _loss_is_divided: bool | None = None
     _full_batch = 0  # samples in a whole micro-batch of an iterable data set, as far as seen
 
@@ -63,18 +61,26 @@ class ElraTrainerMixin(_Base):
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
             prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
-        elif without_effect := self.elra_settings.given():
+        elif without_effect := self.elra_settings.given_for_elra_only():
             logger.warning(
                 "%s has no effect with optim=%s.",
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.add_callback(ElraCallback(self.elra_settings.elra_control_cycle))
+        self.prepare_batch_control(self.elra_settings)
+        # First in the row, so that every other callback sees the corrected state.
+        self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.elra_control_cycle))
 
     @property
     def elra_callback(self) -> ElraCallback:
         """The callback that counts; looked up because resuming may replace callback objects."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, ElraCallback))
+        callbacks = self.callback_handler.callbacks
+        callback = next(c for c in callbacks if isinstance(c, ElraCallback))
+        if callbacks[0] is not callback:
+            callbacks.remove(callback)
+            callbacks.insert(0, callback)
+        callback.trainer = self
+        return callback
 
     @property
     def elra_optimizer(self) -> Any:
@@ -86,28 +92,39 @@ class ElraTrainerMixin(_Base):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run a micro-batch; after the last one of an update tell the optimizer the update's mean loss."""
-        samples = find_batch_size(inputs) or 0
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(inputs, "get") else None
-        if self.elra_active and not self._divides_by_items(model, inputs, num_items_in_batch):
+        micro_batches = inputs if isinstance(inputs, MicroBatchGroup) else [inputs]
+        counts = [self._count(batch) for batch in micro_batches]
+        if (self.elra_active or self.batch_controller is not None) and not self._divides_by_items(
+            model, micro_batches, num_items_in_batch
+        ):
             num_items_in_batch = None
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
         # the mean.
         self._group_loss = self._group_loss + loss.detach().float()
-        self._group_samples += samples
-        self._group_tokens += tokens.numel() if isinstance(tokens, torch.Tensor) else 0
+        self._group_samples += sum(samples for samples, _ in counts)
+        self._group_tokens += sum(tokens for _, tokens in counts)
+        self._group_size += len(micro_batches)
         if self.accelerator.sync_gradients:
             self._finish_group()
         return loss
 
-    def _divides_by_items(self, model: Any, inputs: Any, num_items: Any) -> bool:
+    def _count(self, batch: Any) -> tuple[int, int]:
+        """Samples and tokens of a micro-batch."""
+        main_input = batch.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(batch, "get") else None
+        tokens = main_input.numel() if isinstance(main_input, torch.Tensor) else 0
+        return find_batch_size(batch) or 0, tokens
+
+    def _divides_by_items(self, model: Any, micro_batches: list[Any], num_items: Any) -> bool:
         """Whether the loss really is divided by ``num_items_in_batch``; found by trial, once.
 
         Many models accept the argument and ignore it (BERT's classifiers, for one). Transformers then takes the sum
         of the micro-batches' mean losses, times the number of processes, for the mean. Without the argument it divides
         by their number, which is right for them. A loss that a subclass computes itself is the subclass's word.
         """
-        alone = self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        alone = (
+            len(micro_batches) == self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        )
         stock = (
             type(self).compute_loss is Trainer.compute_loss and type(self)._prepare_inputs is Trainer._prepare_inputs
         )
@@ -118,7 +135,7 @@ class ElraTrainerMixin(_Base):
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             model.eval()
             with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
-                prepared = self._prepare_inputs(inputs)
+                prepared = self._prepare_inputs(micro_batches[0])
                 losses: list[Any] = [
                     self.compute_loss(model, dict(prepared), num_items_in_batch=number)
                     for number in (num_items, 2 * num_items)
@@ -132,16 +149,16 @@ class ElraTrainerMixin(_Base):
 
     def _start_group(self) -> None:
         self._group_loss = 0.0
-        self._group_samples = self._group_tokens = 0
+        self._group_samples = self._group_tokens = self._group_size = 0
 
     def _finish_group(self) -> None:
-        loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
+        loss, samples, tokens, size = self._group_loss, self._group_samples, self._group_tokens, self._group_size
         self._start_group()
         if (processes := self.accelerator.num_processes) > 1:
             told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
             loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
-        self.elra_callback.count(samples, tokens)
+        self.elra_callback.count(samples, tokens, loss, size)
         if (optimizer := self.elra_optimizer) is not None:
             optimizer.observe_loss(loss)
 
@@ -174,6 +191,8 @@ class ElraTrainerMixin(_Base):
     def set_initial_training_values(self, args, dataloader):
         """Stock counts, without the incomplete group of micro-batches at the end of an epoch."""
         values = super().set_initial_training_values(args, dataloader)
+        if self.batch_controller is not None:
+            return values
         epochs, _, examples, _, batch, micro_batches, max_steps = values
         accumulation = args.gradient_accumulation_steps
         whole = micro_batches // accumulation
@@ -191,12 +210,32 @@ class ElraTrainerMixin(_Base):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if has_length(self.train_dataset) or not batches or not self._skips_last_batch():
             return batches, num_items
-        sizes = [find_batch_size(batch) or 0 for batch in batches]
+        in_group = isinstance(batches[0], MicroBatchGroup)
+        sizes = [find_batch_size(batch) or 0 for batch in (batches[0] if in_group else batches)]
         self._full_batch = max(*sizes, self._full_batch)
         at_the_end = self.accelerator.gradient_state.end_of_dataloader
         if at_the_end and (len(batches) < num_batches or sizes[-1] < self._full_batch):
             return [], None
         return batches, num_items
+
+    # ---- control cycles ----
+
+    def finish_cycle(self, mean: float, std: float) -> None:
+        """A control cycle is over: let the batch-size controller decide, and log what it decided."""
+        decision = self.end_batch_cycle(mean, std)
+        if decision is None:
+            return
+        size = decision.accumulation * self._train_batch_size * self.args.world_size
+        self.state.log_history.append(
+            {**dataclasses.asdict(decision), "batch_size": size, "step": self.state.global_step}
+        )
+        numbers = {"cycle_loss": mean, "cycle_std": std, "accumulation": decision.accumulation, "batch_size": size}
+        self.log({name: float(value) for name, value in numbers.items()})
+
+    def _init_training_state(self, *args, **kwargs):
+        position = super()._init_training_state(*args, **kwargs)
+        self.elra_callback  # noqa: B018 - tells the callback, which may be a new one, its Trainer
+        return position
 
     # ---- logs ----
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, refuse_unusable, uses_elra
+from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, refuse_unusable, uses_elra, wants_batch_control
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -58,7 +58,7 @@ def _wrap(initialise: Any) -> Any:
             refuse_unusable(fp16=given["args"].fp16, deepspeed=bool(given["args"].deepspeed))
             optimizer_arguments(given["args"], given.get("model"))
         initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin) and trains_with_elra(self):
+        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_batch_control(self.args)):
             trainer_class: Any = type(self)
             self.__class__ = with_elra(trainer_class)
             self.prepare_elra()

@@ -1,0 +1,176 @@
+"""The batch size that grows when noise dominates (ELRA, sections 3.3 and 3.4), in plain Python.
+
+The unit is the accumulation number m: an update uses m base batches. A controller is told the mean loss and its
+standard deviation at the end of every control cycle and answers with a :class:`BatchDecision`. How m base batches
+become one update is the Trainer's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from hf_elra.errors import ConfigurationError, nearest
+
+CONDITIONS = ("rise", "noise", "stall")
+"""Conditions (1) to (3) of section 3.3: the mean loss rose; its relative noise is large; no progress in 3 cycles."""
+
+CASCADE = 3
+"""Every third change divides instead of multiplying."""
+
+
+@dataclass(frozen=True)
+class BatchDecision:
+    """What was decided at the end of one control cycle.
+
+    Attributes:
+        cycle: number of the cycle, from 1.
+        mean: mean loss of the cycle.
+        std: standard deviation of the losses in it.
+        condition: the condition that held (the first in the order of ``CONDITIONS``), or None.
+        change: ``"grow"``, ``"shrink"`` (the cascade) or ``"keep"``.
+        accumulation: base batches of an update from now on.
+    """
+
+    cycle: int
+    mean: float
+    std: float
+    condition: str | None
+    change: str
+    accumulation: int
+
+
+@dataclass
+class BatchSizeController:
+    """Decides at the end of every control cycle how many base batches an update uses.
+
+    Args:
+        initial_accumulation: m_0, the smallest and first number of base batches; 2 for images, 1 for BabyLlama.
+        growth: factor of a change; 1.5 in the paper.
+        max_accumulation: m is never larger; None for no limit.
+        conditions: which of ``CONDITIONS`` count.
+
+    Raises:
+        ConfigurationError: an argument cannot be used.
+    """
+
+    initial_accumulation: int = 1
+    growth: float = 1.5
+    max_accumulation: int | None = None
+    conditions: tuple[str, ...] = CONDITIONS
+    exact: float = field(init=False)
+    changes: int = field(init=False, default=0)
+    decisions: list[BatchDecision] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.initial_accumulation < 1:
+            raise ConfigurationError(f"initial_accumulation={self.initial_accumulation} must be at least 1.")
+        if not (math.isfinite(self.growth) and self.growth > 1):
+            raise ConfigurationError(f"growth={self.growth!r} must be a number > 1 (1.5 in the paper).")
+        if self.max_accumulation is not None and self.max_accumulation < self.initial_accumulation:
+            raise ConfigurationError(
+                f"max_accumulation={self.max_accumulation} is below the first one, "
+                f"initial_accumulation={self.initial_accumulation}; raise the one or lower the other."
+            )
+        for condition in self.conditions:
+            if condition not in CONDITIONS:
+                raise ConfigurationError(
+                    f"condition {condition!r} is unknown.{nearest(condition, CONDITIONS)} Choose from "
+                    f"{', '.join(CONDITIONS)}."
+                )
+        self.exact = float(self.initial_accumulation)
+
+    @property
+    def accumulation(self) -> int:
+        """Base batches of an update: the exact m, rounded half up."""
+        return math.floor(self.exact + 0.5)
+
+    @property
+    def gradient_decay(self) -> float:
+        """m_0/m_t, the factor on the gradient of section 3.4."""
+        return self.initial_accumulation / self.accumulation
+
+    def end_cycle(self, mean: float, std: float) -> BatchDecision:
+        """Take a finished cycle's mean loss and standard deviation into account and decide."""
+        means = [decision.mean for decision in self.decisions[-3:]]
+        condition = next(
+            (name for name in CONDITIONS if name in self.conditions and _holds(name, mean, std, means)), None
+        )
+        change = "keep"
+        if condition is not None:
+            cascade = (self.changes + 1) % CASCADE == 0
+            target = self.exact / self.growth if cascade else self.exact * self.growth
+            target = max(target, float(self.initial_accumulation))
+            if self.max_accumulation is not None:
+                target = min(target, float(self.max_accumulation))
+            if target != self.exact or cascade:
+                change = "shrink" if cascade else "grow"
+                self.changes += 1
+                self.exact = target
+        decision = BatchDecision(len(self.decisions) + 1, mean, std, condition, change, self.accumulation)
+        self.decisions.append(decision)
+        return decision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as plain JSON values."""
+        return {
+            "exact": self.exact,
+            "changes": self.changes,
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.exact, self.changes = state["exact"], state["changes"]
+        self.decisions = [BatchDecision(**decision) for decision in state["decisions"]]
+
+
+def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bool:
+    """Whether a condition holds; ``previous`` are the means of up to three cycles before this one, oldest first."""
+    if condition == "rise":
+        return bool(previous) and mean > previous[-1] + std / 10
+    if condition == "noise":  # for a mean of 0 or below, where a ratio says nothing, its size counts
+        return mean != 0 and std / abs(mean) > 0.5
+    return len(previous) == 3 and previous[0] < min(mean, previous[1], previous[2])
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Piecewise constant multiples of the first batch over the progress of training, as LABPAL uses.
+
+    Args:
+        steps: pairs (progress in [0, 1), factor >= 1), increasing in progress, the first at 0.
+    """
+
+    steps: tuple[tuple[float, int], ...]
+
+    @classmethod
+    def parse(cls, text: str, name: str = "batch schedule") -> BatchSchedule:
+        """Read ``"0:1,0.5:2,0.75:4"``; ``name`` is the flag named in the error."""
+        try:
+            steps = tuple((float(at), int(factor)) for at, factor in _pairs(text))
+        except ValueError:
+            raise ConfigurationError(
+                f"{name}={text!r} does not parse; write progress:factor pairs such as 0:1,0.5:2,0.75:4."
+            ) from None
+        times = [at for at, _ in steps]
+        if not steps or times[0] != 0 or any(a >= b for a, b in pairwise(times)) or times[-1] >= 1:
+            raise ConfigurationError(f"{name}={text!r} must begin at 0 and increase in time, below 1.")
+        if any(factor < 1 for _, factor in steps):
+            raise ConfigurationError(f"{name}={text!r} has a factor below 1; factors multiply the first batch.")
+        return cls(steps)
+
+    def factor(self, progress: float) -> int:
+        """The factor at ``progress``, 0 at the start and 1 at the end of training."""
+        return [factor for at, factor in self.steps if at <= progress][-1]
+
+
+def _pairs(text: str) -> Iterable[tuple[str, str]]:
+    for part in text.split(","):
+        at, colon, factor = part.partition(":")
+        if not colon:
+            raise ValueError(part)
+        yield at, factor

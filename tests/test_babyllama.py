@@ -68,6 +68,7 @@ def test_adamw_is_set_as_usual():
     _, training = parse_arguments(["--optim", "adamw_torch"])
     assert (training.learning_rate, training.max_grad_norm, training.weight_decay) == (3e-3, 1.0, 0.1)
     assert training.lr_scheduler_type == "cosine"
+    assert training.output_dir == "runs/babyllama-tiny-adamw_torch"
     assert parse_arguments(["--preset", "15m", "--optim", "adamw_torch"])[1].learning_rate == 5e-4
     assert parse_arguments(["--optim", "adamw_torch", "--learning_rate", "1e-3"])[1].learning_rate == 1e-3
 

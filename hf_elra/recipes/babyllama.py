@@ -145,7 +145,7 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
             "Transformers' names work too, e.g. adamw_torch."
         )
     defaults = {
-        "output_dir": f"runs/babyllama-{preset}",
+        "output_dir": f"runs/babyllama-{preset}" + ("" if optim == "elra" else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "steps",
         "save_strategy": "steps",

@@ -41,7 +41,7 @@ def llama(seed=0, **config):
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
 
 
-def classifier(seed=0):
+def classifier(seed=0, **config):
     torch.manual_seed(seed)
     return BertForSequenceClassification(
         BertConfig(
@@ -51,6 +51,7 @@ def classifier(seed=0):
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=32,
+            **config,
         )
     )
 

@@ -111,12 +111,16 @@ class ElraSettings:
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
-    def given_for_elra_only(self) -> list[str]:
-        """Return the names of settings that were changed and do nothing for another optimizer."""
-        changed = [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
+    def changed(self) -> list[str]:
+        """Return the names of the settings that are not at their defaults."""
+        return [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
+
+    def idle_without_elra(self) -> list[str]:
+        """Return the names of changed settings that do nothing for another optimizer."""
+        idle = {"elra_min_step_norm", "elra_skip_last_batch"}
         if self.elra_batch_control == "off":
-            return changed
-        return [name for name in changed if name in ("elra_min_step_norm", "elra_skip_last_batch")]
+            idle.add("elra_control_cycle")
+        return [name for name in self.changed() if name in idle]
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hf_elra.control import ControlCycle
 from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
@@ -28,8 +29,64 @@ else:
     _Base = object
 
 
+_BATCH_FLAGS = ("elra_batch_growth", "elra_max_batch_size", "elra_initial_accumulation", "elra_gradient_decay")
+
+
 class MicroBatchGroup(list):
     """The micro-batches of one update."""
+
+
+def build_batch_control(
+    settings: ElraSettings, args: Any, train_dataset: Any
+) -> tuple[BatchSizeController | None, BatchSchedule | None]:
+    """Build the controller and the schedule that ``settings`` ask for; (None, None) where the control is off.
+
+    Raises:
+        ConfigurationError: flags that contradict each other or the data; the message names the flag.
+    """
+    control = settings.elra_batch_control
+    if control not in BATCH_CONTROLS:
+        raise ConfigurationError(
+            f"elra_batch_control={control!r} must be one of {', '.join(BATCH_CONTROLS)}."
+            + nearest(control, BATCH_CONTROLS)
+        )
+    schedule = settings.elra_batch_schedule
+    if schedule is not None and control != "schedule":
+        raise ConfigurationError(f"elra_batch_schedule={schedule!r} needs --elra_batch_control schedule beside it.")
+    if control == "off":
+        idle = [name for name in settings.changed() if name in _BATCH_FLAGS]
+        if idle:
+            raise ConfigurationError(
+                f"{', '.join(idle)}: does nothing while elra_batch_control is off; add --elra_batch_control elra."
+            )
+        return None, None
+    if args.deepspeed:
+        raise ConfigurationError(
+            "elra_batch_control cannot be used with DeepSpeed, which does its own accumulation; "
+            "pass --elra_batch_control off."
+        )
+    if control == "schedule" and schedule is None:
+        raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
+    ControlCycle.parse(settings.elra_control_cycle, "elra_control_cycle")
+    if not has_length(train_dataset) and settings.elra_control_cycle.strip().endswith("ep"):
+        raise ConfigurationError(
+            f"elra_control_cycle={settings.elra_control_cycle!r} counts epochs, but the training data have no "
+            "length; write it in samples (45000sp), tokens (45000tok) or updates (100ba)."
+        )
+    first = settings.elra_initial_accumulation
+    first = args.gradient_accumulation_steps if first is None else first
+    base = args.train_batch_size * args.world_size
+    most = settings.elra_max_batch_size
+    if most is not None and most < first * base:
+        raise ConfigurationError(
+            f"elra_max_batch_size={most} is below the first batch of {first} x {base} = {first * base} samples; "
+            "raise it, or lower --per_device_train_batch_size or --elra_initial_accumulation."
+        )
+    try:
+        controller = BatchSizeController(first, settings.elra_batch_growth, None if most is None else most // base)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--elra_batch_growth, --elra_initial_accumulation: {error}") from None
+    return controller, None if schedule is None else BatchSchedule.parse(schedule, "elra_batch_schedule")
 
 
 class DynamicBatchMixin(_Base):
@@ -45,48 +102,11 @@ class DynamicBatchMixin(_Base):
     _first_epoch_of_call = True
 
     def prepare_batch_control(self, settings: ElraSettings) -> None:
-        """Build the controller that ``settings`` ask for.
-
-        Raises:
-            ConfigurationError: flags that contradict each other or the data; the message names the flag.
-        """
-        if settings.elra_batch_control not in BATCH_CONTROLS:
-            raise ConfigurationError(
-                f"elra_batch_control={settings.elra_batch_control!r} must be one of {', '.join(BATCH_CONTROLS)}."
-                + nearest(settings.elra_batch_control, BATCH_CONTROLS)
-            )
-        if settings.elra_batch_control == "off":
-            return
-        if self.is_deepspeed_enabled:
-            raise ConfigurationError(
-                "elra_batch_control cannot be used with DeepSpeed, which does its own accumulation; "
-                "pass --elra_batch_control off."
-            )
-        first = settings.elra_initial_accumulation or self.args.gradient_accumulation_steps
-        self.args.gradient_accumulation_steps = 1  # from here on groups do it
-        base = self._train_batch_size * self.args.world_size
-        most = settings.elra_max_batch_size
-        if most is not None and most < first * base:
-            raise ConfigurationError(
-                f"elra_max_batch_size={most} is below the first batch of {first} x {base} = {first * base} samples; "
-                "raise it, or lower --per_device_train_batch_size or --elra_initial_accumulation."
-            )
-        self.batch_controller = BatchSizeController(
-            first, settings.elra_batch_growth, None if most is None else most // base
-        )
-        self._decay_gradients = settings.elra_gradient_decay
-        if settings.elra_batch_control == "schedule":
-            text = settings.elra_batch_schedule
-            if text is None:
-                raise ConfigurationError(
-                    "elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4."
-                )
-            self.batch_schedule = BatchSchedule.parse(text, "elra_batch_schedule")
-        if not has_length(self.train_dataset) and settings.elra_control_cycle.strip().endswith("ep"):
-            raise ConfigurationError(
-                f"elra_control_cycle={settings.elra_control_cycle!r} counts epochs, but the training data have no "
-                "length; write it in samples (45000sp), tokens (45000tok) or updates (100ba)."
-            )
+        """Take the controller that ``settings`` ask for; from here on groups do the accumulation."""
+        self.batch_controller, self.batch_schedule = build_batch_control(settings, self.args, self.train_dataset)
+        if self.batch_controller is not None:
+            self.args.gradient_accumulation_steps = 1
+            self._decay_gradients = settings.elra_gradient_decay
 
     @property
     def accumulation(self) -> int:

@@ -61,7 +61,7 @@ class ElraTrainerMixin(DynamicBatchMixin):
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
             prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
-        elif without_effect := self.elra_settings.given_for_elra_only():
+        elif without_effect := self.elra_settings.idle_without_elra():
             logger.warning(
                 "%s has no effect with optim=%s.",
                 ", ".join(without_effect),

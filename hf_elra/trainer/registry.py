@@ -14,7 +14,15 @@ from typing import Any
 from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from hf_elra.trainer.arguments import OPTIMIZERS, optimizer_arguments, refuse_unusable, uses_elra, wants_batch_control
+from hf_elra.trainer.arguments import (
+    OPTIMIZERS,
+    ElraSettings,
+    optimizer_arguments,
+    refuse_unusable,
+    uses_elra,
+    wants_batch_control,
+)
+from hf_elra.trainer.groups import build_batch_control
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -54,9 +62,14 @@ def _wrap(initialise: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # Wrong settings are refused before the Trainer makes folders or moves models.
         given = signature.bind(self, *args, **kwargs).arguments
-        if given.get("args") is not None and uses_elra(given["args"]):
-            refuse_unusable(fp16=given["args"].fp16, deepspeed=bool(given["args"].deepspeed))
-            optimizer_arguments(given["args"], given.get("model"))
+        arguments = given.get("args")
+        if arguments is not None and uses_elra(arguments):
+            refuse_unusable(fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed))
+            optimizer_arguments(arguments, given.get("model"))
+        if arguments is not None and (
+            uses_elra(arguments) or wants_batch_control(arguments) or isinstance(arguments, ElraSettings)
+        ):
+            build_batch_control(ElraSettings.of(arguments), arguments, given.get("train_dataset"))
         initialise(self, *args, **kwargs)
         if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_batch_control(self.args)):
             trainer_class: Any = type(self)

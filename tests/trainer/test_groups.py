@@ -201,13 +201,20 @@ def test_stock_trainer_under_the_launcher_with_adamw(tmp_path):
         ({"elra_batch_control": "erla"}, "Did you mean 'elra'"),
         ({"elra_batch_control": "elra", "elra_max_batch_size": 4}, "elra_max_batch_size=4 is below the first batch"),
         ({"elra_batch_control": "elra", "elra_batch_growth": 1.0}, "growth=1.0"),
+        ({"elra_batch_control": "elra", "elra_initial_accumulation": 0}, "initial_accumulation=0 must be at least 1"),
+        ({"elra_batch_control": "elra", "elra_control_cycle": "soon"}, "elra_control_cycle='soon'"),
+        ({"elra_max_batch_size": 64}, "elra_max_batch_size: does nothing while elra_batch_control is off"),
+        ({"elra_batch_schedule": "0:1,0.5:2"}, "needs --elra_batch_control schedule"),
         ({"elra_batch_control": "schedule"}, "needs --elra_batch_schedule"),
         ({"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.2"}, "elra_batch_schedule="),
     ],
 )
-def test_wrong_flags_are_named_before_training(tmp_path, given, message):
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+def test_wrong_flags_are_named_and_nothing_is_left(tmp_path, given, message, optim):
+    given = {"elra_batch_control": "off", **given, "optim": optim}
     with pytest.raises(ConfigurationError, match=message):
-        trainer(tmp_path, **given)
+        trainer(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_iterable_data_and_cycles_in_epochs(tmp_path):

@@ -14,14 +14,14 @@ PLAIN = """
 import json, sys
 import torch
 from transformers import HfArgumentParser, {trainer}, {arguments}
-from tests.conftest import llama, logged, token_rows
+from tests.conftest import classifier, llama, logged, token_rows
 
 {extra}
 
 if __name__ == "__main__":
     (args,) = HfArgumentParser({arguments}).parse_args_into_dataclasses()
     torch.manual_seed(0)
-    trainer = {build}(llama(), args, train_dataset=token_rows())
+    trainer = {build}({model}, args, train_dataset={rows})
     trainer.train()
     seen = {{
         "alpha": logged(trainer, "alpha"),
@@ -44,12 +44,13 @@ class LibraryTrainer(Trainer):
 """
 
 
-def write_script(folder, kind="Trainer"):
+def write_script(folder, kind="Trainer", model="llama()", rows="token_rows()"):
     arguments = "Seq2SeqTrainingArguments" if kind == "Seq2SeqTrainer" else "TrainingArguments"
     trainer = "Trainer" if kind == "LibraryTrainer" else kind
     extra = FROM_A_LIBRARY if kind == "LibraryTrainer" else ""
     script = folder / "unmodified_script.py"
-    script.write_text(textwrap.dedent(PLAIN.format(trainer=trainer, arguments=arguments, extra=extra, build=kind)))
+    text = PLAIN.format(trainer=trainer, arguments=arguments, extra=extra, build=kind, model=model, rows=rows)
+    script.write_text(textwrap.dedent(text))
     return script
 
 
@@ -157,13 +158,23 @@ def test_accelerate_launch(tmp_path):
     assert seen(tmp_path)["floor"] == 0.2
 
 
-def test_two_processes_walk_the_path_of_one(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [
+        ("llama()", "token_rows()"),
+        (  # takes num_items_in_batch and ignores it
+            "classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)",
+            "[{'input_ids': r['input_ids'], 'labels': r['input_ids'][0] // 32} for r in token_rows()]",
+        ),
+    ],
+)
+def test_two_processes_walk_the_path_of_one(tmp_path, model, rows):
     """1 process × batch 4 and 2 processes × batch 2: the same losses and rates."""
     results = []
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        script = write_script(folder)
+        script = write_script(folder, model=model, rows=rows)
         result = command(
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
             *("-m", "hf_elra.run", str(script)),

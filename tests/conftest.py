@@ -7,7 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test depe
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_elra import ElraTrainer, ElraTrainingArguments
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS
@@ -70,6 +77,41 @@ def token_rows(count=64, length=16, seed=0, unequal=False):
     return rows
 
 
+def ragged_rows(count=64):
+    """Rows of tokens of different lengths, for :func:`padded`."""
+    return [{"input_ids": row["input_ids"][: 3 + 5 * i % 13]} for i, row in enumerate(token_rows(count))]
+
+
+def padded(rows):
+    """Collate rows of different lengths, padded on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for tokens in (row["input_ids"] for row in rows):
+        fill = (0, longest - len(tokens))
+        batch["input_ids"].append(torch.nn.functional.pad(tokens, fill, value=0))
+        batch["labels"].append(torch.nn.functional.pad(tokens, fill, value=-100))
+        batch["attention_mask"].append(torch.nn.functional.pad(torch.ones_like(tokens), fill, value=0))
+    return {key: torch.stack(values) for key, values in batch.items()}
+
+
+def vit(seed=0):
+    """An image classifier; it accepts num_items_in_batch and ignores it."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=4, **sizes))
+
+
+def vit_rows(count=64, seed=0):
+    """Images whose class is their brightest quarter, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 1, 8, 8, generator=generator, dtype=torch.float64)
+    quarters = images.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(1, 4, 5)).flatten(1)
+    return [
+        {"pixel_values": image, "labels": int(quarter.argmax())}
+        for image, quarter in zip(images, quarters, strict=True)
+    ]
+
+
 def arguments(folder, arguments_class=ElraTrainingArguments, **given):
     return arguments_class(
         **{
@@ -87,13 +129,17 @@ def arguments(folder, arguments_class=ElraTrainingArguments, **given):
     )
 
 
-def trainer(folder, model=None, rows=None, trainer_class=ElraTrainer, callbacks=None, eval_dataset=None, **given):
+TRAINER_ONLY = ("callbacks", "eval_dataset", "data_collator", "compute_loss_func", "processing_class")
+
+
+def trainer(folder, model=None, rows=None, trainer_class=ElraTrainer, **given):
+    """A trainer on :func:`token_rows`; keywords are arguments of the Trainer or training arguments."""
+    own = {name: given.pop(name) for name in TRAINER_ONLY if name in given}
     return trainer_class(
         model if model is not None else llama(),
         arguments(folder, **given),
         train_dataset=rows if rows is not None else token_rows(),
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
+        **own,
     )
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 from transformers.models.auto import modeling_auto
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, has_length
 from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
-from hf_elra.control import ControlCycle
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim import ELRA
 
@@ -65,36 +64,53 @@ class ElraSettings:
         elra_min_step_norm (float, optional): floor under the step norm α‖G‖. Default: 0.1 for language models (paper,
             section 3.1), else 0.
         elra_control_cycle (str): the stretch of training whose losses judge the next one's: ``45000sp`` (samples),
-            ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``"1ep"``.
+            ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``1ep``; ``45000sp`` for data of
+            unknown length.
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
-            (section 3.3), with any optimizer; ``schedule``: as ``elra_batch_schedule`` says. Default: ``off``.
+            (section 3.3), with any optimizer; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with
+            ELRA, ``off`` with other optimizers and with Trainers that make batches of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
+        elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
+            loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
         elra_max_batch_size (int, optional): most samples of an update, over all processes. Default: no limit.
         elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
             ``gradient_accumulation_steps``.
         elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4). Default: False.
         elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
             ``0:1,0.5:2,0.75:4``.
+        elra_max_micro_batch (str, optional): most samples of one forward pass on a device: micro-batches of an update
+            are concatenated up to it, with the same gradient as accumulation to rounding (BatchNorm, which normalises
+            over what it is given, excepted). ``auto`` tries larger passes, and halves on running out of memory.
+            Default: micro-batches run one by one.
+        elra_max_samples, elra_max_tokens (int, optional): end training with the update that reaches so many samples
+            or tokens (padding included) over all processes. As ``max_steps`` does, they override
+            ``num_train_epochs``; of several limits the first one reached counts.
     """
 
     elra_min_step_norm: float | None = field(
         default=None,
         metadata={"help": "Floor under ELRA's step norm. Default: 0.1 for language models, else 0."},
     )
-    elra_control_cycle: str = field(
-        default="1ep",
+    elra_control_cycle: str | None = field(
+        default=None,
         metadata={"help": "Length of a control cycle: 45000sp (samples), 45000tok (tokens), 0.25ep, 100ba (updates)."},
     )
     elra_skip_last_batch: bool = field(
         default=True,
         metadata={"help": "Skip the last, incomplete batch of an epoch."},
     )
-    elra_batch_control: str = field(
-        default="off",
-        metadata={"help": "Who decides the batch size: off, elra or schedule.", "choices": BATCH_CONTROLS},
+    elra_batch_control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who decides the batch size: off, elra (the default with ELRA) or schedule.",
+            "choices": BATCH_CONTROLS,
+        },
     )
     elra_batch_growth: float = field(default=1.5, metadata={"help": "Factor of a change of the batch size."})
+    elra_batch_conditions: str | None = field(
+        default=None, metadata={"help": "Conditions for a change that count. Default: rise,noise,stall."}
+    )
     elra_max_batch_size: int | None = field(default=None, metadata={"help": "Most samples of an update."})
     elra_initial_accumulation: int | None = field(
         default=None, metadata={"help": "Micro-batches of the first updates."}
@@ -103,6 +119,12 @@ class ElraSettings:
     elra_batch_schedule: str | None = field(
         default=None, metadata={"help": "Multiples of the first batch over training: 0:1,0.5:2,0.75:4."}
     )
+    elra_max_micro_batch: str | None = field(
+        default=None,
+        metadata={"help": "Concatenate micro-batches into passes of at most so many samples; auto finds out."},
+    )
+    elra_max_samples: int | None = field(default=None, metadata={"help": "End training after so many samples."})
+    elra_max_tokens: int | None = field(default=None, metadata={"help": "End training after so many tokens."})
 
     @classmethod
     def of(cls, args: Any) -> ElraSettings:
@@ -118,9 +140,15 @@ class ElraSettings:
     def idle_without_elra(self) -> list[str]:
         """Return the names of changed settings that do nothing for another optimizer."""
         idle = {"elra_min_step_norm", "elra_skip_last_batch"}
-        if self.elra_batch_control == "off":
+        if self.elra_batch_control in (None, "off"):
             idle.add("elra_control_cycle")
         return [name for name in self.changed() if name in idle]
+
+    def control_cycle(self, train_dataset: Any) -> str:
+        """Return the length of a control cycle for these data."""
+        if self.elra_control_cycle is not None:
+            return self.elra_control_cycle
+        return "1ep" if train_dataset is None or has_length(train_dataset) else "45000sp"
 
 
 @dataclass
@@ -176,10 +204,11 @@ def uses_elra(args: Any) -> bool:
     return str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
 
 
-def wants_batch_control(args: Any) -> bool:
-    """Return whether the batch size is to be controlled, for whatever optimizer."""
-    own = getattr(args, "elra_batch_control", "off")
-    return LAUNCHER_FLAGS.values.get("elra_batch_control", own) != "off"
+def wants_groups(args: Any) -> bool:
+    """Return whether a flag asks for updates that are not the stock Trainer's, whatever the optimizer."""
+    names = ("elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens")
+    values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
+    return any(value not in (None, "off") for value in values)
 
 
 def is_language_model(model: Any) -> bool:
@@ -274,7 +303,6 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"lr": args.learning_rate, "min_step_norm": min_step_norm}
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
     optimizer_class([torch.nn.Parameter(torch.zeros(1))], **arguments)  # its constructor knows what is valid
-    ControlCycle.parse(settings.elra_control_cycle, "elra_control_cycle")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: what was seen so far, control cycles, a clean stop on Ctrl-C, progress in tokens.
+"""Callbacks of a training run: what was seen so far, control cycles, progress bar and lines, a clean stop on Ctrl-C.
 
 Callbacks here count and trigger; what a cycle's end decides is the optimizer's and the controller's business.
 """
@@ -10,7 +10,8 @@ import signal
 import time
 from typing import Any
 
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from tqdm.auto import tqdm
+from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
 
 from hf_elra.control import ControlCycle, LossStatistics
 
@@ -39,14 +40,20 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.control_cycle = control_cycle
         self.samples = 0
         self.tokens = 0
+        self.samples_before = self.updates_before = 0  # where a run was resumed
         self.cycle_losses: list[Any] = [0, 0.0, 0.0]  # count, mean, squared deviations
+        self.full_batch = 0  # samples in a whole micro-batch of data of unknown length, as far as seen
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
-        self._group_size = 1
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        attributes = {"samples": self.samples, "tokens": self.tokens, "cycle_losses": self.cycle_losses}
-        if self.trainer is not None and self.trainer.batch_controller is not None:
+        attributes = {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "cycle_losses": self.cycle_losses,
+            "full_batch": self.full_batch,
+        }
+        if self.trainer is not None and self.trainer.batch_control is not None:
             attributes["data_position"] = self.trainer.data_position()
         return {"args": {"control_cycle": self.control_cycle}, "attributes": attributes}
 
@@ -57,12 +64,11 @@ class ElraCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         return saved["attributes"] if saved else {}
 
-    def count(self, samples: int, tokens: int, loss: Any, group_size: int) -> None:
-        """Add one update: samples and tokens over all processes, its mean loss, its number of micro-batches."""
+    def count(self, samples: int, tokens: int, loss: Any) -> None:
+        """Add one update: samples and tokens over all processes, its mean loss."""
         self.samples += samples
         self.tokens += tokens
-        self._group_size = group_size
-        if self.trainer.batch_controller is not None and math.isfinite(value := float(loss)):
+        if self.trainer.batch_control is not None and math.isfinite(value := float(loss)):
             statistics = LossStatistics(*self.cycle_losses)
             statistics.add(value)
             self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
@@ -70,7 +76,9 @@ class ElraCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)
         self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
+        self.samples_before, self.updates_before = self.samples, state.global_step
         self.cycle_losses = saved.get("cycle_losses", [0, 0.0, 0.0])
+        self.full_batch = saved.get("full_batch", 0)
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already
@@ -87,7 +95,7 @@ class ElraCallback(TrainerCallback, ExportableState):
             if statistics.count:
                 self.cycle_losses = [0, 0.0, 0.0]
                 self.trainer.finish_cycle(statistics.mean, statistics.std)
-        self.trainer.correct_state(self._group_size)
+        self.trainer.correct_state(self.samples, self.tokens)
 
     def _advance(self, state: Any) -> bool:
         return self._cycle.advance(
@@ -96,6 +104,36 @@ class ElraCallback(TrainerCallback, ExportableState):
             epochs=self.trainer.true_epoch(state),
             updates=state.global_step,
         )
+
+
+class DataProgressBar(ProgressCallback):
+    """The stock progress bar, in samples or tokens where updates differ in size.
+
+    Its total is that of the limit that ends the run: tokens, samples, updates, or the samples of all epochs.
+    """
+
+    training_bar: Any
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self.unit = self.trainer.progress.unit(self.trainer.accumulation)
+        if state.is_world_process_zero:
+            scale = self.unit != "updates"
+            self.training_bar = tqdm(total=self._total(), unit=f" {self.unit}", unit_scale=scale, dynamic_ncols=True)
+        self._shown = 0
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if self.training_bar is not None:
+            done = getattr(self.trainer.progress, self.unit)
+            self.training_bar.total = self._total()
+            self.training_bar.update(done - self._shown)
+            self._shown = done
+
+    def _total(self) -> int:
+        return int(self.trainer.progress.total(self.unit, self.trainer.accumulation))
 
 
 class StopOnSignal(TrainerCallback):

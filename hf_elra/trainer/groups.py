@@ -1,135 +1,133 @@
 """Updates made of a changing number of micro-batches, inside the stock training loop.
 
 The loop is left at one step per update: ``get_batch_samples`` takes as many micro-batches as the controller wants and
-returns them as *one* group, ``training_step`` runs over it, and what counts batches (epoch, resume position, tokens,
-learning-rate schedule, number of updates) is put right. Which number is wanted is decided in ``control/batch_size.py``;
-what the optimizer is told is in ``mixin.py``. Works with any optimizer.
+returns them as *one* group, ``training_step`` runs over it, merged into as few forward passes as are allowed, and what
+counts batches (epoch, resume position, tokens, learning-rate schedule, number of updates, speed) is put right. Which
+number is wanted is decided in ``control/batch_size.py``; how far the run is, in ``control/progress.py``; how
+micro-batches are concatenated, in ``merging.py``; what the flags ask for, in ``batch_control.py``; what the optimizer
+is told, in ``mixin.py``. Works with any optimizer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import logging
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.control import ControlCycle
-from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
-from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
-from hf_elra.trainer.callbacks import ElraCallback
+from hf_elra.control.batch_size import BatchDecision, BatchSizeController
+from hf_elra.control.progress import TrainingProgress
+from hf_elra.errors import ConfigurationError
+from hf_elra.trainer.arguments import ElraSettings
+from hf_elra.trainer.batch_control import BatchControl, build_batch_control, default_control, tokens_of_first_row
+from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
+from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
 
-
-_BATCH_FLAGS = ("elra_batch_growth", "elra_max_batch_size", "elra_initial_accumulation", "elra_gradient_decay")
+logger = logging.getLogger(__name__)
 
 
 class MicroBatchGroup(list):
     """The micro-batches of one update."""
 
 
-def build_batch_control(
-    settings: ElraSettings, args: Any, train_dataset: Any
-) -> tuple[BatchSizeController | None, BatchSchedule | None]:
-    """Build the controller and the schedule that ``settings`` ask for; (None, None) where the control is off.
-
-    Raises:
-        ConfigurationError: flags that contradict each other or the data; the message names the flag.
-    """
-    control = settings.elra_batch_control
-    if control not in BATCH_CONTROLS:
-        raise ConfigurationError(
-            f"elra_batch_control={control!r} must be one of {', '.join(BATCH_CONTROLS)}."
-            + nearest(control, BATCH_CONTROLS)
-        )
-    schedule = settings.elra_batch_schedule
-    if schedule is not None and control != "schedule":
-        raise ConfigurationError(f"elra_batch_schedule={schedule!r} needs --elra_batch_control schedule beside it.")
-    if control == "off":
-        idle = [name for name in settings.changed() if name in _BATCH_FLAGS]
-        if idle:
-            raise ConfigurationError(
-                f"{', '.join(idle)}: does nothing while elra_batch_control is off; add --elra_batch_control elra."
-            )
-        return None, None
-    if args.deepspeed:
-        raise ConfigurationError(
-            "elra_batch_control cannot be used with DeepSpeed, which does its own accumulation; "
-            "pass --elra_batch_control off."
-        )
-    if control == "schedule" and schedule is None:
-        raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
-    ControlCycle.parse(settings.elra_control_cycle, "elra_control_cycle")
-    if not has_length(train_dataset) and settings.elra_control_cycle.strip().endswith("ep"):
-        raise ConfigurationError(
-            f"elra_control_cycle={settings.elra_control_cycle!r} counts epochs, but the training data have no "
-            "length; write it in samples (45000sp), tokens (45000tok) or updates (100ba)."
-        )
-    first = settings.elra_initial_accumulation
-    first = args.gradient_accumulation_steps if first is None else first
-    base = args.train_batch_size * args.world_size
-    most = settings.elra_max_batch_size
-    if most is not None and most < first * base:
-        raise ConfigurationError(
-            f"elra_max_batch_size={most} is below the first batch of {first} x {base} = {first * base} samples; "
-            "raise it, or lower --per_device_train_batch_size or --elra_initial_accumulation."
-        )
-    try:
-        controller = BatchSizeController(first, settings.elra_batch_growth, None if most is None else most // base)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"--elra_batch_growth, --elra_initial_accumulation: {error}") from None
-    return controller, None if schedule is None else BatchSchedule.parse(schedule, "elra_batch_schedule")
-
-
 class DynamicBatchMixin(_Base):
-    """Gives a Trainer updates of ``batch_controller.accumulation`` micro-batches; does nothing while that is None."""
+    """Gives a Trainer updates of a changing number of micro-batches; does nothing while ``batch_control`` is None."""
 
+    batch_control: BatchControl | None = None
     batch_controller: BatchSizeController | None = None
-    batch_schedule: BatchSchedule | None = None
-    _decay_gradients = False
-    _batches_per_epoch: int | None = None
-    # Position in the data: epochs that are over, and micro-batches taken in the one that runs.
-    _epoch = 0
-    _micro_batches = 0
+    progress: TrainingProgress
+    elra_settings: ElraSettings
     _first_epoch_of_call = True
+    _pass_limit: float = math.inf
+    _proven_pass = 0
+    _merging_refused = False
+    _micro_batches_per_pass = 1.0  # in the last update
 
-    def prepare_batch_control(self, settings: ElraSettings) -> None:
-        """Take the controller that ``settings`` ask for; from here on groups do the accumulation."""
-        self.batch_controller, self.batch_schedule = build_batch_control(settings, self.args, self.train_dataset)
-        if self.batch_controller is not None:
-            self.args.gradient_accumulation_steps = 1
-            self._decay_gradients = settings.elra_gradient_decay
+    def prepare_batch_control(self, settings: ElraSettings, *, with_elra: bool) -> None:
+        """Take the control that ``settings`` ask for; from here on groups do the accumulation."""
+        self.progress = TrainingProgress()
+        default = default_control(type(self), with_elra=with_elra)
+        if with_elra and default == "off" and settings.elra_batch_control is None:
+            logger.warning(
+                "The batch size stays as it is: %s makes batches of its own. --elra_batch_control elra changes that.",
+                type(self).__name__,
+            )
+        self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
+        if self.batch_control is None:
+            return
+        self.batch_controller = self.batch_control.controller
+        self.args.gradient_accumulation_steps = 1
+        bars = self.callback_handler.callbacks
+        for position, callback in enumerate(bars):
+            if type(callback) is ProgressCallback:
+                bars[position] = DataProgressBar(self)
+        if self.batch_control.max_pass == "auto" and self.args.device.type == "cpu":
+            logger.warning(
+                "elra_max_micro_batch=auto: on a CPU, running out of memory may end the process before it can be "
+                "caught; a number of samples is safer."
+            )
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of the next update: the controller's number or the schedule's, at most those of an epoch."""
+        """Micro-batches of the next update: the controller's number or the schedule's, at most those of a cycle."""
+        assert self.batch_control is not None
         assert self.batch_controller is not None
         number = self.batch_controller.accumulation
-        if self.batch_schedule is not None:
-            number = self.batch_controller.initial_accumulation * self.batch_schedule.factor(self._progress())
+        if (schedule := self.batch_control.schedule) is not None:
+            number = self.batch_controller.initial_accumulation * schedule.factor(self.progress.fraction())
             if self.batch_controller.max_accumulation is not None:
                 number = min(number, self.batch_controller.max_accumulation)
-        return min(number, self._batches_per_epoch) if self._batches_per_epoch else number
+        if (per_epoch := self.progress.batches_per_epoch) is not None:
+            number = min(number, per_epoch)
+        return number
+
+    def _limit_to_cycle(self, controller: BatchSizeController) -> None:
+        """Let no update outgrow a control cycle, whose losses are to say whether updates should grow."""
+        if self.batch_control is None or self.batch_control.mode != "elra":
+            return
+        cycle = ControlCycle.parse(self.elra_settings.control_cycle(self.train_dataset))
+        progress = self.progress
+        if cycle.unit == "ep":
+            batches = cycle.length * (progress.batches_per_epoch or math.inf)
+        elif cycle.unit == "sp":
+            batches = cycle.length / progress.samples_per_batch
+        elif cycle.unit == "tok":
+            batches = cycle.length / (progress.samples_per_batch * max(progress.tokens_per_sample, 1))
+        else:
+            return
+        if math.isfinite(batches):
+            most = max(int(batches), controller.initial_accumulation)
+            given = controller.max_accumulation
+            controller.max_accumulation = most if given is None else min(most, given)
 
     def end_batch_cycle(self, mean: float, std: float) -> BatchDecision | None:
-        """A control cycle is over: decide, unless a schedule does."""
-        if self.batch_controller is None or self.batch_schedule is not None:
+        """A control cycle is over: decide, where the number of micro-batches is controlled at all."""
+        if self.batch_control is None or self.batch_controller is None or self.batch_control.mode == "off":
             return None
-        return self.batch_controller.end_cycle(mean, std)
+        decision = self.batch_controller.end_cycle(mean, std)
+        return dataclasses.replace(decision, accumulation=self.accumulation)
 
     # ---- the loop's hooks ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
-        if self.batch_controller is None:
+        if self.batch_control is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         wanted = self.accumulation
         batches, num_items = super().get_batch_samples(epoch_iterator, wanted, device)
@@ -137,27 +135,146 @@ class DynamicBatchMixin(_Base):
             batches = []
         if not batches:
             return [], None
-        self._micro_batches += len(batches)
+        self.progress.micro_batches += len(batches)
         return [MicroBatchGroup(batches)], num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run over a group of micro-batches; gradients meet those of other processes only at the last one."""
-        if not isinstance(inputs, MicroBatchGroup):
+        """Run over a group of micro-batches; gradients meet those of other processes only at the last pass."""
+        if not isinstance(inputs, MicroBatchGroup) or self.batch_control is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        self.current_gradient_accumulation_steps = len(inputs)
-        total: Any = 0.0
-        for position, micro_batch in enumerate(inputs, start=1):
-            last = position == len(inputs)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
-                total = total + super().training_step(model, micro_batch, num_items_in_batch)
-            if not last:
-                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-        if self._decay_gradients and self.batch_controller is not None:
+        while True:
+            passes = self._merged(model, inputs, num_items_in_batch)
+            try:
+                total = self._run_passes(model, passes, num_items_in_batch)
+                break
+            except RuntimeError as error:
+                alone = self.accelerator.num_processes == 1
+                if not (alone and len(passes) < len(inputs) and self._shrink_passes(error, passes)):
+                    raise
+                model.zero_grad()
+        self._micro_batches_per_pass = len(inputs) / len(passes)
+        if self.batch_control.gradient_decay and self.batch_controller is not None:
             factor = self.batch_controller.initial_accumulation / len(inputs)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if factor != 1 and gradients:
                 torch._foreach_mul_(gradients, factor)
         return total
+
+    def _run_passes(self, model: Any, passes: list[Any], num_items: Any) -> Any:
+        shares = [len(passes)] * len(passes) if num_items is not None else self._weights(passes)
+        total: Any = 0.0
+        for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
+            last = position == len(passes)
+            # The Trainer divides a loss that is a mean over its own pass by this number.
+            self.current_gradient_accumulation_steps = share
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+                total = total + super().training_step(model, inputs, num_items)
+            if not last:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return total
+
+    def _weights(self, passes: list[Any]) -> list[Any]:
+        """Targets (or samples) of the whole update over those of each pass, for losses that are means over a pass."""
+        counts = [_targets(inputs) for inputs in passes]
+        if any(count is None for count in counts):
+            counts = [torch.tensor(find_batch_size(inputs) or 1, device=self.args.device) for inputs in passes]
+        counts = [count.to(self.args.device).clamp(min=1) for count in counts]
+        total = torch.stack(counts).sum().float()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="mean")
+        return [total / count for count in counts]
+
+    # ---- merging micro-batches ----
+
+    def _merged(self, model: Any, group: MicroBatchGroup, num_items: Any) -> list[Any]:
+        """Return the group's micro-batches, concatenated into as few passes as are allowed."""
+        assert self.batch_control is not None
+        limit = self.batch_control.max_pass
+        if limit is None or self._merging_refused:
+            return list(group)
+        automatic = limit == "auto"
+        sizes = [_rows_and_width(batch) for batch in group]
+        if (processes := self.accelerator.num_processes) > 1:  # the same plan everywhere
+            told = torch.tensor([sizes], device=self.args.device)
+            sizes = [(int(r), int(w)) for r, w in self.accelerator.gather(told).view(processes, -1, 2).amax(0)]
+        while True:
+            most = self._pass_limit if automatic else float(limit)
+            plan = plan_passes(sizes, most, padded=automatic)
+            passes = self._concatenate(group, plan)
+            if passes is None:
+                return list(group)
+            if not automatic:
+                return passes
+            elements = _elements(sizes, plan)
+            largest = max(range(len(plan)), key=elements.__getitem__)
+            if elements[largest] <= self._proven_pass or plan[largest] == 1:
+                return passes
+            if self._fits(model, passes[largest], num_items):
+                self._proven_pass = elements[largest]
+                return passes
+            self._pass_limit = elements[largest] / 2
+            logger.warning("A forward pass over %d micro-batches does not fit; halving it.", plan[largest])
+
+    def _concatenate(self, group: MicroBatchGroup, plan: list[int]) -> list[Any] | None:
+        """Merge by ``plan``; None, with a note, where this collator's output cannot be merged (on any process)."""
+        tokenizer = getattr(self, "processing_class", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if pad is None:
+            pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        takes_mask = "attention_mask" in inspect.signature(_innermost(self.model).forward).parameters
+        reason, passes, position = None, [], 0
+        try:
+            for number in plan:
+                part = list(group[position : position + number])
+                passes.append(merge_micro_batches(part, pad_token_id=pad or 0, add_attention_mask=takes_mask))
+                position += number
+        except CannotMerge as refusal:
+            reason = str(refusal)
+        if self.accelerator.num_processes > 1:
+            refused = torch.tensor([reason is not None], device=self.args.device)
+            if self.accelerator.gather(refused).any() and reason is None:
+                reason = "another process cannot merge its own"
+        if reason is None:
+            return passes
+        self._merging_refused = True
+        logger.warning("elra_max_micro_batch: micro-batches are accumulated, not merged: %s.", reason)
+        return None
+
+    def _fits(self, model: Any, inputs: Any, num_items: Any) -> bool:
+        """Whether a pass over ``inputs`` and back fits into the memory of every process; changes nothing."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        fits = True
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model=model):
+            try:
+                super().training_step(model, inputs, num_items)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                fits = False
+        model.zero_grad()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        del buffers
+        if not fits:
+            clear_device_cache(garbage_collection=True)
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor([fits], device=self.args.device)
+            fits = bool(self.accelerator.gather(told).all())
+        return fits
+
+    def _shrink_passes(self, error: RuntimeError, passes: list[Any]) -> bool:
+        """After running out of memory in a merged pass that once fitted: halve the limit. False for other errors."""
+        assert self.batch_control is not None
+        if self.batch_control.max_pass != "auto" or not should_reduce_batch_size(error):
+            return False
+        sizes = [_rows_and_width(inputs) for inputs in passes]
+        self._pass_limit = max(rows * width for rows, width in sizes) / 2
+        self._proven_pass = min(self._proven_pass, int(self._pass_limit))
+        logger.warning("Out of memory in a merged forward pass; halving it.")
+        clear_device_cache(garbage_collection=True)
+        return True
 
     def floating_point_ops(self, inputs):
         """Sum over a group."""
@@ -172,85 +289,154 @@ class DynamicBatchMixin(_Base):
     # ---- counting ----
 
     def set_initial_training_values(self, args, dataloader):
-        """Stock counts; with a limit in updates there may be as many epochs as updates."""
-        values = super().set_initial_training_values(args, dataloader)
-        if self.batch_controller is None:
-            return values
-        self._batches_per_epoch = len(dataloader) if has_length(dataloader) else None
-        if args.max_steps > 0 and self._batches_per_epoch:
-            return args.max_steps, *values[1:]
-        return values
+        """Stock counts; where samples, tokens or updates limit the run, there may be any number of epochs."""
+        if self.batch_control is None:
+            return super().set_initial_training_values(args, dataloader)
+        control, sized = self.batch_control, has_length(dataloader)
+        given = args.max_steps
+        try:
+            if not sized and given <= 0:  # an update holds at least one sample and one token
+                args.max_steps = control.max_samples or control.max_tokens or given
+            values = super().set_initial_training_values(args, dataloader)
+        finally:
+            args.max_steps = given
+        epochs, per_epoch, examples, samples, batch, in_epoch, _ = values
+        whole = len(dataloader) * self._samples_per_batch if sized else 0
+        dropped = self._skips_last_batch() or self.accelerator.num_processes > 1
+        self.progress = TrainingProgress(
+            num_epochs=args.num_train_epochs,
+            max_updates=given if given > 0 else None,
+            max_samples=control.max_samples,
+            max_tokens=control.max_tokens,
+            batches_per_epoch=len(dataloader) if sized else None,
+            samples_per_batch=self._samples_per_batch,
+            samples_per_epoch=None if not sized else whole if dropped else min(whole, examples),
+            tokens_per_sample=tokens_of_first_row(self.train_dataset) or 1,
+            skips_incomplete=self._skips_last_batch(),
+        )
+        # The number of first-sized updates that would end the run: the unit of learning-rate schedules.
+        self._schedule_length = max(1, self.progress.updates_left(control.controller.initial_accumulation))
+        if self.progress.limited:
+            epochs = sys.maxsize
+        return epochs, per_epoch, examples, samples, batch, in_epoch, self._schedule_length
+
+    @property
+    def _samples_per_batch(self) -> int:
+        return self._train_batch_size * self.args.world_size
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Stock scheduler over the number of updates of the first size."""
+        if self.batch_control is not None and num_training_steps > 0:
+            num_training_steps = getattr(self, "_schedule_length", num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _init_training_state(self, *args, **kwargs):
         epochs, skip = super()._init_training_state(*args, **kwargs)
-        if self.batch_controller is None:
+        if self.batch_control is None:
             return epochs, skip
-        self._restore_position(self.batch_controller)
+        self._restore_position(self.batch_control)
         self._first_epoch_of_call = True
-        if self._batches_per_epoch and self._epoch_is_over():
-            self._epoch, self._micro_batches = self._epoch + 1, 0
-        return self._epoch, 0 if self.args.ignore_data_skip else self._micro_batches
+        progress = self.progress
+        if self.args.ignore_data_skip:
+            progress.micro_batches = 0
+        if progress.batches_per_epoch and progress.epoch_is_over(self.accumulation):
+            progress.restart(progress.epoch + 1)
+        self._show_totals()
+        return progress.epoch, progress.micro_batches
 
     def data_position(self) -> dict[str, Any]:
         """Where in the data the run is, and the controller's state, as JSON values for the checkpoint."""
-        controller = self.batch_controller.state_dict() if self.batch_controller is not None else None
-        return {"epoch": self._epoch, "micro_batches": self._micro_batches, "controller": controller}
+        assert self.batch_controller is not None
+        limit = self._pass_limit if math.isfinite(self._pass_limit) else None
+        return {**self.progress.state_dict(), "controller": self.batch_controller.state_dict(), "pass_limit": limit}
 
-    def _restore_position(self, controller: BatchSizeController) -> None:
+    def _restore_position(self, control: BatchControl) -> None:
         """Take position and controller from the checkpoint that is resumed; without one start anew."""
-        position = ElraCallback.saved_attributes(self.state).get("data_position")
-        self.batch_controller = dataclasses.replace(controller)
-        self._epoch = self._micro_batches = 0
+        saved = ElraCallback.saved_attributes(self.state)
+        position = saved.get("data_position")
+        self.batch_controller = dataclasses.replace(control.controller)
+        self._limit_to_cycle(self.batch_controller)
+        self.progress.restart()
+        # What fitted is tried again: the run may go on on another device.
+        self._pass_limit, self._proven_pass, self._merging_refused = math.inf, 0, False
         if position is not None:
-            self._epoch, self._micro_batches = position["epoch"], position["micro_batches"]
+            self.progress.restart(position["epoch"], position["micro_batches"])
+            self.progress.count(
+                updates=self.state.global_step, samples=saved.get("samples", 0), tokens=saved.get("tokens", 0)
+            )
             self.batch_controller.load_state_dict(position["controller"])
+            if position["pass_limit"] is not None:
+                self._pass_limit = position["pass_limit"]
 
     def true_epoch(self, state: Any) -> float:
         """Epochs of data seen, also before the stock count is corrected."""
-        if self.batch_controller is None or not self._batches_per_epoch:
-            return state.epoch or 0.0
-        return self._epoch + (1.0 if self._epoch_is_over() else self._micro_batches / self._batches_per_epoch)
-
-    def _epoch_is_over(self) -> bool:
-        left = (self._batches_per_epoch or 0) - self._micro_batches
-        return left <= 0 or (left < self.accumulation and self._skips_last_batch())
+        epochs = self.progress.epochs(self.accumulation) if self.batch_control is not None else None
+        return (state.epoch or 0.0) if epochs is None else epochs
 
     def begin_epoch(self) -> None:
         """The loop begins an epoch: the first one of a call goes on where a checkpoint stopped."""
         if not self._first_epoch_of_call:
-            self._epoch, self._micro_batches = self._epoch + 1, 0
+            self.progress.restart(self.progress.epoch + 1)
         self._first_epoch_of_call = False
 
-    def correct_state(self, group_size: int) -> None:
+    def correct_state(self, samples: int, tokens: int) -> None:
         """After an update: the true epoch, the updates still to come, and a schedule that follows the data."""
-        if self.batch_controller is None or not self._batches_per_epoch:
+        if self.batch_control is None:
             return
-        self.state.epoch = self.true_epoch(self.state)
-        if self.args.max_steps > 0:
-            return
-        self.state.max_steps = self.state.global_step + self._updates_left()
-        scheduler = self.lr_scheduler
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            for _ in range(group_size - 1):  # it was built for one update per micro-batch
-                scheduler.step()
+        self.progress.count(updates=self.state.global_step, samples=samples, tokens=tokens)
+        if self.batch_control.max_tokens is not None and tokens == 0:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            raise ConfigurationError(
+                f"elra_max_tokens={self.batch_control.max_tokens}: the model's main input, {name!r}, holds no tokens; "
+                "use --elra_max_samples."
+            )
+        self._show_totals()
+        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and self._created_lr_scheduler:
+            position = round(self.progress.fraction() * self._schedule_length, 9)
+            if position != self.lr_scheduler.last_epoch:
+                self.lr_scheduler.last_epoch = position - 1  # type: ignore[assignment]  # a schedule takes any number
+                self.lr_scheduler.step()
 
-    def _updates_left(self) -> int:
-        length, number = self._batches_per_epoch or 1, self.accumulation
-        total = math.ceil(self.args.num_train_epochs * length)
-        updates, epoch, taken = 0, self._epoch, self._micro_batches
-        while epoch * length + taken < total:
-            left = min(length - taken, total - epoch * length - taken)
-            whole_epoch = left == length - taken
-            # At the end of an epoch an incomplete group is skipped; at the end of training the epoch may just stop.
-            updates += left // number if whole_epoch and self._skips_last_batch() else -(-left // number)
-            epoch, taken = epoch + 1, 0
-        return updates
-
-    def _progress(self) -> float:
-        if self.args.max_steps > 0:
-            return self.state.global_step / self.args.max_steps
-        length = self._batches_per_epoch or 1
-        return min(1.0, (self._epoch * length + self._micro_batches) / (self.args.num_train_epochs * length))
+    def _show_totals(self) -> None:
+        epochs = self.progress.epochs(self.accumulation)
+        if epochs is None and self.progress.max_updates is None:
+            epochs = self.progress.fraction()  # as in the Trainer, data without a length are one epoch
+        if epochs is not None and self.state.global_step:
+            self.state.epoch = epochs
+        self.state.max_steps = self.state.global_step + self.progress.updates_left(self.accumulation)
+        self.state.num_train_epochs = self.progress.total_epochs(self.accumulation)
 
     def _skips_last_batch(self) -> bool:
         return bool(self.args.dataloader_drop_last)
+
+
+def _targets(inputs: Any) -> Any:
+    """Number of labels that count, or None where there are none to count."""
+    labels = inputs.get("labels") if hasattr(inputs, "get") else None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    return labels.ne(LABEL_PADDING).sum()
+
+
+def _rows_and_width(batch: Any) -> tuple[int, int]:
+    """Samples of a micro-batch, and elements of a row of its largest tensor."""
+    values = batch.values() if hasattr(batch, "values") else [batch]
+    largest = max((v.numel() for v in values if isinstance(v, torch.Tensor)), default=0)
+    rows = find_batch_size(batch) or 1
+    return rows, max(1, largest // rows)
+
+
+def _elements(sizes: list[tuple[int, int]], plan: list[int]) -> list[int]:
+    """Elements of every pass, rows padded to the widest."""
+    elements, position = [], 0
+    for number in plan:
+        part = sizes[position : position + number]
+        elements.append(sum(rows for rows, _ in part) * max(width for _, width in part))
+        position += number
+    return elements
+
+
+def _innermost(model: Any) -> Any:
+    while (inner := getattr(model, "module", None)) is not None:
+        model = inner
+    return model

@@ -47,9 +47,8 @@ class ElraTrainerMixin(DynamicBatchMixin):
     _group_loss: Any = 0.0
     _group_samples = 0
     _group_tokens = 0
-    _group_size = 0
     _loss_is_divided: bool | None = None
-    _full_batch = 0  # samples in a whole micro-batch of an iterable data set, as far as seen
+    _in_training_step = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,9 +66,9 @@ class ElraTrainerMixin(DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(self.elra_settings)
+        self.prepare_batch_control(self.elra_settings, with_elra=self.elra_active)
         # First in the row, so that every other callback sees the corrected state.
-        self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.elra_control_cycle))
+        self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
 
     @property
     def elra_callback(self) -> ElraCallback:
@@ -94,17 +93,20 @@ class ElraTrainerMixin(DynamicBatchMixin):
         """Run a micro-batch; after the last one of an update tell the optimizer the update's mean loss."""
         micro_batches = inputs if isinstance(inputs, MicroBatchGroup) else [inputs]
         counts = [self._count(batch) for batch in micro_batches]
-        if (self.elra_active or self.batch_controller is not None) and not self._divides_by_items(
+        if (self.elra_active or self.batch_control is not None) and not self._divides_by_items(
             model, micro_batches, num_items_in_batch
         ):
             num_items_in_batch = None
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._in_training_step = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._in_training_step = False
         # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
         # the mean.
         self._group_loss = self._group_loss + loss.detach().float()
         self._group_samples += sum(samples for samples, _ in counts)
         self._group_tokens += sum(tokens for _, tokens in counts)
-        self._group_size += len(micro_batches)
         if self.accelerator.sync_gradients:
             self._finish_group()
         return loss
@@ -112,7 +114,9 @@ class ElraTrainerMixin(DynamicBatchMixin):
     def _count(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens of a micro-batch."""
         main_input = batch.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(batch, "get") else None
-        tokens = main_input.numel() if isinstance(main_input, torch.Tensor) else 0
+        tokens = 0
+        if isinstance(main_input, torch.Tensor) and not main_input.is_floating_point():
+            tokens = main_input.numel()
         return find_batch_size(batch) or 0, tokens
 
     def _divides_by_items(self, model: Any, micro_batches: list[Any], num_items: Any) -> bool:
@@ -120,7 +124,8 @@ class ElraTrainerMixin(DynamicBatchMixin):
 
         Many models accept the argument and ignore it (BERT's classifiers, for one). Transformers then takes the sum
         of the micro-batches' mean losses, times the number of processes, for the mean. Without the argument it divides
-        by their number, which is right for them. A loss that a subclass computes itself is the subclass's word.
+        by their number (``groups.py``: by their shares of the targets), which is right for them. So with a
+        ``compute_loss_func`` that ignores it. A loss that a subclass computes itself is the subclass's word.
         """
         alone = (
             len(micro_batches) == self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
@@ -128,7 +133,7 @@ class ElraTrainerMixin(DynamicBatchMixin):
         stock = (
             type(self).compute_loss is Trainer.compute_loss and type(self)._prepare_inputs is Trainer._prepare_inputs
         )
-        if num_items is None or alone or not stock or self.compute_loss_func is not None:
+        if num_items is None or alone or not stock:
             return True
         if self._loss_is_divided is None:
             was_training = model.training
@@ -145,20 +150,32 @@ class ElraTrainerMixin(DynamicBatchMixin):
             if once == 0 or not math.isfinite(once):  # says nothing
                 return True
             self._loss_is_divided = not math.isclose(once, twice, rel_tol=1e-2)
+            if not self._loss_is_divided and self.compute_loss_func is not None:
+                self.compute_loss_func = self._divided(self.compute_loss_func)
         return self._loss_is_divided
+
+    def _divided(self, loss_function: Any) -> Any:
+        """Wrap a loss function that returns a mean, which the Trainer takes for divided by the size of the group."""
+
+        @functools.wraps(loss_function)
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            loss = loss_function(*args, **kwargs)
+            return loss / self.current_gradient_accumulation_steps if self._in_training_step else loss
+
+        return divided
 
     def _start_group(self) -> None:
         self._group_loss = 0.0
-        self._group_samples = self._group_tokens = self._group_size = 0
+        self._group_samples = self._group_tokens = 0
 
     def _finish_group(self) -> None:
-        loss, samples, tokens, size = self._group_loss, self._group_samples, self._group_tokens, self._group_size
+        loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
         self._start_group()
         if (processes := self.accelerator.num_processes) > 1:
             told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
             loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
-        self.elra_callback.count(samples, tokens, loss, size)
+        self.elra_callback.count(samples, tokens, loss)
         if (optimizer := self.elra_optimizer) is not None:
             optimizer.observe_loss(loss)
 
@@ -191,7 +208,7 @@ class ElraTrainerMixin(DynamicBatchMixin):
     def set_initial_training_values(self, args, dataloader):
         """Stock counts, without the incomplete group of micro-batches at the end of an epoch."""
         values = super().set_initial_training_values(args, dataloader)
-        if self.batch_controller is not None:
+        if self.batch_control is not None:
             return values
         epochs, _, examples, _, batch, micro_batches, max_steps = values
         accumulation = args.gradient_accumulation_steps
@@ -212,9 +229,10 @@ class ElraTrainerMixin(DynamicBatchMixin):
             return batches, num_items
         in_group = isinstance(batches[0], MicroBatchGroup)
         sizes = [find_batch_size(batch) or 0 for batch in (batches[0] if in_group else batches)]
-        self._full_batch = max(*sizes, self._full_batch)
+        seen = self.elra_callback
+        seen.full_batch = max(*sizes, seen.full_batch)
         at_the_end = self.accelerator.gradient_state.end_of_dataloader
-        if at_the_end and (len(batches) < num_batches or sizes[-1] < self._full_batch):
+        if at_the_end and (len(batches) < num_batches or sizes[-1] < seen.full_batch):
             return [], None
         return batches, num_items
 
@@ -225,12 +243,17 @@ class ElraTrainerMixin(DynamicBatchMixin):
         decision = self.end_batch_cycle(mean, std)
         if decision is None:
             return
+        seen = self.elra_callback
         size = decision.accumulation * self._train_batch_size * self.args.world_size
-        self.state.log_history.append(
-            {**dataclasses.asdict(decision), "batch_size": size, "step": self.state.global_step}
-        )
-        numbers = {"cycle_loss": mean, "cycle_std": std, "accumulation": decision.accumulation, "batch_size": size}
-        self.log({name: float(value) for name, value in numbers.items()})
+        numbers = {
+            "accumulation": decision.accumulation,
+            "batch_size": size,
+            "batch_tokens": round(size * seen.tokens / seen.samples) if seen.samples else 0,
+            "micro_batches_per_pass": self._micro_batches_per_pass,
+        }
+        entry = {**dataclasses.asdict(decision), **numbers, "step": self.state.global_step}
+        self.state.log_history.append(entry)
+        self.log({name: float(value) for name, value in {"cycle_loss": mean, "cycle_std": std, **numbers}.items()})
 
     def _init_training_state(self, *args, **kwargs):
         position = super()._init_training_state(*args, **kwargs)
@@ -248,6 +271,12 @@ class ElraTrainerMixin(DynamicBatchMixin):
         optimizer = self.elra_optimizer
         if "loss" in logs and optimizer is not None:
             logs.update(optimizer.metrics)
+        if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size
+            done = self.elra_callback.samples - self.elra_callback.samples_before
+            logs["train_samples_per_second"] = round(done / seconds, 3)
+            logs["train_steps_per_second"] = round(
+                (self.state.global_step - self.elra_callback.updates_before) / seconds, 3
+            )
         super().log(logs, *args, **kwargs)
 
 

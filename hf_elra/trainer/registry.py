@@ -7,11 +7,13 @@ Transformers looks optimizers up in, and wraps ``Trainer.__init__``: a Trainer (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
 
 from transformers import Trainer, trainer_optimizer
+from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from hf_elra.trainer.arguments import (
@@ -20,9 +22,9 @@ from hf_elra.trainer.arguments import (
     optimizer_arguments,
     refuse_unusable,
     uses_elra,
-    wants_batch_control,
+    wants_groups,
 )
-from hf_elra.trainer.groups import build_batch_control
+from hf_elra.trainer.batch_control import build_batch_control, default_control
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -67,14 +69,33 @@ def _wrap(initialise: Any) -> Any:
             refuse_unusable(fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed))
             optimizer_arguments(arguments, given.get("model"))
         if arguments is not None and (
-            uses_elra(arguments) or wants_batch_control(arguments) or isinstance(arguments, ElraSettings)
+            uses_elra(arguments) or wants_groups(arguments) or isinstance(arguments, ElraSettings)
         ):
-            build_batch_control(ElraSettings.of(arguments), arguments, given.get("train_dataset"))
-        initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_batch_control(self.args)):
+            default = default_control(type(self), with_elra=uses_elra(arguments))
+            build_batch_control(ElraSettings.of(arguments), arguments, given.get("train_dataset"), default)
+        with _budget_as_max_steps(arguments, given.get("train_dataset")):
+            initialise(self, *args, **kwargs)
+        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_groups(self.args)):
             trainer_class: Any = type(self)
             self.__class__ = with_elra(trainer_class)
             self.prepare_elra()
 
     __init__._hf_elra = True  # type: ignore[attr-defined]
     return __init__
+
+
+@contextlib.contextmanager
+def _budget_as_max_steps(args: Any, train_dataset: Any) -> Any:
+    """For data of unknown length the Trainer insists on ``max_steps``; a budget in samples or tokens bounds it too."""
+    budget = None
+    if args is not None and train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
+        settings = ElraSettings.of(args)
+        budget = settings.elra_max_samples or settings.elra_max_tokens
+    if budget is None:
+        yield
+        return
+    given, args.max_steps = args.max_steps, budget
+    try:
+        yield
+    finally:
+        args.max_steps = given

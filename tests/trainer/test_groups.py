@@ -1,53 +1,22 @@
 """Batch sizes that change in training: equal gradients, true counts, resume; with ELRA and with AdamW."""
 
+import random
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
-from hf_elra import ConfigurationError, ElraTrainer
+from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS
-from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
+from hf_elra.trainer.callbacks import DataProgressBar
+from tests.conftest import arguments, llama, logged, token_rows, trainer, vit, vit_rows, weights
 
 GROWING = dict(elra_batch_control="schedule", elra_batch_schedule="0:1,0.3:2,0.6:3")
 
 
-def label_rows(count=48):
-    return [{"input_ids": row["input_ids"], "labels": row["input_ids"][0] // 32} for row in token_rows(count)]
-
-
 def decisions(run):
     return [entry for entry in run.state.log_history if "condition" in entry]
-
-
-@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
-@pytest.mark.parametrize(("model", "rows"), [(llama, token_rows(48, unequal=True)), (classifier, label_rows())])
-def test_eight_times_one_is_four_times_two_is_one_times_eight(tmp_path, optim, model, rows):
-    results = []
-    for batch, first in ((8, 1), (4, 2), (1, 8)):
-        run = trainer(
-            tmp_path,
-            model=model().eval() if model is llama else without_dropout(model()),
-            rows=rows,
-            optim=optim,
-            per_device_train_batch_size=batch,
-            elra_batch_control="elra",
-            elra_initial_accumulation=first,
-            elra_control_cycle="100ba",
-            max_steps=6,
-        )
-        run.train()
-        results.append((torch.tensor(logged(run, "loss")), weights(run.model)))
-        assert run.elra_callback.samples == 48
-    for losses, points in results[1:]:
-        torch.testing.assert_close(losses, results[0][0], rtol=1e-5, atol=0)
-        torch.testing.assert_close(points, results[0][1], rtol=1e-4, atol=1e-5)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def test_noise_makes_the_batch_grow_and_every_third_change_divides(tmp_path):
@@ -136,34 +105,52 @@ class StopAt(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 4, 7, 10, 13])
+class Stream(torch.utils.data.IterableDataset):
+    """Data without a length, 23 and a half batches of two."""
+
+    def __iter__(self):
+        return iter(token_rows(47, unequal=True))
+
+
+# Map-style data end after a number of epochs, streams after a number of samples; 47 rows leave one incomplete batch.
+DATA = {
+    "map-style": dict(rows=token_rows(47, unequal=True), max_steps=-1, num_train_epochs=3),
+    "stream": dict(rows=Stream(), max_steps=-1, elra_max_samples=130),
+}
+
+
+@pytest.mark.parametrize("data", list(DATA))
+@pytest.mark.parametrize("settings", [{}, {"elra_max_micro_batch": "6", "lr_scheduler_type": "cosine"}], ids=str)
 @pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interrupted_at, optim):
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, optim, settings, data):
+    """Interrupted at five random points, right after a change of the batch size, and in the last group of an epoch."""
     given = dict(
-        rows=token_rows(46, unequal=True),
         optim=optim,
         learning_rate=0.1,  # so high for AdamW that the mean loss rises
-        lr_scheduler_type="constant",
         per_device_train_batch_size=2,
         elra_batch_control="elra",
         elra_batch_growth=1.6,
         elra_control_cycle="10sp",
-        max_steps=-1,
-        num_train_epochs=3,
+        **{"lr_scheduler_type": "constant", **settings},
+        **DATA[data],
     )
     whole = trainer(tmp_path / "whole", **given)
     whole.train()
-    assert len({d["accumulation"] for d in decisions(whole)}) > 1
-    assert whole.state.global_step > interrupted_at
-    first = trainer(tmp_path / "parts", callbacks=[StopAt(interrupted_at)], **given)
-    first.train()
-    second = trainer(tmp_path / "parts", model=llama(seed=9), **given)
-    second.train(resume_from_checkpoint=True)
-    assert torch.equal(weights(whole.model), weights(second.model))
-    assert logged(whole, "loss") == logged(second, "loss")
-    assert decisions(whole) == decisions(second)
-    assert whole.state.epoch == second.state.epoch
-    assert whole.elra_callback.state() == second.elra_callback.state()
+    changes = [d["step"] for d in decisions(whole) if d["change"] != "keep"]
+    assert len(changes) > 1
+    points = set(random.Random(0).sample(range(1, whole.state.global_step), 5))
+    for point in sorted(points | {changes[0], changes[-1] - 1}):
+        folder = tmp_path / f"parts-{point}"
+        trainer(folder, callbacks=[StopAt(point)], **given).train()
+        second = trainer(folder, model=llama(seed=9), **given)
+        second.train(resume_from_checkpoint=True)
+        assert torch.equal(weights(whole.model), weights(second.model))
+        for key in ("loss", "learning_rate"):
+            assert logged(whole, key) == logged(second, key)
+        assert decisions(whole) == decisions(second)
+        for key in ("epoch", "global_step", "max_steps", "num_train_epochs", "total_flos"):
+            assert getattr(whole.state, key) == getattr(second.state, key)
+        assert whole.elra_callback.state() == second.elra_callback.state()
 
 
 def test_gradient_decay(tmp_path):
@@ -206,6 +193,13 @@ def test_stock_trainer_under_the_launcher_with_adamw(tmp_path):
         ({"elra_max_batch_size": 64}, "elra_max_batch_size: does nothing while elra_batch_control is off"),
         ({"elra_batch_schedule": "0:1,0.5:2"}, "needs --elra_batch_control schedule"),
         ({"elra_batch_control": "schedule"}, "needs --elra_batch_schedule"),
+        (
+            {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1", "elra_batch_growth": 2.0},
+            "elra_batch_growth: does nothing with elra_batch_control=schedule",
+        ),
+        ({"elra_batch_control": "elra", "elra_batch_conditions": "noise,rize"}, "'rize' is unknown. Did you mean"),
+        ({"elra_max_samples": 0}, "elra_max_samples=0 must be at least 1"),
+        ({"elra_max_tokens": -5}, "elra_max_tokens=-5 must be at least 1"),
         ({"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.2"}, "elra_batch_schedule="),
     ],
 )
@@ -218,14 +212,179 @@ def test_wrong_flags_are_named_and_nothing_is_left(tmp_path, given, message, opt
 
 
 def test_iterable_data_and_cycles_in_epochs(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(token_rows(20))
-
     with pytest.raises(ConfigurationError, match="elra_control_cycle='1ep' counts epochs"):
-        trainer(tmp_path, rows=Stream(), elra_batch_control="elra")
-    run = trainer(
-        tmp_path, rows=Stream(), max_steps=6, per_device_train_batch_size=2, elra_control_cycle="2ba", **GROWING
-    )
+        trainer(tmp_path, rows=Stream(), elra_batch_control="elra", elra_control_cycle="1ep")
+    run = trainer(tmp_path, rows=Stream(), max_steps=6, per_device_train_batch_size=2, **GROWING)
     run.train()
     assert run.state.global_step == 6
+    assert run.elra_callback.control_cycle == "45000sp"
+
+
+@pytest.mark.parametrize(
+    ("cycle", "rows"), [("15sp", None), ("255tok", None), ("0.2ep", None), ("15sp", Stream()), ("0.5ba", None)]
+)
+def test_cycles_shorter_than_one_update_are_refused(tmp_path, cycle, rows):
+    with pytest.raises(ConfigurationError, match=f"elra_control_cycle='{cycle}' is shorter than"):
+        trainer(tmp_path, rows=rows, elra_control_cycle=cycle, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+@pytest.mark.parametrize("budget", [{"elra_max_samples": 90}, {"elra_max_tokens": 90 * 16}])
+@pytest.mark.parametrize("rows", [token_rows(40), Stream()], ids=["map-style", "stream"])
+def test_budgets_end_training_with_the_update_that_reaches_them(tmp_path, optim, budget, rows):
+    fractions = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            fractions.append((run.progress.fraction(), run.lr_scheduler.get_last_lr()[0]))
+
+    run = trainer(
+        tmp_path,
+        rows=rows,
+        optim=optim,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        callbacks=[Note()],
+        per_device_train_batch_size=4,
+        elra_batch_control="schedule",
+        elra_batch_schedule="0:1,0.5:3",
+        max_steps=-1,
+        **budget,
+    )
+    result = run.train()
+    # 4 each until half of the budget, then 12 each, but for what the end of an epoch cuts.
+    assert 90 <= run.elra_callback.samples < 90 + 12
+    assert run.state.max_steps == run.state.global_step == result.global_step
+    assert run.args.max_steps == -1
+    for fraction, rate in fractions:
+        assert rate == pytest.approx(1e-3 * (1 - fraction))
+    assert fractions[-1][0] == 1
+
+
+def test_the_earlier_of_two_limits_counts(tmp_path):
+    run = trainer(tmp_path, elra_max_samples=1000, max_steps=5)
+    run.train()
+    assert run.state.global_step == 5
+    assert run.elra_callback.samples == 40
+
+
+def test_a_budget_in_tokens_needs_tokens(tmp_path):
+    run = trainer(tmp_path, model=vit().double(), rows=vit_rows(), elra_max_tokens=100)
+    with pytest.raises(ConfigurationError, match="'pixel_values', holds no tokens; use --elra_max_samples"):
+        run.train()
+
+
+class Clock:
+    def __init__(self, folder, **given):
+        self.run = trainer(folder, disable_tqdm=False, **given)
+        self.bar = next(c for c in self.run.callback_handler.callbacks if isinstance(c, ProgressCallback))
+        self.states = []
+        original = self.bar.on_step_end
+
+        def noted(*args, **kwargs):
+            original(*args, **kwargs)
+            self.states.append((self.bar.training_bar.n, self.bar.training_bar.total))
+
+        self.bar.on_step_end = noted
+        self.run.train()
+
+
+@pytest.mark.parametrize(
+    ("given", "unit", "end"),
+    [
+        (dict(max_steps=-1, num_train_epochs=2), "samples", 2 * 46),
+        (dict(max_steps=-1, elra_max_samples=100), "samples", 100),
+        (dict(max_steps=-1, elra_max_tokens=1600), "tokens", 1600),
+        (dict(max_steps=7), "updates", 7),
+    ],
+)
+def test_progress_bar_counts_data_and_ends_full(tmp_path, given, unit, end):
+    clock = Clock(
+        tmp_path, rows=token_rows(47), optim="adamw_torch", per_device_train_batch_size=2,
+        dataloader_drop_last=True, **GROWING, **given,
+    )  # fmt: skip
+    assert isinstance(clock.bar, DataProgressBar)
+    assert clock.bar.unit == unit
+    done, totals = zip(*clock.states, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[-1]
+    assert end <= done[-1] <= end + 6 * (16 if unit == "tokens" else 1)
+    if "elra_max_samples" in given or "elra_max_tokens" in given:
+        assert totals[0] == end
+
+
+def test_stock_progress_bar_stays_where_nothing_changes(tmp_path):
+    assert type(Clock(tmp_path, optim="adamw_torch", max_steps=2).bar) is ProgressCallback
+
+
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+def test_speed_tokens_and_flops_count_what_was_really_done(tmp_path, optim):
+    run = trainer(
+        tmp_path,
+        optim=optim,
+        per_device_train_batch_size=2,
+        include_num_input_tokens_seen="all",
+        max_steps=10,
+        **GROWING,
+    )
+    metrics = run.train().metrics
+    samples = 2 * (3 * 1 + 3 * 2 + 4 * 3)
+    assert metrics["train_samples_per_second"] == pytest.approx(samples / metrics["train_runtime"], abs=1e-2)
+    assert metrics["train_steps_per_second"] == pytest.approx(10 / metrics["train_runtime"], abs=1e-2)
+    assert run.state.num_input_tokens_seen == run.elra_callback.tokens == samples * 16
+    one = 6 * 16 * run.model.num_parameters(exclude_embeddings=True)
+    assert run.state.total_flos == pytest.approx(samples * one)
+
+
+def test_cycle_logs_hold_what_a_user_wants_to_know(tmp_path):
+    run = trainer(
+        tmp_path,
+        rows=token_rows(64),
+        per_device_train_batch_size=2,
+        elra_initial_accumulation=3,
+        elra_max_micro_batch="4",
+        elra_control_cycle="3ba",
+        max_steps=9,
+    )
+    run.train()
+    for entry in decisions(run):
+        assert entry["batch_size"] == 2 * entry["accumulation"]
+        assert entry["batch_tokens"] == 16 * entry["batch_size"]
+        assert entry["change"] in ("grow", "shrink", "keep")
+    assert decisions(run)[0]["micro_batches_per_pass"] == 1.5
+    numbers = [entry for entry in run.state.log_history if "cycle_loss" in entry]
+    assert [e["cycle_loss"] for e in numbers] == [d["mean"] for d in decisions(run)]
+
+
+def test_an_update_never_outgrows_its_control_cycle(tmp_path):
+    run = trainer(
+        tmp_path,
+        rows=token_rows(200),
+        per_device_train_batch_size=2,
+        elra_control_cycle="9sp",
+        elra_batch_growth=10,
+        max_steps=12,
+        elra_batch_conditions="noise",
+    )
+    run.train()
+    run.batch_controller.exact = 1.0
+    run.batch_controller.end_cycle(1.0, 10.0)
+    assert run.accumulation == 4
+
+
+def test_control_is_on_with_elra_and_off_with_others_and_where_batches_are_made_otherwise(tmp_path, caplog_warnings):
+    class OwnBatches(Trainer):
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs(inputs)
+
+    assert trainer(tmp_path).batch_control.mode == "elra"
+    assert trainer(tmp_path, optim="adamw_torch").batch_control is None
+    args = arguments(tmp_path, TrainingArguments, optim="elra")
+    assert Trainer(llama(), args, train_dataset=token_rows()).batch_control.mode == "elra"
+    given = Trainer(
+        llama(), arguments(tmp_path, TrainingArguments), train_dataset=token_rows(), optimizer_cls_and_kwargs=(ELRA, {})
+    )
+    assert given.batch_control.mode == "elra"
+    assert not [r for r in caplog_warnings.records if "makes batches of its own" in r.message]
+    assert OwnBatches(llama(), args, train_dataset=token_rows()).batch_control is None
+    assert [r for r in caplog_warnings.records if "OwnBatches makes batches of its own" in r.message]

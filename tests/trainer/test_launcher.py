@@ -158,17 +158,23 @@ def test_accelerate_launch(tmp_path):
     assert seen(tmp_path)["floor"] == 0.2
 
 
-@pytest.mark.parametrize(
-    ("model", "rows"),
-    [
-        ("llama()", "token_rows()"),
-        (  # takes num_items_in_batch and ignores it
-            "classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)",
-            "[{'input_ids': r['input_ids'], 'labels': r['input_ids'][0] // 32} for r in token_rows()]",
-        ),
-    ],
+CLASSIFIER = (  # takes num_items_in_batch and ignores it
+    "classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)",
+    "[{'input_ids': r['input_ids'], 'labels': r['input_ids'][0] // 32} for r in token_rows()]",
 )
-def test_two_processes_walk_the_path_of_one(tmp_path, model, rows):
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "more"),
+    [
+        ("llama()", "token_rows()", []),
+        ("llama()", "token_rows(unequal=True)", ["--elra_initial_accumulation", "3", "--elra_max_micro_batch", "auto"]),
+        (*CLASSIFIER, []),
+        (*CLASSIFIER, ["--elra_initial_accumulation", "3", "--elra_max_samples", "40", "--elra_control_cycle", "2ba"]),
+    ],
+    ids=["language model", "language model, merged", "classifier", "classifier, accumulated, budget"],
+)
+def test_two_processes_walk_the_path_of_one(tmp_path, model, rows, more):
     """1 process × batch 4 and 2 processes × batch 2: the same losses and rates."""
     results = []
     for processes, batch in ((1, 4), (2, 2)):
@@ -178,7 +184,7 @@ def test_two_processes_walk_the_path_of_one(tmp_path, model, rows):
         result = command(
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
             *("-m", "hf_elra.run", str(script)),
-            *flags(folder, "--optim", "elra", "--per_device_train_batch_size", str(batch)),
+            *flags(folder, "--optim", "elra", "--per_device_train_batch_size", str(batch), *more),
         )
         assert result.returncode == 0, result.stderr
         results.append(seen(folder))

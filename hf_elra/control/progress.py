@@ -1,0 +1,154 @@
+"""How far a training run is and how much of it is left, when updates differ in size. Plain Python.
+
+A run ends after a number of epochs, updates, samples or tokens. Everything that shows or uses progress (the progress
+bar, the number of updates to come, learning-rate and batch schedules) asks here. What counts samples and tokens is the
+Trainer's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class TrainingProgress:
+    """Position of a run in its data.
+
+    As in the Trainer, a limit in updates overrides the number of epochs; limits in samples and tokens do so too. Of
+    several limits the first one reached counts.
+
+    Args:
+        num_epochs: epochs to train, where nothing else limits the run.
+        max_updates, max_samples, max_tokens: limits, None for none.
+        batches_per_epoch: micro-batches of an epoch; None for data of unknown length.
+        samples_per_batch: samples of a whole micro-batch, over all processes.
+        samples_per_epoch: samples of an epoch; None for data of unknown length.
+        tokens_per_sample: a first estimate, until tokens have been seen.
+        skips_incomplete: the incomplete group of micro-batches at the end of an epoch is left out.
+    """
+
+    num_epochs: float = 1.0
+    max_updates: int | None = None
+    max_samples: int | None = None
+    max_tokens: int | None = None
+    batches_per_epoch: int | None = None
+    samples_per_batch: int = 1
+    samples_per_epoch: int | None = None
+    tokens_per_sample: float = 1.0
+    skips_incomplete: bool = False
+    # Position: epochs that are over, micro-batches taken in the one that runs; totals over the run.
+    epoch: int = 0
+    micro_batches: int = 0
+    updates: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    @property
+    def limited(self) -> bool:
+        """Whether something else than the number of epochs ends the run."""
+        return any(limit is not None for limit in (self.max_updates, self.max_samples, self.max_tokens))
+
+    def restart(self, epoch: int = 0, micro_batches: int = 0) -> None:
+        """Take a position in the data; the totals are told by :meth:`count`."""
+        self.epoch, self.micro_batches = epoch, micro_batches
+
+    def count(self, *, updates: int, samples: int, tokens: int) -> None:
+        """Take the totals of the run."""
+        self.updates, self.samples, self.tokens = updates, samples, tokens
+
+    def epoch_is_over(self, accumulation: int) -> bool:
+        """Whether the running epoch has no further update of ``accumulation`` micro-batches."""
+        if self.batches_per_epoch is None:
+            return False
+        left = self.batches_per_epoch - self.micro_batches
+        return left <= 0 or (left < accumulation and self.skips_incomplete)
+
+    def epochs(self, accumulation: int) -> float | None:
+        """Epochs of data seen; None for data of unknown length."""
+        if not self.batches_per_epoch:
+            return None
+        over = self.epoch_is_over(accumulation)
+        return self.epoch + (1.0 if over else self.micro_batches / self.batches_per_epoch)
+
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        shares = [
+            seen / limit
+            for seen, limit in (
+                (self.updates, self.max_updates),
+                (self.samples, self.max_samples),
+                (self.tokens, self.max_tokens),
+            )
+            if limit
+        ]
+        if not self.limited and self.batches_per_epoch:
+            taken = self.epoch * self.batches_per_epoch + self.micro_batches
+            shares.append(taken / (self.num_epochs * self.batches_per_epoch))
+        return min(1.0, max(shares, default=0.0))
+
+    def updates_left(self, accumulation: int) -> int:
+        """Updates still to come if every one has ``accumulation`` micro-batches; 0 exactly when the run is over."""
+        if not self.limited:
+            return self._plan(accumulation)[0]
+        return max(0, min(self._left_by_limit(accumulation).values()))
+
+    def unit(self, accumulation: int) -> str:
+        """What is best shown as progress: the unit of the limit that ends the run, ``samples`` where epochs do."""
+        if not self.limited:
+            return "samples"
+        left = self._left_by_limit(accumulation)
+        return min(left, key=left.__getitem__)
+
+    def _left_by_limit(self, accumulation: int) -> dict[str, int]:
+        left = {}
+        size = accumulation * self.samples_per_batch
+        if self.max_tokens is not None:
+            per_sample = self.tokens / self.samples if self.tokens else self.tokens_per_sample
+            left["tokens"] = math.ceil((self.max_tokens - self.tokens) / (size * per_sample))
+        if self.max_samples is not None:
+            left["samples"] = math.ceil((self.max_samples - self.samples) / size)
+        if self.max_updates is not None:
+            left["updates"] = self.max_updates - self.updates
+        return left
+
+    def total(self, unit: str, accumulation: int) -> int:
+        """Size of the whole run in the unit that :meth:`unit` names, at least what is done."""
+        if unit == "samples" and not self.limited:
+            return self.samples + self._plan(accumulation)[1]
+        limit = {"tokens": self.max_tokens, "samples": self.max_samples, "updates": self.max_updates}[unit]
+        return max(limit or 0, getattr(self, unit))
+
+    def total_epochs(self, accumulation: int) -> int:
+        """Epochs of the whole run, begun ones included; at least 1."""
+        if not self.limited:
+            return math.ceil(self.num_epochs)
+        seen, done = self.epochs(accumulation), self.fraction()
+        return max(1, math.ceil(seen / done - 1e-9)) if seen and done else 1
+
+    def _plan(self, accumulation: int) -> tuple[int, int]:
+        """Updates and samples to come in a run of ``num_epochs`` epochs."""
+        length, samples = self.batches_per_epoch or 1, self.samples_per_epoch or 0
+        total = math.ceil(self.num_epochs * length)
+        epoch, taken = self.epoch, self.micro_batches
+        updates = left_samples = 0
+        while epoch * length + taken < total:
+            left = min(length - taken, total - epoch * length - taken)
+            to_the_end = left == length - taken
+            whole, rest = divmod(left, accumulation)
+            # The incomplete group at the end of an epoch may be skipped; in mid-epoch the last group is taken whole.
+            if rest and not (to_the_end and self.skips_incomplete):
+                whole += 1
+            updates += whole
+            batches = min(length, taken + whole * accumulation)
+            left_samples += self._samples_of(batches, samples) - self._samples_of(taken, samples)
+            epoch, taken = epoch + 1, 0
+        return updates, left_samples
+
+    def _samples_of(self, batches: int, samples_per_epoch: int) -> int:
+        return min(batches * self.samples_per_batch, samples_per_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, as plain JSON values."""
+        return {"epoch": self.epoch, "micro_batches": self.micro_batches}

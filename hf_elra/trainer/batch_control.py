@@ -1,0 +1,195 @@
+"""What the batch flags ask for, checked against each other and the data before a Trainer does anything.
+
+The result, a :class:`BatchControl`, is what ``groups.py`` works with. The flags themselves are in ``arguments.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from transformers.trainer_utils import has_length
+
+from hf_elra.control import ControlCycle
+from hf_elra.control.batch_size import CONDITIONS, BatchSchedule, BatchSizeController
+from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
+
+_BATCH_FLAGS = (
+    "elra_batch_growth",
+    "elra_batch_conditions",
+    "elra_max_batch_size",
+    "elra_initial_accumulation",
+    "elra_gradient_decay",
+)
+_GROUP_FLAGS = ("elra_max_samples", "elra_max_tokens", "elra_max_micro_batch")
+
+
+@dataclasses.dataclass
+class BatchControl:
+    """What the flags ask for, checked.
+
+    Attributes:
+        controller: knows the number of micro-batches of an update.
+        mode: ``"elra"`` if the controller may change that number, ``"schedule"``, or ``"off"``: it stays.
+        schedule: multiples of the first number over training, or None.
+        gradient_decay: scale gradients by m_0/m.
+        max_samples, max_tokens: budgets that end the run, or None.
+        max_pass: most samples of one forward pass; ``"auto"``; None to run micro-batches as they come.
+    """
+
+    controller: BatchSizeController
+    mode: str
+    schedule: BatchSchedule | None
+    gradient_decay: bool
+    max_samples: int | None
+    max_tokens: int | None
+    max_pass: int | str | None
+
+
+def build_batch_control(
+    settings: ElraSettings, args: Any, train_dataset: Any, default: str = "off"
+) -> BatchControl | None:
+    """Build what ``settings`` ask for; None where updates are the stock Trainer's.
+
+    Args:
+        settings: the flags.
+        args: the Trainer's arguments.
+        train_dataset: the Trainer's training data.
+        default: what ``elra_batch_control`` is where it is not given; see :func:`default_control`.
+
+    Raises:
+        ConfigurationError: flags that contradict each other or the data; the message names the flag.
+    """
+    control = settings.elra_batch_control
+    if control is None:
+        control = default
+    if control not in BATCH_CONTROLS:
+        raise ConfigurationError(
+            f"elra_batch_control={control!r} must be one of {', '.join(BATCH_CONTROLS)}."
+            + nearest(control, BATCH_CONTROLS)
+        )
+    schedule = settings.elra_batch_schedule
+    if schedule is not None and control != "schedule":
+        raise ConfigurationError(f"elra_batch_schedule={schedule!r} needs --elra_batch_control schedule beside it.")
+    if control == "off" and (idle := [name for name in settings.changed() if name in _BATCH_FLAGS]):
+        raise ConfigurationError(
+            f"{', '.join(idle)}: does nothing while elra_batch_control is off; add --elra_batch_control elra."
+        )
+    if control == "schedule" and (
+        idle := [name for name in settings.changed() if name in ("elra_batch_growth", "elra_batch_conditions")]
+    ):
+        raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control=schedule; leave it out.")
+    base = args.train_batch_size * args.world_size
+    max_pass = _read_max_pass(settings.elra_max_micro_batch, args.train_batch_size)
+    for name in ("elra_max_samples", "elra_max_tokens"):
+        budget = getattr(settings, name)
+        if budget is not None and budget < 1:
+            raise ConfigurationError(f"{name}={budget} must be at least 1; leave it out for no budget.")
+    wanted = control != "off" or settings.elra_max_samples or settings.elra_max_tokens or max_pass is not None
+    first = args.gradient_accumulation_steps
+    if control != "off" and settings.elra_initial_accumulation is not None:
+        first = settings.elra_initial_accumulation
+    if wanted or default == "elra":
+        _check_cycle(settings, control, args, train_dataset, max(first, 1) * base)
+    if not wanted:
+        return None
+    if args.deepspeed:
+        given = [name for name in settings.changed() if name in ("elra_batch_control", *_GROUP_FLAGS)]
+        raise ConfigurationError(
+            f"{', '.join(given)} cannot be used with DeepSpeed, which does its own accumulation; leave it out."
+        )
+    if control == "schedule" and schedule is None:
+        raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
+    most = settings.elra_max_batch_size
+    if most is not None and most < first * base:
+        raise ConfigurationError(
+            f"elra_max_batch_size={most} is below the first batch of {first} x {base} = {first * base} samples; "
+            "raise it, or lower --per_device_train_batch_size or --elra_initial_accumulation."
+        )
+    names = settings.elra_batch_conditions
+    conditions = tuple(part.strip() for part in names.split(",")) if names else CONDITIONS
+    try:
+        controller = BatchSizeController(
+            first, settings.elra_batch_growth, None if most is None else most // base, conditions
+        )
+        if control != "elra":
+            controller.conditions = ()
+    except ConfigurationError as error:
+        flags = "--elra_batch_growth, --elra_initial_accumulation, --elra_batch_conditions"
+        raise ConfigurationError(f"{flags}: {error}") from None
+    return BatchControl(
+        controller,
+        control,
+        None if schedule is None else BatchSchedule.parse(schedule, "elra_batch_schedule"),
+        settings.elra_gradient_decay,
+        settings.elra_max_samples,
+        settings.elra_max_tokens,
+        max_pass,
+    )
+
+
+def default_control(trainer_class: type, *, with_elra: bool) -> str:
+    """Return ``"elra"`` for a run with ELRA, but ``"off"`` in a Trainer that overrides how batches are made.
+
+    TRL's GRPO, for one, counts on a fixed accumulation.
+    """
+    own_batches = any(
+        not cls.__module__.startswith(("transformers.", "hf_elra."))
+        and any(name in vars(cls) for name in ("get_batch_samples", "_prepare_inputs", "_inner_training_loop"))
+        for cls in trainer_class.__mro__
+    )
+    return "elra" if with_elra and not own_batches else "off"
+
+
+def _read_max_pass(text: str | int | None, micro_batch: int) -> int | str | None:
+    """Read ``elra_max_micro_batch``: None, ``"auto"`` or a number of samples."""
+    if text is None or text == "auto":
+        return text
+    try:
+        number = int(text)
+    except ValueError:
+        raise ConfigurationError(f"elra_max_micro_batch={text!r} must be a number of samples or auto.") from None
+    if number < micro_batch:
+        raise ConfigurationError(
+            f"elra_max_micro_batch={number} is below the {micro_batch} samples of one micro-batch; raise it, or lower "
+            "--per_device_train_batch_size."
+        )
+    return number
+
+
+def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset: Any, first: int) -> None:
+    """Refuse a control cycle that cannot be counted, or that is shorter than the first update of ``first`` samples."""
+    text = settings.control_cycle(train_dataset)
+    cycle = ControlCycle.parse(text, "elra_control_cycle")
+    if cycle.unit == "ep":
+        if train_dataset is None:
+            return
+        if not has_length(train_dataset):
+            if control == "off":
+                return
+            raise ConfigurationError(
+                f"elra_control_cycle={text!r} counts epochs, but the training data have no length; write it in samples "
+                "(45000sp), tokens (45000tok) or updates (100ba)."
+            )
+        # An update is never larger than an epoch, so a cycle of one epoch or more always holds one.
+        samples = math.inf if cycle.length >= 1 else cycle.length * len(train_dataset)
+    else:
+        per_sample = {"sp": 1.0, "tok": tokens_of_first_row(train_dataset) or 0.0}.get(cycle.unit)
+        samples = cycle.length / per_sample if per_sample else math.inf
+    if samples < first:
+        raise ConfigurationError(
+            f"elra_control_cycle={text!r} is shorter than the first update of {first} samples; write at least "
+            f"{first}sp."
+        )
+
+
+def tokens_of_first_row(train_dataset: Any) -> int | None:
+    """Tokens of the first sample of map-style data of token rows; None for anything else."""
+    if train_dataset is None or not has_length(train_dataset) or len(train_dataset) == 0:
+        return None
+    data: Any = train_dataset
+    row = data[0]
+    tokens = row.get("input_ids") if hasattr(row, "get") else None
+    return len(tokens) if tokens is not None and hasattr(tokens, "__len__") else None

@@ -10,16 +10,14 @@
 from __future__ import annotations
 
 import math
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from transformers import PrinterCallback, set_seed
 
 from hf_elra import ConfigurationError, ElraTrainer
 from hf_elra.recipes import babyllama, text_data
+from hf_elra.recipes.command_line import command_line, recorded_settings
 from hf_elra.recipes.run_folder import (
     LOG,
     METRICS,
@@ -29,6 +27,7 @@ from hf_elra.recipes.run_folder import (
     start_run,
     write_json,
 )
+from hf_elra.report.environment import environment
 from hf_elra.report.model_card import build_model_card
 from hf_elra.report.table import training_table
 from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
@@ -37,7 +36,7 @@ from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
 def main(words: list[str]) -> int:
     """Train, evaluate, save; return the exit code."""
     recipe, training = babyllama.parse_arguments(words)
-    settings = babyllama.recorded_settings(recipe, training)
+    settings = recorded_settings(recipe, training, babyllama.NOT_OF_THE_TRAJECTORY)
     folder = training.output_dir
     checkpoint = check_run_folder(folder, settings, resume=recipe.resume, overwrite=recipe.overwrite)
 
@@ -71,6 +70,7 @@ def main(words: list[str]) -> int:
         callbacks=[stop, progress],
     )
     trainer.remove_callback(PrinterCallback)
+    progress.trainer = trainer
     main_process = trainer.is_world_process_zero()
     if main_process:
         start_run(folder, settings, checkpoint)
@@ -86,7 +86,7 @@ def main(words: list[str]) -> int:
         stop.restore()
     if stop.received is not None:
         if main_process:
-            again = babyllama.command_line() + ("" if recipe.resume else " --resume")
+            again = command_line() + ("" if recipe.resume else " --resume")
             print(f"interrupted at update {trainer.state.global_step:,}; saved. Go on with:\n  {again}")
         return 128 + stop.received
 
@@ -109,13 +109,9 @@ def main(words: list[str]) -> int:
         "parameters": model.num_parameters(),
         "resumed_from": checkpoint,
         "train_seconds": result.metrics["train_runtime"],
-        "tokens_per_second": progress.tokens / result.metrics["train_runtime"],
-        "command": babyllama.command_line(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, device {training.device}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "accelerate", "hf_elra")},
-        },
+        "tokens_per_second": progress.done / result.metrics["train_runtime"],
+        "command": command_line(),
+        **environment(training.device),
         "settings": settings,
     }
     table = training_table(trainer.state.log_history)

@@ -42,7 +42,9 @@ def test_every_value_can_be_overridden():
     assert (training.max_steps, training.elra_min_step_norm) == (7, 0.05)
     assert training.elra_control_cycle == "45000sp"
     assert training.output_dir == "runs/babyllama-15m"
-    assert parse_arguments(["--num_train_epochs", "2"])[1].max_steps == -1
+    for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens"):  # another length takes the preset's place
+        assert parse_arguments([flag, "2"])[1].elra_max_samples is None
+    assert parse_arguments(["--optim", "sgd"])[1].elra_max_samples == 19_200
     assert parse_arguments(["--optim", "sgd"])[1].elra_min_step_norm is None  # the preset's floor is ELRA's alone
 
 

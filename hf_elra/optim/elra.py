@@ -162,6 +162,7 @@ class ELRA(torch.optim.Optimizer):
             "step_size": 0.0,
             "previous_slope": None,
             "previous_loss": None,
+            "gradient_norm": None,
             "direction_norm": None,
             "step_norm": 0.0,
             "cosine": None,
@@ -188,11 +189,12 @@ class ELRA(torch.optim.Optimizer):
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
-        (so far) and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
+        (so far), ``grad_norm`` and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
         control = self._control
         metrics = {"alpha": control["alpha"], "step_norm": control["step_norm"], "restarts": control["restarts"]}
-        if control["cosine"] is not None:
-            metrics["cosine"] = control["cosine"]
+        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
+            if control[key] is not None:
+                metrics[name] = control[key]
         return metrics
 
     # ---- what a training loop calls ----
@@ -274,6 +276,7 @@ class ELRA(torch.optim.Optimizer):
             slope += weight * (square if same else dot(gradient, direction))
             norm_squared += weight * weight * (square if same else dot(direction, direction))
         current_slope = self._slope_along_last_direction(params, gradients)
+        control["gradient_norm"] = math.sqrt(gradient_norm_squared) if gradient_norm_squared >= 0 else math.nan
 
         if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
             self._restart(NON_FINITE_BACKOFF, factors, finite=False)

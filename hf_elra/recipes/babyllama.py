@@ -6,20 +6,17 @@ and tokenizers are in ``text_data.py``; the run itself is ``scripts/train_babyll
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.training_args import OptimizerNames
 
-from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.errors import ConfigurationError
+from hf_elra.recipes.command_line import choose, choose_optimizer, parse
 from hf_elra.recipes.text_data import PYTHON_DOCS
-from hf_elra.trainer import ElraSettings, ElraTrainingArguments
-from hf_elra.trainer.arguments import OPTIMIZERS, OneLineParser
+from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer.arguments import OPTIMIZERS
 
 # Every name below is a flag of the script; a flag given by the user wins.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 344,
         "block_size": 128,
         "vocab_size": 2048,
-        "max_steps": 2400,
+        "elra_max_samples": 19_200,
         # Tried at 1 M tokens, one seed each: batch 16 with floors 0.1/0.2/0.4 ended at 5.96/5.69/6.01 nats, batch 8
         # and 4 with floor 0.2 at 5.33 and 5.26 (docs/results/tiny_preset.md).
         "per_device_train_batch_size": 8,
@@ -52,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 768,
         "block_size": 256,
         "vocab_size": 32_000,
-        "max_steps": 800_000,
+        "elra_max_samples": 12_800_000,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "elra_control_cycle": "45000sp",
@@ -62,6 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _TINY = PRESETS["tiny"]
+NOT_OF_THE_TRAJECTORY = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
+_ELRA_ONLY = ("elra_min_step_norm", "elra_control_cycle")
 
 # Sensible settings by optimizer family, for comparison runs from the same script. The first that fits a name counts.
 _SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0}
@@ -132,18 +131,8 @@ class BabyLlamaArguments:
 
 def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingArguments]:
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
-    preset = _value_of("--preset", words, "tiny")
-    if preset not in PRESETS:
-        raise ConfigurationError(
-            f"--preset {preset} is unknown.{nearest(preset, PRESETS)} Choose {' or '.join(PRESETS)}."
-        )
-    optim = _value_of("--optim", words, "elra")
-    known = list(OptimizerNames._value2member_map_)
-    if optim not in known:
-        raise ConfigurationError(
-            f"--optim {optim} is unknown.{nearest(optim, known)} Ours: {', '.join(OPTIMIZERS)}; "
-            "Transformers' names work too, e.g. adamw_torch."
-        )
+    preset = choose("--preset", words, "tiny", PRESETS)
+    optim = choose_optimizer(words)
     defaults = {
         "output_dir": f"runs/babyllama-{preset}" + ("" if optim == "elra" else f"-{optim}"),
         "report_to": ["none"],
@@ -154,16 +143,10 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_steps": PRESETS[preset]["eval_steps"],
-        **{name: value for name, value in PRESETS[preset].items() if optim in OPTIMIZERS or name[:5] != "elra_"},
+        **{name: value for name, value in PRESETS[preset].items() if optim in OPTIMIZERS or name not in _ELRA_ONLY},
         **{name: pick(value, preset) for name, value in settings_for(optim).items()},
     }
-    dataclasses: Any = (BabyLlamaArguments, ElraTrainingArguments)
-    parser = OneLineParser(dataclasses, allow_abbrev=False)
-    parser.set_defaults(**defaults)
-    if _given("--num_train_epochs", words) and not _given("--max_steps", words):
-        parser.set_defaults(max_steps=-1)
-    recipe, training = parser.parse(words)
-    return recipe, training
+    return parse(BabyLlamaArguments, words, defaults)
 
 
 def settings_for(optim: str) -> dict[str, Any]:
@@ -175,18 +158,6 @@ def settings_for(optim: str) -> dict[str, Any]:
 def pick(value: Any, preset: str) -> Any:
     """Return a setting that may differ by preset."""
     return value[preset] if isinstance(value, dict) else value
-
-
-def _value_of(flag: str, words: list[str], default: str) -> str:
-    for position, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name == flag:
-            return value or (words[position + 1] if position + 1 < len(words) else "")
-    return default
-
-
-def _given(flag: str, words: list[str]) -> bool:
-    return any(word.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for word in words)
 
 
 def build_model(recipe: BabyLlamaArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -230,32 +201,3 @@ def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str,
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def recorded_settings(recipe: BabyLlamaArguments, training: ElraTrainingArguments) -> dict[str, Any]:
-    """The settings that decide the trajectory: what a resumed run must share with the interrupted one."""
-    ignored = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
-    settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ignored}
-    for name in (
-        "optim",
-        "optim_args",
-        "learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "max_grad_norm",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "seed",
-        "max_steps",
-        "num_train_epochs",
-        *(f.name for f in fields(ElraSettings)),
-    ):
-        value = getattr(training, name)
-        settings[name] = getattr(value, "value", value)
-    return settings
-
-
-def command_line() -> str:
-    """The command that started this process, as a user can type it in the same folder."""
-    python = os.path.relpath(sys.executable)
-    return shlex.join([sys.executable if python.startswith("..") else python, *sys.argv])

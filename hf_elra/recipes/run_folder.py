@@ -19,7 +19,7 @@ from hf_elra.errors import ConfigurationError
 SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
 
-LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("max_steps", "num_train_epochs", "elra_max_samples", "elra_max_tokens")
 """Settings in which a resumed run may differ from the interrupted one."""
 
 

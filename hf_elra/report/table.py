@@ -24,14 +24,17 @@ def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
         rows: how many logs to show at most.
     """
     logs = [entry for entry in history if "loss" in entry]
-    evaluations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    evaluations = {entry["step"]: entry for entry in history if "eval_loss" in entry}
     stride = max(1, -(-len(logs) // rows))
     shown = logs[::-1][::stride][::-1]
     columns = {
         "update": lambda e: f"{e['step']:,}",
+        "epoch": lambda e: "" if "num_input_tokens_seen" in e else f"{e['epoch']:.2f}" if "epoch" in e else "",
         "tokens": lambda e: f"{e['num_input_tokens_seen']:,}" if "num_input_tokens_seen" in e else "",
         "training loss": lambda e: f"{e['loss']:.4f}",
-        "validation loss": lambda e: f"{evaluations[e['step']]:.4f}" if e["step"] in evaluations else "",
+        "validation loss": lambda e: f"{evaluations[e['step']]['eval_loss']:.4f}" if e["step"] in evaluations else "",
+        "accuracy": lambda e: _percent(evaluations.get(e["step"], {}).get("eval_accuracy")),
+        "batch": lambda e: f"{e['batch_size']:g}" if "batch_size" in e else "",
         "learning rate": lambda e: f"{e['learning_rate']:.3g}",
         "step norm": lambda e: f"{e['step_norm']:.3g}" if "step_norm" in e else "",
         "cosine": lambda e: f"{e['cosine']:+.3f}" if "cosine" in e else "",
@@ -40,3 +43,7 @@ def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
     table = [[show(entry) for show in columns.values()] for entry in shown]
     used = [i for i in range(len(columns)) if any(row[i] for row in table)]
     return markdown_table([list(columns)[i] for i in used], [[row[i] for i in used] for row in table])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"

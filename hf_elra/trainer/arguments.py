@@ -86,6 +86,9 @@ class ElraSettings:
         elra_max_samples, elra_max_tokens (int, optional): end training with the update that reaches so many samples
             or tokens (padding included) over all processes. As ``max_steps`` does, they override
             ``num_train_epochs``; of several limits the first one reached counts.
+        elra_boost (bool): evaluate, predict and save the mean of the points of the last control cycle (section 3.7);
+            training goes on from the last point, and checkpoints hold both. With any optimizer. Default: False.
+        elra_boost_every (int): every how many updates a point is taken into that mean. Default: 10.
     """
 
     elra_min_step_norm: float | None = field(
@@ -125,6 +128,10 @@ class ElraSettings:
     )
     elra_max_samples: int | None = field(default=None, metadata={"help": "End training after so many samples."})
     elra_max_tokens: int | None = field(default=None, metadata={"help": "End training after so many tokens."})
+    elra_boost: bool = field(
+        default=False, metadata={"help": "Evaluate and save the mean of the points of the last control cycle."}
+    )
+    elra_boost_every: int = field(default=10, metadata={"help": "Updates from one point of that mean to the next."})
 
     @classmethod
     def of(cls, args: Any) -> ElraSettings:
@@ -133,6 +140,13 @@ class ElraSettings:
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
+    def check(self) -> None:
+        """Raise a ConfigurationError for a value that no run can use."""
+        if self.elra_boost_every < 1:
+            raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} must be at least 1.")
+        if self.elra_boost_every != 10 and not self.elra_boost:
+            raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} does nothing without --elra_boost.")
+
     def changed(self) -> list[str]:
         """Return the names of the settings that are not at their defaults."""
         return [f.name for f in dataclasses.fields(ElraSettings) if getattr(self, f.name) != f.default]
@@ -140,7 +154,7 @@ class ElraSettings:
     def idle_without_elra(self) -> list[str]:
         """Return the names of changed settings that do nothing for another optimizer."""
         idle = {"elra_min_step_norm", "elra_skip_last_batch"}
-        if self.elra_batch_control in (None, "off"):
+        if self.elra_batch_control in (None, "off") and not self.elra_boost:
             idle.add("elra_control_cycle")
         return [name for name in self.changed() if name in idle]
 
@@ -204,11 +218,11 @@ def uses_elra(args: Any) -> bool:
     return str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
 
 
-def wants_groups(args: Any) -> bool:
-    """Return whether a flag asks for updates that are not the stock Trainer's, whatever the optimizer."""
-    names = ("elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens")
+def wants_mixin(args: Any) -> bool:
+    """Return whether a flag asks for something that the stock Trainer does not do, whatever the optimizer."""
+    names = ("elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens", "elra_boost")
     values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
-    return any(value not in (None, "off") for value in values)
+    return any(value not in (None, False, "off") for value in values)
 
 
 def is_language_model(model: Any) -> bool:

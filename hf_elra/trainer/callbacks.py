@@ -87,7 +87,10 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.trainer.begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        self.trainer.sample_point(state.global_step)
         if self._advance(state):
+            if self.trainer.point_mean is not None:
+                self.trainer.point_mean.end_cycle()
             optimizer = unwrap_optimizer(kwargs["optimizer"])
             if hasattr(optimizer, "end_cycle"):
                 optimizer.end_cycle()
@@ -173,33 +176,54 @@ class StopOnSignal(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """Prints one line per log: updates, tokens, tokens per second, loss, what ELRA did, and the time left.
+    """Prints one line per log: updates, tokens or images, their speed, loss, what ELRA did, and the time left.
 
-    Needs ``include_num_input_tokens_seen`` in the arguments. It takes the place of the Trainer's own printing.
-    ``tokens`` are those seen since training began or was resumed.
+    It takes the place of the Trainer's own printing. ``trainer`` is to be set once there is one.
+
+    Args:
+        unit (str): ``"tokens"`` or ``"images"``.
     """
 
-    tokens = 0
+    trainer: Any = None
+
+    def __init__(self, unit: str = "tokens") -> None:
+        self.unit = unit
+
+    @property
+    def done(self) -> int:
+        """Tokens or images since training began or was resumed."""
+        return self._total() - self._first
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._started = time.perf_counter()
-        self._first_update, self._first_token = state.global_step, state.num_input_tokens_seen
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        self.tokens = state.num_input_tokens_seen - self._first_token
+        self._first_share, self._first = self._share(state), self._total()
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        updates, tokens = state.global_step, state.num_input_tokens_seen
-        line = f"update {updates:>6,}/{state.max_steps:,}  {tokens:>11,} tokens"
+        share = self._share(state)
+        line = f"{share:>4.0%}  update {state.global_step:>6,}  {self._total():>11,} {self.unit}"
         if "eval_loss" in logs:
-            print(f"{line}  validation loss {logs['eval_loss']:.4f}", flush=True)
+            line += f"  validation loss {logs['eval_loss']:.4f}"
+            if "eval_accuracy" in logs:
+                line += f"  accuracy {100 * logs['eval_accuracy']:.2f} %"
+            print(line, flush=True)
             return
-        line += f"  {self.tokens / seconds:>8,.0f} tokens/s  loss {logs['loss']:.4f}"
+        line += f"  {self.done / seconds:>8,.0f} {self.unit}/s  loss {logs['loss']:.4f}"
+        if "batch_size" in logs:
+            line += f"  batch {logs['batch_size']:g}"
         line += f"  learning rate {logs['learning_rate']:.3g}"
         if "alpha" in logs:
             line += f"  step norm {logs['step_norm']:.3g}  restarts {logs['restarts']}"
-        left = seconds / max(updates - self._first_update, 1) * (state.max_steps - updates)
+        left = seconds / max(share - self._first_share, 1e-9) * (1 - share)
         print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", flush=True)
+
+    def _total(self) -> int:
+        seen = self.trainer.elra_callback
+        return int(seen.tokens if self.unit == "tokens" else seen.samples)
+
+    def _share(self, state: Any) -> float:
+        if self.trainer.batch_control is not None:
+            return float(self.trainer.progress.fraction())
+        return float(state.global_step / max(state.max_steps, 1))

@@ -58,6 +58,7 @@ class DynamicBatchMixin(_Base):
     _proven_pass = 0
     _merging_refused = False
     _micro_batches_per_pass = 1.0  # in the last update
+    _flops_per_element: float | None = None
 
     def prepare_batch_control(self, settings: ElraSettings, *, with_elra: bool) -> None:
         """Take the control that ``settings`` ask for; from here on groups do the accumulation."""
@@ -277,10 +278,17 @@ class DynamicBatchMixin(_Base):
         return True
 
     def floating_point_ops(self, inputs):
-        """Sum over a group."""
-        if isinstance(inputs, MicroBatchGroup):
-            return sum(super(DynamicBatchMixin, self).floating_point_ops(batch) for batch in inputs)
-        return super().floating_point_ops(inputs)
+        """Sum over a group; the stock one, which counts the model's parameters anew each time, is asked only once."""
+        if not isinstance(inputs, MicroBatchGroup):
+            return super().floating_point_ops(inputs)
+        stock = super().floating_point_ops
+        name = getattr(self.model, "main_input_name", "input_ids")
+        sizes = [inner[name].numel() for inner in inputs if hasattr(inner, "get") and inner.get(name) is not None]
+        if getattr(stock, "__func__", None) is not Trainer.floating_point_ops or len(sizes) < len(inputs):
+            return sum(stock(batch) for batch in inputs)
+        if self._flops_per_element is None:
+            self._flops_per_element = stock(inputs[0]) / max(sizes[0], 1)
+        return self._flops_per_element * sum(sizes)
 
     def _track_num_input_tokens(self, inputs):
         for batch in inputs if isinstance(inputs, MicroBatchGroup) else [inputs]:
@@ -335,7 +343,7 @@ class DynamicBatchMixin(_Base):
         if self.batch_control is None:
             return epochs, skip
         self._restore_position(self.batch_control)
-        self._first_epoch_of_call = True
+        self._first_epoch_of_call, self._flops_per_element = True, None
         progress = self.progress
         if self.args.ignore_data_skip:
             progress.micro_batches = 0

@@ -20,6 +20,7 @@ from transformers.trainer_utils import has_length
 
 from hf_elra.optim import ELRA
 from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
+from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 
@@ -36,7 +37,7 @@ def trains_with_elra(trainer: Trainer) -> bool:
     )
 
 
-class ElraTrainerMixin(DynamicBatchMixin):
+class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     """Put in front of ``Trainer`` or a subclass of it: ``class MyTrainer(ElraTrainerMixin, SomeTrainer)``.
 
     With ``optim="elra"`` the optimizer is told the true mean loss of every update: over all micro-batches of the group
@@ -67,6 +68,7 @@ class ElraTrainerMixin(DynamicBatchMixin):
                 getattr(self.args.optim, "value", self.args.optim),
             )
         self.prepare_batch_control(self.elra_settings, with_elra=self.elra_active)
+        self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
 
@@ -262,6 +264,12 @@ class ElraTrainerMixin(DynamicBatchMixin):
 
     # ---- logs ----
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stock norm of the gradient; ELRA computes it anyway, and :meth:`log` shows that one."""
+        if grad_norm is None and self.elra_optimizer is not None and not self.is_deepspeed_enabled:
+            return None
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def _get_learning_rate(self) -> float:
         optimizer = self.elra_optimizer
         return optimizer.alpha if optimizer is not None else super()._get_learning_rate()
@@ -270,7 +278,9 @@ class ElraTrainerMixin(DynamicBatchMixin):
         """Log, with the optimizer's own numbers beside the training loss."""
         optimizer = self.elra_optimizer
         if "loss" in logs and optimizer is not None:
-            logs.update(optimizer.metrics)
+            logs.update({name: value for name, value in optimizer.metrics.items() if name not in logs})
+        if "loss" in logs and self.batch_control is not None:
+            logs["batch_size"] = float(self.accumulation * self._samples_per_batch)
         if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size
             done = self.elra_callback.samples - self.elra_callback.samples_before
             logs["train_samples_per_second"] = round(done / seconds, 3)

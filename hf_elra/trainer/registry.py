@@ -22,7 +22,7 @@ from hf_elra.trainer.arguments import (
     optimizer_arguments,
     refuse_unusable,
     uses_elra,
-    wants_groups,
+    wants_mixin,
 )
 from hf_elra.trainer.batch_control import build_batch_control, default_control
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
@@ -69,13 +69,15 @@ def _wrap(initialise: Any) -> Any:
             refuse_unusable(fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed))
             optimizer_arguments(arguments, given.get("model"))
         if arguments is not None and (
-            uses_elra(arguments) or wants_groups(arguments) or isinstance(arguments, ElraSettings)
+            uses_elra(arguments) or wants_mixin(arguments) or isinstance(arguments, ElraSettings)
         ):
+            settings = ElraSettings.of(arguments)
+            settings.check()
             default = default_control(type(self), with_elra=uses_elra(arguments))
-            build_batch_control(ElraSettings.of(arguments), arguments, given.get("train_dataset"), default)
+            build_batch_control(settings, arguments, given.get("train_dataset"), default)
         with _budget_as_max_steps(arguments, given.get("train_dataset")):
             initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_groups(self.args)):
+        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_mixin(self.args)):
             trainer_class: Any = type(self)
             self.__class__ = with_elra(trainer_class)
             self.prepare_elra()

@@ -80,7 +80,7 @@ def test_interrupted_run_saves_and_its_command_resumes_it(tmp_path, story):
     words = [*SMALL, "--max_steps", "120", "--save_steps", "1000", "--train_file", story, "--output_dir"]
     process = start(*words, str(tmp_path / "cut"))
     for line in process.stdout:
-        if "update     15/" in line:
+        if "update     15 " in line:
             break
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=120)

@@ -1,0 +1,26 @@
+"""Metrics as local ``evaluate`` modules, so that computing one never asks the hub.
+
+``load("accuracy")`` returns an ``evaluate`` module with the usual ``compute`` and ``add_batch``.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from hf_elra.errors import ConfigurationError, nearest
+
+NAMES = ("accuracy", "perplexity")
+
+
+def load(name: str) -> Any:
+    """Load one of :data:`NAMES`.
+
+    Raises:
+        ConfigurationError: there is no metric of this name here.
+    """
+    if name not in NAMES:
+        raise ConfigurationError(f"metric {name!r} is unknown.{nearest(name, NAMES)} Choose from {', '.join(NAMES)}.")
+    import evaluate
+
+    return evaluate.load(str(files("hf_elra.metrics").joinpath(name).joinpath(f"{name}.py")))

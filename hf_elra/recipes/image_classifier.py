@@ -1,0 +1,177 @@
+"""Image classification: presets by data set (the paper's section 4.2), the model, and what goes with each optimizer.
+
+Networks are in ``image_models.py``, images in ``image_data.py``; the run itself is
+``scripts/train_image_classifier.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_elra import metrics
+from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.recipes.command_line import choose, choose_optimizer, parse
+from hf_elra.recipes.image_data import AUGMENTATIONS, DIGITS, ImageSplits
+from hf_elra.recipes.image_models import ARCHITECTURES, SmallImageClassifier, SmallImageClassifierConfig
+from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer.arguments import OPTIMIZERS
+
+# Network, augmentation, image size and epochs of section 4.2; digits is ours.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"dataset": DIGITS, "model": "mnist-mlp", "num_train_epochs": 40},
+    "mnist": {"dataset": "mnist", "model": "mnist-mlp", "num_train_epochs": 100},
+    "fashion-mnist": {
+        "dataset": "fashion_mnist",
+        "model": "fashion-cnn",
+        "augmentation": "flip",
+        "num_train_epochs": 100,
+    },
+    "cifar10": {"dataset": "cifar10", "model": "resnet18", "augmentation": "flip+crop", "num_train_epochs": 100},
+    "cifar100": {"dataset": "cifar100", "model": "resnet18", "augmentation": "flip+crop", "num_train_epochs": 100},
+    "tiny-imagenet": {
+        "dataset": "zh-plus/tiny-imagenet",
+        "model": "resnet18",
+        "augmentation": "flip+crop",
+        "num_train_epochs": 100,
+        "elra_initial_accumulation": 3,
+    },
+}
+
+# At a constant rate, as the paper runs them for comparison: batch 256, no accumulation.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "elra": {},
+    "adam": {"learning_rate": 1e-3},
+    "lion": {"learning_rate": 1e-4},
+    "sgd": {
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "cosine",
+        "optim_args": "momentum=0.9,nesterov=True",
+        "weight_decay": 5e-4,
+        "per_device_train_batch_size": 128,
+    },
+}
+NOT_OF_THE_TRAJECTORY = {"resume", "overwrite"}
+
+
+@dataclass
+class ImageClassifierArguments:
+    """What to classify, with which network, and what to do with the run; defaults come from the preset.
+
+    Args:
+        preset (str): one of ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``tiny-imagenet``.
+        dataset (str): ``digits`` (1,797 real images in this package), a local path (folder of idx files, of parquet
+            files or of images by class; npz file) or a name on the hub.
+        model (str): ``mnist-mlp``, ``fashion-cnn``, ``resnet18``, ``resnet34``, ``wrn-28-10``, or any image classifier
+            of the hub or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
+        from_scratch (bool): take only the architecture of such a model, not its weights.
+        image_size (int): resize images to it; by default they stay as they are.
+        augmentation (str): ``none``, ``flip`` or ``flip+crop`` (reflect-padded by 4 pixels).
+        resume (bool): go on from the last checkpoint of an interrupted run.
+        overwrite (bool): replace the run in the output folder.
+    """
+
+    preset: str = field(default="digits", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    dataset: str = field(default=DIGITS, metadata={"help": "digits, a local path or a name on the hub."})
+    model: str = field(default="mnist-mlp", metadata={"help": f"{', '.join(ARCHITECTURES)}, or a name on the hub."})
+    from_scratch: bool = field(default=False, metadata={"help": "Only the architecture of a model by name."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize images to so many pixels."})
+    augmentation: str = field(default="none", metadata={"help": "Of the training images.", "choices": AUGMENTATIONS})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 8:
+            raise ConfigurationError(f"image_size={self.image_size} must be at least 8.")
+
+
+def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTrainingArguments]:
+    """Read the command line: preset, then the optimizer's own settings, then the flags given."""
+    preset = choose("--preset", words, "digits", PRESETS)
+    optim = choose_optimizer(words)
+    ours = optim in OPTIMIZERS
+    defaults: dict[str, Any] = {
+        "output_dir": f"runs/{preset}" + ("" if optim == "elra" else f"-{optim}"),
+        "report_to": ["none"],
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_strategy": "epoch",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,  # the data set hands out whole batches
+        "per_device_train_batch_size": 32 if ours else 256,
+        "per_device_eval_batch_size": 500,
+        "elra_initial_accumulation": 2 if ours else None,
+        "elra_boost": ours,
+        **PRESETS[preset],
+    }
+    if not ours:
+        defaults["elra_initial_accumulation"] = None
+        family = next((f for f in FAMILIES if optim.startswith(f) or f"_{f}" in optim), "adam")
+        defaults |= {"lr_scheduler_type": "constant", **FAMILIES[family]}
+    return parse(ImageClassifierArguments, words, defaults)
+
+
+def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
+    """Build the network for these images; weights of a network of ours come from torch's global seed.
+
+    Raises:
+        ConfigurationError: the model is not known, here or on the hub.
+    """
+    names = {"id2label": dict(enumerate(data.classes)), "label2id": {name: i for i, name in enumerate(data.classes)}}
+    if recipe.model in ARCHITECTURES:
+        channels, size = data.train.images.shape[1], data.train.images.shape[-1]
+        return SmallImageClassifier(
+            SmallImageClassifierConfig(architecture=recipe.model, image_size=size, num_channels=channels, **names)
+        )
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    try:
+        if recipe.from_scratch:
+            config = AutoConfig.from_pretrained(recipe.model, **names)
+            return AutoModelForImageClassification.from_config(config)
+        return AutoModelForImageClassification.from_pretrained(recipe.model, ignore_mismatched_sizes=True, **names)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"model={recipe.model!r} is none of {', '.join(ARCHITECTURES)} and could not be loaded."
+            f"{nearest(recipe.model, ARCHITECTURES)} {error}"
+        ) from error
+
+
+def use_normalisation_of(model_name: str, data: ImageSplits) -> None:
+    """Normalise images as a pre-trained model expects, and give it the number of channels it expects."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(model_name, "preprocessor_config.json")
+    except OSError:
+        return
+    if path is None:
+        return
+    with open(path, encoding="utf-8") as file:
+        processor = json.load(file)
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    for images in (data.train, data.test):
+        if mean is not None and len(mean) == 3 and images.images.shape[1] == 1:
+            images.images = images.images.expand(-1, 3, -1, -1)
+        if mean is not None and std is not None:
+            images.mean, images.std = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+
+
+def classes_of(logits: Any, labels: Any) -> torch.Tensor:
+    """Predicted classes, taken batch by batch so that logits are not kept."""
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    return logits.argmax(-1)
+
+
+def compute_accuracy(prediction: Any) -> dict[str, float]:
+    """``compute_metrics`` of the Trainer, after :func:`classes_of`."""
+    result: dict[str, float] = metrics.load("accuracy").compute(
+        predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
+    )
+    return result

@@ -1,0 +1,364 @@
+"""Images to classify: where they come from, and batches of them, augmented as in the paper's section 4.2.
+
+Sources: ``digits`` (1,797 real images in this package), a name on the hub, or a local path: a folder of idx files
+(MNIST's own format), an npz file, parquet files, or a folder of images by class. Images are kept in memory as uint8 and
+gathered, augmented and normalised as whole batches on the device that trains, so that no loader process is needed. What
+does not fit into memory is decoded as it is needed. Models are in ``image_models.py``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_elra.errors import ConfigurationError
+
+DIGITS = "digits"
+CROP_PADDING = 4
+AUGMENTATIONS = ("none", "flip", "flip+crop")
+
+# Of the hub's data sets used in the paper: name, image column, label column, name of the test split, augmentation.
+HUB: dict[str, tuple[str, str, str]] = {
+    "mnist": ("image", "label", "test"),
+    "fashion_mnist": ("image", "label", "test"),
+    "cifar10": ("img", "label", "test"),
+    "cifar100": ("img", "fine_label", "test"),
+    "zh-plus/tiny-imagenet": ("image", "label", "valid"),
+    "imagenet-1k": ("image", "label", "validation"),
+}
+
+
+@dataclass
+class ImageSplits:
+    """Training and test images.
+
+    Attributes:
+        name: where they come from, for reports.
+        train, test: the images.
+        classes: names of the classes.
+    """
+
+    name: str
+    train: ImageDataset
+    test: ImageDataset
+    classes: list[str]
+
+
+class ImageDataset(Dataset):
+    """Images in memory, handed out as batches ready for the model.
+
+    A loader that asks for several rows at once (PyTorch's does, through ``__getitems__``) gets one batch, a dict of
+    ``pixel_values`` (float, normalised, (batch, channels, height, width)) and ``labels``; the collator is
+    :func:`as_batch`. Augmentation is random by ``seed`` and the rows of the batch, so that a resumed run sees the same.
+
+    Args:
+        images: uint8, (number, channels, height, width).
+        labels: int64, (number,).
+        augmentation: one of :data:`AUGMENTATIONS`.
+        mean, std: of every channel, in [0, 1]; by default those of ``images``.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        augmentation: str = "none",
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise ConfigurationError(
+                f"augmentation={augmentation!r} is unknown. Choose from {', '.join(AUGMENTATIONS)}."
+            )
+        if images.dim() != 4 or images.dtype != torch.uint8 or len(images) != len(labels):
+            raise ConfigurationError(
+                f"images must be uint8 of shape (number, channels, height, width) with as many labels, not "
+                f"{images.dtype} {tuple(images.shape)} with {len(labels)} labels."
+            )
+        self.images, self.labels = images, labels.to(torch.int64)
+        self.augmentation, self.seed = augmentation, seed
+        if mean is None or std is None:
+            mean, std = channel_statistics(images)
+        self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def to(self, device: Any) -> ImageDataset:
+        """Move the images to a device; batches are then made there."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row, without the batch dimension."""
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these rows."""
+        rows = torch.as_tensor(indices, device=self.images.device)
+        pixels = self.images[rows].to(torch.float32).div_(255)
+        pixels = pixels.sub_(self.mean).div_(self.std)
+        if self.augmentation != "none":
+            generator = torch.Generator().manual_seed(hash((self.seed, *map(int, indices))) & (2**63 - 1))
+            pixels = augment(pixels, self.augmentation, generator)
+        return {"pixel_values": pixels, "labels": self.labels[rows]}
+
+
+def as_batch(rows: Any) -> dict[str, Tensor]:
+    """Collator of :class:`ImageDataset`: its batches are ready; single rows are stacked."""
+    if isinstance(rows, dict):
+        return rows
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def augment(pixels: Tensor, how: str, generator: torch.Generator) -> Tensor:
+    """Flip every image left to right with probability one half; with ``flip+crop`` also shift it by up to 4 pixels.
+
+    The crop is PyTorch's RandomCrop with 4 pixels of padding in reflect mode, here on normalised images.
+
+    Args:
+        pixels: (batch, channels, height, width).
+        how: ``"flip"`` or ``"flip+crop"``.
+        generator: a CPU generator.
+    """
+    number, _, height, width = pixels.shape
+    flips = torch.rand(number, generator=generator).lt(0.5).to(pixels.device)
+    pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    if how == "flip+crop":
+        padding = CROP_PADDING
+        padded = torch.nn.functional.pad(pixels, (padding,) * 4, mode="reflect")
+        top, left = torch.randint(0, 2 * padding + 1, (2, number), generator=generator).to(pixels.device)
+        rows = top.view(-1, 1) + torch.arange(height, device=pixels.device)
+        columns = left.view(-1, 1) + torch.arange(width, device=pixels.device)
+        image = torch.arange(number, device=pixels.device).view(-1, 1, 1)
+        pixels = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return pixels.contiguous()
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel of uint8 images, on the scale [0, 1]."""
+    channels = images.shape[1]
+    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+    levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = shares @ levels
+    std = ((levels - mean[:, None]).square() * shares).sum(1).sqrt()
+    return mean.float(), std.clamp(min=1e-6).float()
+
+
+# ---- sources ----
+
+
+def load_images(
+    source: str, *, augmentation: str = "none", image_size: int | None = None, seed: int = 0
+) -> ImageSplits:
+    """Load ``digits``, a path or a data set of the hub.
+
+    Args:
+        source: ``digits``; a folder of idx files, of parquet files or of images by class (``train/CLASS/x.png`` and
+            ``test/`` or ``validation/``); an npz file with ``train_images``, ``train_labels``, ``test_images``,
+            ``test_labels``; or a name on the hub.
+        augmentation: of the training images.
+        image_size: resize to this many pixels; by default images of one size stay as they are.
+        seed: of the augmentation.
+
+    Raises:
+        ConfigurationError: nothing of the kind is there, or it holds no images; the message says what was looked for.
+    """
+    path = Path(source)
+    if source == DIGITS:
+        with files("hf_elra.recipes").joinpath("digits.npz").open("rb") as file:
+            arrays = _from_npz(io.BytesIO(file.read()), source)
+    elif path.is_file() and path.suffix == ".npz":
+        arrays = _from_npz(path, source)
+    elif path.is_dir() and list(path.glob("*-images-idx3-ubyte*")):
+        arrays = _from_idx(path)
+    elif path.exists():
+        arrays = _from_datasets(_local_dataset(path), source, image_size)
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix:
+        raise ConfigurationError(f"dataset={source!r} does not exist; give a folder, an npz file or a name on the hub.")
+    else:
+        arrays = _from_datasets(_hub_dataset(source), source, image_size)
+    return _splits(source, arrays, augmentation, image_size, seed)
+
+
+def _splits(name: str, arrays: dict[str, Any], augmentation: str, image_size: int | None, seed: int) -> ImageSplits:
+    images = {split: _as_images(arrays[f"{split}_images"], image_size, name) for split in ("train", "test")}
+    labels = {split: torch.as_tensor(np.asarray(arrays[f"{split}_labels"]).astype(np.int64)) for split in images}
+    mean, std = channel_statistics(images["train"])
+    number = int(max(values.max() for values in labels.values())) + 1
+    classes = [str(c) for c in arrays.get("classes", range(number))]
+    train = ImageDataset(images["train"], labels["train"], augmentation=augmentation, mean=mean, std=std, seed=seed)
+    test = ImageDataset(images["test"], labels["test"], mean=mean, std=std)
+    return ImageSplits(name, train, test, classes)
+
+
+def _as_images(array: Any, image_size: int | None, name: str) -> Tensor:
+    images = torch.as_tensor(np.asarray(array))
+    if images.dim() == 3:
+        images = images[:, None]
+    elif images.dim() == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    if images.dim() != 4 or images.dtype != torch.uint8 or len(images) == 0:
+        raise ConfigurationError(
+            f"dataset={name!r} holds {images.dtype} of shape {tuple(images.shape)}; wanted are uint8 images of shape "
+            "(number, height, width) or (number, height, width, channels)."
+        )
+    if image_size is not None and images.shape[-2:] != (image_size, image_size):
+        resized = torch.nn.functional.interpolate(
+            images.float(), (image_size, image_size), mode="bilinear", antialias=True
+        )
+        images = resized.round_().clamp_(0, 255).to(torch.uint8)
+    return images.contiguous()
+
+
+def _from_npz(file: Any, name: str) -> dict[str, Any]:
+    arrays = np.load(file, allow_pickle=False)
+    found = set(arrays.files)
+    if {"train_bytes", "train_offsets", "test_bytes", "test_offsets"} <= found:  # encoded images, one after the other
+        decoded: dict[str, Any] = {}
+        for split in ("train", "test"):
+            content, offsets = arrays[f"{split}_bytes"].tobytes(), arrays[f"{split}_offsets"]
+            parts = [content[a:b] for a, b in pairwise(offsets)]
+            decoded[f"{split}_images"] = np.stack([np.asarray(_decode(part)) for part in parts])
+            decoded[f"{split}_labels"] = arrays[f"{split}_labels"]
+        return decoded
+    wanted = {f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")}
+    if not wanted <= found:
+        raise ConfigurationError(
+            f"dataset={name!r} holds {', '.join(sorted(found))}; wanted are {', '.join(sorted(wanted))}."
+        )
+    return {key: arrays[key] for key in wanted}
+
+
+def _decode(content: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def _from_idx(folder: Path) -> dict[str, Any]:
+    arrays = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        for kind, ending in (("images", "images-idx3-ubyte"), ("labels", "labels-idx1-ubyte")):
+            names = [folder / f"{prefix}-{ending}{suffix}" for suffix in ("", ".gz")]
+            path = next((path for path in names if path.is_file()), None)
+            if path is None:
+                raise ConfigurationError(f"dataset={str(folder)!r} lacks {names[0].name}[.gz].")
+            arrays[f"{split}_{kind}"] = read_idx(path)
+    return arrays
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an idx file of unsigned bytes (MNIST's format), gzipped or not.
+
+    Raises:
+        ConfigurationError: it is no such file, or cut short.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        raise ConfigurationError(f"{str(path)!r} cannot be read: {error}.") from None
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ConfigurationError(f"{str(path)!r} is no idx file of unsigned bytes.")
+    dimensions = content[3]
+    shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).astype(int))
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if values.size != math.prod(shape):
+        raise ConfigurationError(f"{str(path)!r} is cut short: {values.size} bytes of {math.prod(shape)}.")
+    return values.reshape(shape)
+
+
+def _local_dataset(path: Path) -> Any:
+    import datasets
+
+    if path.is_dir() and (parquet := sorted(str(file) for file in path.rglob("*.parquet"))):
+        return datasets.load_dataset("parquet", data_files=_by_split(parquet))
+    if path.suffix == ".parquet":
+        raise ConfigurationError(f"dataset={str(path)!r}: give the folder that holds the train and test parquet files.")
+    if path.is_dir():
+        return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
+    raise ConfigurationError(f"dataset={str(path)!r} is no folder and no npz file.")
+
+
+def _by_split(paths: list[str]) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        name = Path(path).name.lower()
+        split = next((split for split in ("train", "valid", "test") if split in name), "train")
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
+def _hub_dataset(name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:
+        raise ConfigurationError(
+            f"dataset={name!r} is no local path and could not be loaded from the hub: {error}"
+        ) from error
+
+
+def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, Any]:
+    """Decode all images of a ``datasets.DatasetDict`` into memory."""
+    import datasets
+
+    test = next((split for split in ("test", "validation", "valid") if split in splits), None)
+    if name in HUB:
+        test = HUB[name][2]
+    if "train" not in splits or test is None:
+        raise ConfigurationError(
+            f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation."
+        )
+    features = splits["train"].features
+    image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    label = HUB[name][1] if name in HUB else next((key for key in features if "label" in key), None)
+    if image is None or label is None:
+        raise ConfigurationError(f"dataset={name!r} has the columns {', '.join(features)}; no images with labels.")
+    arrays: dict[str, Any] = {}
+    colour = any(
+        row[image].mode not in ("L", "1") for row in splits["train"].select(range(min(8, len(splits["train"]))))
+    )
+    for split, source in (("train", "train"), ("test", test)):
+        arrays[f"{split}_images"] = np.stack(
+            [_pixels(picture, image_size, colour, name) for picture in splits[source][image]]
+        )
+        arrays[f"{split}_labels"] = np.asarray(splits[source][label])
+    if hasattr(features[label], "names"):
+        arrays["classes"] = features[label].names
+    return arrays
+
+
+def _pixels(picture: Any, image_size: int | None, colour: bool, name: str) -> np.ndarray:
+    """One decoded image; with ``image_size`` its shorter side is resized to it and the middle cut out."""
+    picture = picture.convert("RGB" if colour else "L")
+    if image_size is None:
+        if picture.width != picture.height:
+            raise ConfigurationError(f"dataset={name!r} holds images that are not square; give --image_size.")
+        return np.asarray(picture)
+    scale = image_size / min(picture.size)
+    picture = picture.resize(
+        (max(image_size, round(picture.width * scale)), max(image_size, round(picture.height * scale)))
+    )
+    left, top = (picture.width - image_size) // 2, (picture.height - image_size) // 2
+    return np.asarray(picture.crop((left, top, left + image_size, top + image_size)))

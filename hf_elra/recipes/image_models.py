@@ -1,0 +1,189 @@
+"""Image classifiers of the paper's section 4.2, as Transformers models that save and load.
+
+One configuration names the architecture and the shape of the images; importing this module registers it with
+``AutoConfig`` and ``AutoModelForImageClassification``. The residual networks have the stem for small images: a 3×3
+convolution and no pooling. Images are expected normalised, shape (batch, channels, height, width); how they get there
+is in ``image_data.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from hf_elra.errors import ConfigurationError, nearest
+
+
+class SmallImageClassifierConfig(PretrainedConfig):
+    """Architecture and image shape.
+
+    Args:
+        architecture (str): a key of :data:`ARCHITECTURES`.
+        image_size (int): height and width in pixels.
+        num_channels (int): 1 for grey, 3 for colour.
+    """
+
+    model_type = "hf_elra_image_classifier"
+
+    def __init__(
+        self, architecture: str = "mnist-mlp", image_size: int = 28, num_channels: int = 1, **kwargs: Any
+    ) -> None:
+        self.architecture = architecture
+        self.image_size = image_size
+        self.num_channels = num_channels
+        super().__init__(**kwargs)
+
+
+def mnist_mlp(channels: int, size: int, classes: int) -> nn.Module:
+    """One hidden layer of 10 neurons: 784-10-10, 7,960 parameters on MNIST."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 10), nn.ReLU(), nn.Linear(10, classes))
+
+
+def fashion_cnn(channels: int, size: int, classes: int) -> nn.Module:
+    """Three convolutions (32, 64, 128 filters of 3×3), each with BatchNorm, ReLU and 2×2 max-pooling.
+
+    The paper names a "3-layer convolutional network FashionCNN" and no sizes; these are ours.
+    """
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+
+    side = size // 8
+    return nn.Sequential(
+        *block(channels, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128 * side * side, classes)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions around a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        inner = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
+
+
+def resnet(blocks: tuple[int, ...]) -> Callable[[int, int, int], nn.Module]:
+    """ResNet of basic blocks with 64, 128, 256, 512 filters for small images."""
+
+    def build(channels: int, size: int, classes: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+        width = 64
+        for stage, number in enumerate(blocks):
+            for position in range(number):
+                outputs, stride = 64 * 2**stage, 2 if stage and position == 0 else 1
+                layers.append(BasicBlock(width, outputs, stride))
+                width = outputs
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+    return build
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of a Wide ResNet (Zagoruyko and Komodakis 2017)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        active = torch.relu(self.norm1(x))
+        inner = self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        return inner + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(depth: int, factor: int) -> Callable[[int, int, int], nn.Module]:
+    """WRN-depth-factor: 16, 32 and 64 times ``factor`` filters."""
+
+    def build(channels: int, size: int, classes: int) -> nn.Module:
+        width = 16
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        for stage in range(3):
+            for position in range((depth - 4) // 6):
+                outputs, stride = 16 * factor * 2**stage, 2 if stage and position == 0 else 1
+                layers.append(WideBlock(width, outputs, stride))
+                width = outputs
+        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+        return nn.Sequential(*layers)
+
+    return build
+
+
+ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "mnist-mlp": mnist_mlp,
+    "fashion-cnn": fashion_cnn,
+    "resnet18": resnet((2, 2, 2, 2)),
+    "resnet34": resnet((3, 4, 6, 3)),
+    "wrn-28-10": wide_resnet(28, 10),
+}
+"""Builders taking (channels, image size, classes)."""
+
+
+class SmallImageClassifier(PreTrainedModel):
+    """One of :data:`ARCHITECTURES` with a cross-entropy loss.
+
+    Raises:
+        ConfigurationError: the architecture is unknown or the images are too small for it.
+    """
+
+    config_class = SmallImageClassifierConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: SmallImageClassifierConfig) -> None:
+        super().__init__(config)
+        if config.architecture not in ARCHITECTURES:
+            raise ConfigurationError(
+                f"architecture={config.architecture!r} is unknown.{nearest(config.architecture, ARCHITECTURES)} "
+                f"Choose from {', '.join(ARCHITECTURES)}."
+            )
+        if config.image_size < 8:
+            raise ConfigurationError(f"image_size={config.image_size} must be at least 8.")
+        self.network = ARCHITECTURES[config.architecture](
+            config.num_channels, config.image_size, config.num_labels or 2
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave PyTorch's own initialisation, but for what a model built on the meta device never had."""
+        if hasattr(module, "reset_parameters") and any(p.is_meta for p in module.parameters(recurse=False)):
+            reset: Any = module.reset_parameters
+            reset()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
+        """Classify images.
+
+        Args:
+            pixel_values: normalised images, shape (batch, channels, height, width).
+            labels: class numbers, shape (batch,); with them the mean cross-entropy is returned as ``loss``.
+        """
+        logits = self.network(pixel_values)
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+AutoConfig.register(SmallImageClassifierConfig.model_type, SmallImageClassifierConfig, exist_ok=True)
+AutoModelForImageClassification.register(SmallImageClassifierConfig, SmallImageClassifier, exist_ok=True)

@@ -1,0 +1,223 @@
+"""Boosting (ELRA, section 3.7): evaluate and deploy the mean of the points of a control cycle, train on from the last.
+
+``PointMean`` is the running mean; ``BoostingMixin`` gives it to a Trainer. With boosting on, ``evaluate``, ``predict``
+and ``save_model`` use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold
+both points: ``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. Works with
+any optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.trainer.arguments import ElraSettings
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
+BATCH_NORM_SAMPLES = 4096
+"""Training samples from which the BatchNorm statistics of the mean are computed."""
+
+
+class PointMean:
+    """The mean of the points that parameters went through in the running, or just finished, control cycle.
+
+    It keeps one number per parameter, in float32 where the parameter has fewer bits.
+
+    Args:
+        parameters (dict of str to Parameter): what to average, by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.mean = {name: self._wide(p).clone() for name, p in parameters.items()}
+        self.count = 0
+        self._cycle_is_over = False
+        self._average = get_swa_multi_avg_fn()
+
+    @staticmethod
+    def _wide(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take the present point into the mean; the first one after a cycle's end begins a new mean."""
+        if self._cycle_is_over:
+            self.count, self._cycle_is_over = 0, False
+        points = [self._wide(p) for p in self.parameters.values()]
+        for group in _by_type(list(self.mean.values()), points):
+            self._average(*group, self.count)
+        self.count += 1
+
+    def end_cycle(self) -> None:
+        """Declare the cycle over; its mean stays until the next point is added."""
+        self._cycle_is_over = True
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the mean into the parameters for the length of a ``with`` block."""
+        with torch.no_grad():
+            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+            for name, p in self.parameters.items():
+                p.copy_(self.mean[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(kept[name])
+
+    def save(self, folder: str) -> None:
+        """Write the mean, and what it is, into a checkpoint."""
+        save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
+        content = {
+            "model.safetensors": "the point that training goes on from",
+            BOOSTED: f"the mean of {self.count} points of the control cycle",
+            "count": self.count,
+            "cycle_is_over": self._cycle_is_over,
+        }
+        Path(folder, BOOSTING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: str) -> bool:
+        """Take the mean from a checkpoint; False if it has none."""
+        if not Path(folder, BOOSTED).is_file():
+            return False
+        saved = load_file(os.path.join(folder, BOOSTED))
+        for name, tensor in self.mean.items():
+            tensor.copy_(saved[name])
+        content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))
+        self.count, self._cycle_is_over = content["count"], content["cycle_is_over"]
+        return True
+
+
+def _by_type(means: list[Tensor], points: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Lists of one dtype and device each, as foreach functions want them."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for mean, point in zip(means, points, strict=True):
+        group = groups.setdefault((mean.dtype, mean.device), ([], []))
+        group[0].append(mean)
+        group[1].append(point)
+    return list(groups.values())
+
+
+class _TakesBatches(nn.Module):
+    """Calls a model with a batch of keyword arguments."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return self.model(**batch)
+
+
+class BoostingMixin(_Base):
+    """Gives a Trainer the mean of its points; does nothing while ``point_mean`` is None."""
+
+    elra_settings: ElraSettings
+    point_mean: PointMean | None = None
+    _at_the_mean = False
+
+    def check_boosting(self) -> None:
+        """Refuse what cannot be boosted, before training begins."""
+        if self.elra_settings.elra_boost and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigurationError(
+                "elra_boost=True cannot be used with FSDP or DeepSpeed, which shard the points; leave it out."
+            )
+
+    def sample_point(self, update: int) -> None:
+        """Take every k-th point into the mean."""
+        if self.point_mean is not None and update % self.elra_settings.elra_boost_every == 0:
+            self.point_mean.add()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.elra_settings.elra_boost:
+            model: Any = self.model
+            self.point_mean = PointMean({n: p for n, p in model.named_parameters() if p.requires_grad})
+            if resume_from_checkpoint is not None:
+                self.point_mean.load(resume_from_checkpoint)
+        return prepared
+
+    # ---- evaluation and deployment use the mean ----
+
+    @contextlib.contextmanager
+    def boosted(self) -> Iterator[None]:
+        """Use the mean, if there is one, for the length of a ``with`` block."""
+        if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
+            yield
+            return
+        self._at_the_mean = True
+        model: Any = self.model
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        try:
+            with self.point_mean.in_place():
+                self._recompute_batch_norm()
+                yield
+        finally:
+            self._at_the_mean = False
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+    def _recompute_batch_norm(self) -> None:
+        model: Any = self.model
+        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        if not has_norms or self.train_dataset is None:
+            return
+        size = self.args.train_batch_size
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+            torch.manual_seed(self.args.seed)
+            sized = hasattr(self.train_dataset, "__len__")
+            data: Any = self.train_dataset
+            loader = DataLoader(data, batch_size=size, shuffle=sized, collate_fn=self.data_collator, drop_last=sized)
+            number = max(1, BATCH_NORM_SAMPLES // size)
+            batches = (self._prepare_inputs(batch) for batch, _ in zip(loader, range(number), strict=False))
+            update_bn(batches, _TakesBatches(model))
+
+    def evaluate(self, *args, **kwargs):
+        """Stock evaluation, of the mean where boosting is on."""
+        with self.boosted():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """Stock prediction, by the mean where boosting is on."""
+        with self.boosted():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the mean where boosting is on; a checkpoint gets both points."""
+        if not _internal_call:
+            with self.boosted():
+                super().save_model(output_dir, _internal_call)
+            return
+        super().save_model(output_dir, _internal_call)
+        if self.point_mean is not None and self.args.should_save:
+            self.point_mean.save(str(output_dir or self.args.output_dir))
+
+    def _load_best_model(self):
+        """Stock; with boosting the best point is the mean in that checkpoint, which was evaluated."""
+        super()._load_best_model()
+        if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
+            with torch.no_grad():
+                for name, parameter in self.point_mean.parameters.items():
+                    parameter.copy_(self.point_mean.mean[name])
+            self._recompute_batch_norm()

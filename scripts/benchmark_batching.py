@@ -47,6 +47,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--overhead_batch", type=int, default=4, help="samples an update in the overhead measurement")
     parser.add_argument("--overhead_updates", type=int, default=40, help="updates a round there")
     parser.add_argument("--overhead_rounds", type=int, default=20, help="rounds there")
+    parser.add_argument("--only", choices=["overhead", "merging"], help="leave the other measurement out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(words)
 
@@ -220,9 +221,10 @@ def main(words: list[str]) -> int:
             print(json.dumps(entry), file=file, flush=True)
 
         write(command=shlex.join(["python", *sys.argv]), **environment(given.device))
-        overhead = measure_overhead(given, write, folder)
-        print(f"{overhead}\n")
-        print(measure_merging(given, write, folder))
+        if given.only != "merging":
+            print(f"{measure_overhead(given, write, folder)}\n")
+        if given.only != "overhead":
+            print(measure_merging(given, write, folder))
     return 0
 
 

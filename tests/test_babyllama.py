@@ -45,6 +45,8 @@ def test_every_value_can_be_overridden():
     for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens"):  # another length takes the preset's place
         assert parse_arguments([flag, "2"])[1].elra_max_samples is None
     assert parse_arguments(["--optim", "sgd"])[1].elra_max_samples == 19_200
+    batches = [parse_arguments(["--optim", optim])[1].per_device_train_batch_size for optim in ("elra", "sgd")]
+    assert batches == [4, 8]  # ELRA's grows
     assert parse_arguments(["--optim", "sgd"])[1].elra_min_step_norm is None  # the preset's floor is ELRA's alone
 
 

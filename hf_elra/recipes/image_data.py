@@ -284,7 +284,7 @@ def read_idx(path: Path) -> np.ndarray:
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if values.size != math.prod(shape):
         raise ConfigurationError(f"{str(path)!r} is cut short: {values.size} bytes of {math.prod(shape)}.")
-    return values.reshape(shape)
+    return values.reshape(shape).copy()
 
 
 def _local_dataset(path: Path) -> Any:

@@ -8,7 +8,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
-from hf_elra.trainer.arguments import LAUNCHER_FLAGS
+from hf_elra.trainer.arguments import LAUNCHER_FLAGS, ElraSettings
+from hf_elra.trainer.batch_control import build_batch_control
 from hf_elra.trainer.callbacks import DataProgressBar
 from tests.conftest import arguments, llama, logged, token_rows, trainer, vit, vit_rows, weights
 
@@ -209,6 +210,14 @@ def test_wrong_flags_are_named_and_nothing_is_left(tmp_path, given, message, opt
     with pytest.raises(ConfigurationError, match=message):
         trainer(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{"elra_batch_control": "elra"}, {"elra_max_samples": 100}])
+def test_deepspeed_is_refused(tmp_path, given):
+    args = arguments(tmp_path, optim="adamw_torch", **given)
+    args.deepspeed = "zero2.json"
+    with pytest.raises(ConfigurationError, match=f"{next(iter(given))} cannot be used with DeepSpeed"):
+        build_batch_control(ElraSettings.of(args), args, token_rows())
 
 
 def test_iterable_data_and_cycles_in_epochs(tmp_path):

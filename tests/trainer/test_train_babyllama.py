@@ -52,7 +52,7 @@ def test_run_writes_what_it_promises(tmp_path, story):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["tokens_seen"] == 30 * 4 * 32
     assert metrics["updates"] == 30
-    assert re.search(r"tokens/s  loss [\d.]+  learning rate", output)
+    assert re.search(r"tokens/s  loss [\d.]+  batch \d+  learning rate", output)
     assert f"validation loss {metrics['validation_loss']:.4f}" in output
     assert f"unigram entropy {metrics['unigram_entropy']:.4f}" in output
     assert (folder / "sample.txt").read_text().startswith("The")

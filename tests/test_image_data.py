@@ -1,0 +1,185 @@
+"""Images: every source, augmentation, batches; local files only."""
+
+import gzip
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_elra import ConfigurationError
+from hf_elra.recipes.image_data import ImageDataset, as_batch, augment, channel_statistics, load_images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 10), dtype=np.uint8)
+LABELS = np.arange(12, dtype=np.uint8) % 3
+
+
+def idx(array):
+    return b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_digits_are_real_and_in_the_package():
+    data = load_images("digits")
+    assert len(data.train) == 1437
+    assert len(data.test) == 360
+    assert data.train.images.shape[1:] == (1, 8, 8)
+    assert data.train.labels.bincount().min() > 130
+    assert len(data.classes) == 10
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_files(tmp_path, zipped):
+    for prefix, part in (("train", slice(0, 9)), ("t10k", slice(9, 12))):
+        for name, array in (("images-idx3-ubyte", PIXELS[part]), ("labels-idx1-ubyte", LABELS[part])):
+            content = idx(array)
+            path = tmp_path / f"{prefix}-{name}{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(content) if zipped else content)
+    data = load_images(str(tmp_path))
+    assert np.array_equal(data.train.images[:, 0].numpy(), PIXELS[:9])
+    assert data.test.labels.tolist() == LABELS[9:].tolist()
+    path.write_bytes(gzip.compress(content[:-1]) if zipped else content[:-1])
+    with pytest.raises(ConfigurationError, match="cut short: 2 bytes of 3"):
+        load_images(str(tmp_path))
+    path.unlink()
+    with pytest.raises(ConfigurationError, match="lacks t10k-labels-idx1-ubyte"):
+        load_images(str(tmp_path))
+
+
+def test_npz_of_arrays_and_of_encoded_images(tmp_path):
+    arrays = dict(train_images=PIXELS[:9], train_labels=LABELS[:9], test_images=PIXELS[9:], test_labels=LABELS[9:])
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert np.array_equal(load_images(str(tmp_path / "a.npz")).train.images[:, 0].numpy(), PIXELS[:9])
+    encoded = {"train_labels": LABELS[:9], "test_labels": LABELS[9:]}
+    for split, part in (("train", PIXELS[:9]), ("test", PIXELS[9:])):
+        files = [png(array) for array in part]
+        encoded[f"{split}_bytes"] = np.frombuffer(b"".join(files), np.uint8)
+        encoded[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "b.npz", **encoded)
+    images = load_images(str(tmp_path / "b.npz")).train.images
+    assert images.shape == (9, 3, 10, 10)
+    assert np.array_equal(images[:, 1].numpy(), PIXELS[:9])
+    np.savez(tmp_path / "c.npz", pixels=PIXELS)
+    with pytest.raises(ConfigurationError, match="holds pixels; wanted are test_images, test_labels"):
+        load_images(str(tmp_path / "c.npz"))
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_folder_of_images_by_class(tmp_path):
+    for split, part in (("train", range(9)), ("test", range(9, 12))):
+        for i in part:
+            folder = tmp_path / split / "abc"[LABELS[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.png").write_bytes(png(PIXELS[i]))
+    data = load_images(str(tmp_path))
+    assert data.classes == ["a", "b", "c"]
+    assert data.train.images.shape == (9, 1, 10, 10)
+    assert sorted(data.train.labels.tolist()) == sorted(LABELS[:9].tolist())
+    assert load_images(str(tmp_path), image_size=16).test.images.shape == (3, 1, 16, 16)
+
+
+def test_folder_of_parquet_files(tmp_path):
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
+    for split, part in (("train", slice(0, 9)), ("test", slice(9, 12))):
+        rows = {"img": [Image.fromarray(p) for p in PIXELS[part]], "label": LABELS[part].tolist()}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    data = load_images(str(tmp_path))
+    assert np.array_equal(data.train.images[:, 0].numpy(), PIXELS[:9])
+    assert data.classes == ["x", "y", "z"]
+
+
+def test_images_that_are_not_square_need_a_size(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(np.zeros((10, 14, 3), np.uint8)).save(folder / "1.png")
+    with pytest.raises(ConfigurationError, match="not square; give --image_size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), image_size=8).train.images.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere.npz", "/nowhere/at/all"])
+def test_missing_files_are_named(source):
+    with pytest.raises(ConfigurationError, match=f"dataset='{source}' does not exist"):
+        load_images(source)
+
+
+def test_a_name_that_the_hub_does_not_give_is_named():
+    with pytest.raises(ConfigurationError, match="dataset='no_such_data' is no local path and could not be loaded"):
+        load_images("no_such_data")
+
+
+# ---- batches ----
+
+
+def dataset(**given):
+    images = torch.as_tensor(PIXELS)[:, None].expand(-1, 3, -1, -1).contiguous()
+    return ImageDataset(images, torch.as_tensor(LABELS), **given)
+
+
+def test_batches_are_normalised_and_whole():
+    data = dataset()
+    mean, std = channel_statistics(data.images)
+    torch.testing.assert_close(mean, data.images.double().div(255).mean((0, 2, 3)).float())
+    torch.testing.assert_close(std, data.images.double().div(255).std((0, 2, 3), correction=0).float())
+    batches = list(DataLoader(data, batch_size=5, collate_fn=as_batch))
+    assert [len(batch["labels"]) for batch in batches] == [5, 5, 2]
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels.std((0, 2, 3), correction=0), torch.ones(3))
+    torch.testing.assert_close(as_batch([data[3], data[7]])["pixel_values"], pixels[[3, 7]])
+
+
+def test_augmentation_is_the_papers():
+    """Flips of half of the images; crops of 10 pixels from the image padded by 4 in reflect mode."""
+    pixels = torch.arange(2000 * 3 * 100, dtype=torch.float32).view(2000, 3, 10, 10)
+    generator = torch.Generator().manual_seed(0)
+    flipped = augment(pixels, "flip", generator)
+    same = (flipped == pixels).flatten(1).all(1)
+    mirrored = (flipped == pixels.flip(3)).flatten(1).all(1)
+    assert (same | mirrored).all()
+    assert 900 < same.sum() < 1100
+    cropped = augment(pixels, "flip+crop", generator)
+    padded = torch.nn.functional.pad(pixels, (4, 4, 4, 4), mode="reflect")
+    windows = padded.unfold(2, 10, 1).unfold(3, 10, 1)
+    seen = set()
+    for i in range(300):
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            for window in (windows[i, :, top, left], windows[i, :, top, left].flip(2))
+            if torch.equal(window, cropped[i])
+        ]
+        assert found
+        seen.add(found[0])
+    assert len(seen) > 60  # of 81
+
+
+def test_augmentation_depends_on_seed_and_rows_alone():
+    one, two, other = (
+        dataset(augmentation="flip+crop"),
+        dataset(augmentation="flip+crop"),
+        dataset(augmentation="flip+crop", seed=1),
+    )
+    torch.rand(3)
+    rows = [1, 5, 3]
+    assert torch.equal(one.__getitems__(rows)["pixel_values"], two.__getitems__(rows)["pixel_values"])
+    assert not torch.equal(one.__getitems__(rows)["pixel_values"], other.__getitems__(rows)["pixel_values"])
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ConfigurationError, match="augmentation='flop'"):
+        dataset(augmentation="flop")
+    with pytest.raises(ConfigurationError, match="with 2 labels"):
+        ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(2))

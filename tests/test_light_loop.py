@@ -1,0 +1,166 @@
+"""The light loop walks the Trainer's path step for step, and the tables made with it keep and count their runs."""
+
+import json
+
+import pytest
+import torch
+
+from hf_elra import ELRA, ConfigurationError, ElraTrainer
+from hf_elra.control.batch_size import BatchSizeController
+from hf_elra.recipes import light_loop, paper_tables
+from hf_elra.recipes.image_data import ImageDataset, as_batch, load_images
+from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
+from tests.conftest import arguments, logged, weights
+
+
+def digits(train=203, test=100):
+    data = load_images("digits")
+    part = ImageDataset(data.train.images[:train], data.train.labels[:train])
+    rest = ImageDataset(data.test.images[:test], data.test.labels[:test], mean=part.mean, std=part.std)
+    return part, rest
+
+
+class Precise(SmallImageClassifier):
+    """In float64: on these few images paths part by rounding alone."""
+
+    def forward(self, pixel_values, labels=None):
+        return super().forward(pixel_values.double(), labels)
+
+
+def classifier(architecture):
+    torch.manual_seed(0)
+    config = SmallImageClassifierConfig(architecture=architecture, image_size=8, num_channels=1, num_labels=10)
+    return Precise(config).double()
+
+
+def order(epoch):
+    return torch.randperm(203, generator=torch.Generator().manual_seed(epoch))
+
+
+class Ordered(torch.utils.data.Sampler):
+    epoch = -1
+
+    def __len__(self):
+        return 203
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter(order(self.epoch).tolist())
+
+
+class OrderedTrainer(ElraTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return Ordered()
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+@pytest.mark.parametrize("architecture", ["mnist-mlp", "fashion-cnn"])
+def test_the_path_is_the_trainers(tmp_path, architecture, optim, decay):
+    epochs, train, test = 8, *digits()
+    model = classifier(architecture)
+    own = optim == "elra"  # growth skips the incomplete group of an epoch; other optimizers use it
+    args = arguments(
+        tmp_path,
+        optim=optim,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        per_device_train_batch_size=8,
+        max_steps=-1,
+        num_train_epochs=epochs,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        elra_batch_control="elra" if own else "off",
+        elra_initial_accumulation=2 if own else None,
+        elra_max_micro_batch="100000",
+        elra_gradient_decay=decay and own,
+        per_device_eval_batch_size=100,
+        elra_boost=True,
+        elra_boost_every=3,
+        eval_strategy="epoch",
+    )
+    run = OrderedTrainer(
+        model,
+        args,
+        data_collator=as_batch,
+        train_dataset=train,
+        eval_dataset=test,
+    )
+    run.train()
+
+    light = classifier(architecture)
+    optimizer = ELRA(light.parameters(), lr=1e-2)
+    if not own:
+        optimizer = torch.optim.AdamW(light.parameters(), lr=1e-2, weight_decay=0.0)
+    controller = BatchSizeController(2) if own else None
+    results = list(
+        light_loop.train(
+            Logits(light),
+            train,
+            test,
+            optimizer,
+            epochs=epochs,
+            micro_batch=8,
+            controller=controller,
+            gradient_decay=decay,
+            boost_every=3,
+            order=order,
+        )
+    )
+    decisions = [entry for entry in run.state.log_history if "condition" in entry]
+    assert results[-1].updates == run.state.global_step
+    torch.testing.assert_close(weights(light), weights(model), rtol=1e-6, atol=1e-7)
+    if own:
+        assert [d.accumulation for d in controller.decisions] == [d["accumulation"] for d in decisions]
+        assert len({d["accumulation"] for d in decisions}) > 1
+        assert [d.condition for d in controller.decisions] == [d["condition"] for d in decisions]
+        assert [r.train_loss for r in results] == pytest.approx([d["mean"] for d in decisions], rel=1e-6)
+        assert results[-1].alpha == pytest.approx(logged(run, "alpha")[-1], rel=1e-5)
+        assert results[-1].restarts == logged(run, "restarts")[-1]
+    if architecture == "mnist-mlp":  # with BatchNorm the mean's statistics come from other samples
+        losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+        assert [r.boosted_loss for r in results] == pytest.approx(losses, rel=1e-5)
+
+
+class Logits(torch.nn.Module):
+    """The classifier as the light loop takes it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values).logits
+
+
+def test_data_that_are_less_than_a_micro_batch_are_refused():
+    train, test = digits(20)
+    model = Logits(classifier("mnist-mlp"))
+    with pytest.raises(ConfigurationError, match="micro_batch=32 is more than the 20 training images"):
+        next(light_loop.train(model, train, test, ELRA(model.parameters()), epochs=1))
+
+
+def test_a_tables_runs_are_kept_and_not_repeated(tmp_path):
+    data = load_images("digits")
+    path = tmp_path / "elra-seed0.jsonl"
+    configuration = paper_tables.TABLES["mnist"][2][0]
+    said = []
+    given = dict(seed=0, path=path, header={"command": "test"}, show=said.append)
+    paper_tables.run("mnist", configuration, data, epochs=2, **given)
+    before = path.read_text()
+    paper_tables.run("mnist", configuration, data, epochs=2, **given)
+    assert path.read_text() == before
+    assert len(said) == 1
+    header, epochs = paper_tables.read(path)
+    assert header["seed"] == 0
+    assert [entry["epoch"] for entry in epochs] == [1, 2]
+    path.write_text("\n".join(before.splitlines()[:2]) + "\n")  # cut short
+    assert not paper_tables.is_finished(path, 2)
+    assert paper_tables.summarise([path]) is None
+    paper_tables.run("mnist", configuration, data, epochs=2, **given)
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == epochs
+    summary = paper_tables.summarise([path, tmp_path / "missing.jsonl"])
+    assert summary.seeds == 1
+    assert summary.best[0] == pytest.approx(100 * max(e["boosted_accuracy"] for e in epochs))

@@ -1,0 +1,175 @@
+"""Boosting: evaluation, prediction and saving use the mean of a cycle's points, training the last one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_elra import ConfigurationError
+from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
+from hf_elra.trainer.boosting import PointMean
+from tests.conftest import llama, token_rows, trainer, weights
+from tests.trainer.test_groups import StopAt
+
+
+class Points(TrainerCallback):
+    def __init__(self):
+        self.points = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.points.append(weights(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_mean_of_points(dtype):
+    p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    mean = PointMean({"p": p})
+    for value in (1.0, 2.0, 6.0):
+        p.data.fill_(value)
+        mean.add()
+    torch.testing.assert_close(mean.mean["p"].double(), torch.full((3,), 3.0, dtype=torch.float64))
+    with mean.in_place():
+        assert p[0] == 3
+    assert p[0] == 6
+    mean.end_cycle()
+    assert mean.count == 3
+    p.data.fill_(8.0)
+    mean.add()
+    assert mean.mean["p"][0] == 8
+
+
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+def test_evaluation_prediction_and_saving_use_the_mean_and_training_does_not(tmp_path, optim):
+    points = Points()
+    given = dict(optim=optim, learning_rate=1e-2, eval_dataset=token_rows(8), elra_control_cycle="5ba", max_steps=10)
+    run = trainer(tmp_path, callbacks=[points], elra_boost=True, elra_boost_every=1, **given)
+    run.train()
+    plain = trainer(tmp_path / "plain", **given)
+    plain.train()
+    assert torch.equal(weights(run.model), weights(plain.model))
+
+    mean = torch.stack(points.points[5:]).mean(0)
+    boosted = llama()
+    torch.nn.utils.vector_to_parameters(mean, boosted.parameters())
+    by_hand = trainer(tmp_path / "hand", model=boosted, **given)
+    assert run.evaluate()["eval_loss"] == pytest.approx(by_hand.evaluate()["eval_loss"], rel=1e-5)
+    assert run.evaluate()["eval_loss"] != plain.evaluate()["eval_loss"]
+    one, other = (t.predict(token_rows(4)).predictions for t in (run, by_hand))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-5)
+    run.save_model(str(tmp_path / "saved"))
+    saved = type(run.model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(weights(saved), mean)
+    assert torch.equal(weights(run.model), points.points[-1])
+
+
+def test_points_are_sampled_every_k_updates(tmp_path):
+    points = Points()
+    run = trainer(
+        tmp_path, callbacks=[points], elra_boost=True, elra_boost_every=3, elra_control_cycle="20ba", max_steps=10
+    )
+    run.train()
+    assert run.point_mean.count == 3
+    mean = torch.cat([t.flatten() for t in run.point_mean.mean.values()])
+    torch.testing.assert_close(mean, torch.stack([points.points[i] for i in (2, 5, 8)]).mean(0))
+
+
+def test_checkpoints_hold_both_points_and_say_which_is_which(tmp_path):
+    points = Points()
+    given = dict(elra_boost=True, elra_boost_every=1, elra_control_cycle="6ba", max_steps=10)
+    run = trainer(tmp_path, callbacks=[points, StopAt(8)], **given)
+    run.train()
+    folder = tmp_path / "checkpoint-8"
+    saved = type(run.model).from_pretrained(folder)
+    assert torch.equal(weights(saved), points.points[-1])
+    boosted = load_file(folder / "boosted.safetensors")
+    torch.testing.assert_close(
+        torch.cat([boosted[n].flatten() for n, _ in run.model.named_parameters()]),
+        torch.stack(points.points[6:8]).mean(0),
+    )
+    told = json.loads((folder / "boosting.json").read_text())
+    assert told["model.safetensors"] == "the point that training goes on from"
+    assert told["boosted.safetensors"] == "the mean of 2 points of the control cycle"
+
+    whole = trainer(tmp_path / "whole", **given)
+    whole.train()
+    second = trainer(tmp_path, model=llama(seed=9), **given)
+    second.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(whole.model), weights(second.model))
+    for one, other in zip(whole.point_mean.mean.values(), second.point_mean.mean.values(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.point_mean.count == second.point_mean.count == 4
+
+
+def image_model(seed=0):
+    torch.manual_seed(seed)
+    return SmallImageClassifier(
+        SmallImageClassifierConfig(architecture="fashion-cnn", image_size=8, num_channels=1, num_labels=4)
+    )
+
+
+def image_rows(count=64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 1, 8, 8, generator=generator)
+    return [{"pixel_values": image, "labels": int(4 * image.mean()) % 4} for image in images]
+
+
+def test_batch_norm_statistics_are_those_of_the_mean_and_come_back(tmp_path):
+    run = trainer(
+        tmp_path,
+        model=image_model(),
+        rows=image_rows(),
+        eval_dataset=image_rows(16),
+        elra_boost=True,
+        elra_boost_every=1,
+        elra_control_cycle="4ba",
+        max_steps=8,
+    )
+    run.train()
+    norm = next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    state = torch.get_rng_state()
+    with run.boosted():
+        inputs = torch.stack([row["pixel_values"] for row in image_rows()])
+        with torch.no_grad():
+            first = run.model.network[0](inputs)
+        torch.testing.assert_close(norm.running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
+        assert not torch.equal(norm.running_mean, before["network.1.running_mean"])
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_best_model_at_the_end_is_the_mean_that_was_evaluated(tmp_path):
+    run = trainer(
+        tmp_path,
+        eval_dataset=token_rows(8),
+        elra_boost=True,
+        elra_boost_every=1,
+        elra_control_cycle="5ba",
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=5,
+        save_strategy="steps",
+        save_steps=5,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    best = load_file(f"{run.state.best_model_checkpoint}/boosted.safetensors")
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter.detach(), best[name])
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elra_boost": True, "elra_boost_every": 0}, "elra_boost_every=0 must be at least 1"),
+        ({"elra_boost_every": 5}, "elra_boost_every=5 does nothing without --elra_boost"),
+    ],
+)
+def test_wrong_flags_are_named(tmp_path, given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()

@@ -98,7 +98,7 @@ def walk(
         loss = problem.function(turn @ x)
         first, second = (turn @ x.detach()).tolist()
         points.append((first, second))
-        if float(loss) < problem.below:
+        if loss.item() < problem.below:
             break
         loss.backward()
         if isinstance(optimizer, ELRA):

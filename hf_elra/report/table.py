@@ -19,14 +19,21 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
     """Return a table of about ``rows`` evenly spaced training logs, the last one included.
 
+    A row shows the last evaluation since the row before; the last row also one that came after it.
+
     Args:
         history: the Trainer's ``state.log_history``.
         rows: how many logs to show at most.
     """
     logs = [entry for entry in history if "loss" in entry]
-    evaluations = {entry["step"]: entry for entry in history if "eval_loss" in entry}
     stride = max(1, -(-len(logs) // rows))
     shown = logs[::-1][::stride][::-1]
+    ends = [entry["step"] for entry in shown[:-1]] + [float("inf")]
+    evaluations: dict[int, dict[str, Any]] = {}
+    for evaluation in (entry for entry in history if "eval_loss" in entry):
+        row = next(i for i, end in enumerate(ends) if evaluation["step"] <= end)
+        if shown:
+            evaluations[shown[row]["step"]] = evaluation
     columns = {
         "update": lambda e: f"{e['step']:,}",
         "epoch": lambda e: "" if "num_input_tokens_seen" in e else f"{e['epoch']:.2f}" if "epoch" in e else "",

@@ -53,6 +53,7 @@ _LANGUAGE_MODEL_CLASSES = frozenset(
     for mapping in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
     for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
 )
+_CAUSAL_CLASSES = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _LANGUAGE_MODEL_ENDINGS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
 
 
@@ -227,9 +228,18 @@ def wants_mixin(args: Any) -> bool:
 
 def is_language_model(model: Any) -> bool:
     """Return whether a model, bare or wrapped by PEFT or DDP, is trained to predict tokens."""
+    return _is_one_of(model, _LANGUAGE_MODEL_CLASSES, _LANGUAGE_MODEL_ENDINGS)
+
+
+def is_causal_language_model(model: Any) -> bool:
+    """Return whether a model, bare or wrapped, predicts the next token, so that its labels are shifted by one."""
+    return _is_one_of(model, _CAUSAL_CLASSES, ("ForCausalLM",))
+
+
+def _is_one_of(model: Any, names: frozenset[str], endings: tuple[str, ...]) -> bool:
     while True:
         name = type(model).__name__
-        if name in _LANGUAGE_MODEL_CLASSES or name.endswith(_LANGUAGE_MODEL_ENDINGS):
+        if name in names or name.endswith(endings):
             return True
         inner = getattr(model, "get_base_model", None)
         inner = inner() if callable(inner) else getattr(model, "module", None)

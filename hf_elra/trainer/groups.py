@@ -29,7 +29,7 @@ from hf_elra.control import ControlCycle
 from hf_elra.control.batch_size import BatchDecision, BatchSizeController
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
-from hf_elra.trainer.arguments import ElraSettings
+from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
 from hf_elra.trainer.batch_control import BatchControl, build_batch_control, default_control, tokens_of_first_row
 from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
@@ -176,7 +176,8 @@ class DynamicBatchMixin(_Base):
 
     def _weights(self, passes: list[Any]) -> list[Any]:
         """Targets (or samples) of the whole update over those of each pass, for losses that are means over a pass."""
-        counts = [_targets(inputs) for inputs in passes]
+        shifted = is_causal_language_model(self.model)
+        counts = [_targets(inputs, shifted) for inputs in passes]
         if any(count is None for count in counts):
             counts = [torch.tensor(find_batch_size(inputs) or 1, device=self.args.device) for inputs in passes]
         counts = [count.to(self.args.device).clamp(min=1) for count in counts]
@@ -418,11 +419,16 @@ class DynamicBatchMixin(_Base):
         return bool(self.args.dataloader_drop_last)
 
 
-def _targets(inputs: Any) -> Any:
-    """Number of labels that count, or None where there are none to count."""
+def _targets(inputs: Any, shifted: bool) -> Any:
+    """Number of labels that count, or None where there are none to count.
+
+    Where labels are ``shifted`` against the predictions, the first of a row is no target.
+    """
     labels = inputs.get("labels") if hasattr(inputs, "get") else None
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return None
+    if shifted and labels.dim() > 1:
+        labels = labels[:, 1:]
     return labels.ne(LABEL_PADDING).sum()
 
 

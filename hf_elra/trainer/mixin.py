@@ -7,6 +7,7 @@ their checks are in ``arguments.py``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -127,34 +128,39 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         Many models accept the argument and ignore it (BERT's classifiers, for one). Transformers then takes the sum
         of the micro-batches' mean losses, times the number of processes, for the mean. Without the argument it divides
         by their number (``groups.py``: by their shares of the targets), which is right for them. So with a
-        ``compute_loss_func`` that ignores it. A loss that a subclass computes itself is the subclass's word.
+        ``compute_loss_func``, or a subclass's ``compute_loss``, that ignores it. Not tried: a subclass that says so
+        itself (``loss_is_scaled_for_ga``), or whose ``_prepare_inputs`` does more than move tensors (TRL's GRPO).
         """
         alone = (
             len(micro_batches) == self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
         )
-        stock = (
-            type(self).compute_loss is Trainer.compute_loss and type(self)._prepare_inputs is Trainer._prepare_inputs
-        )
-        if num_items is None or alone or not stock:
+        says_itself = getattr(self, "loss_is_scaled_for_ga", None) is not None
+        own_inputs = type(self)._prepare_inputs is not Trainer._prepare_inputs
+        if num_items is None or alone or says_itself or own_inputs:
             return True
         if self._loss_is_divided is None:
-            was_training = model.training
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
-                prepared = self._prepare_inputs(micro_batches[0])
-                losses: list[Any] = [
-                    self.compute_loss(model, dict(prepared), num_items_in_batch=number)
-                    for number in (num_items, 2 * num_items)
-                ]
-            once, twice = (float(loss.mean()) for loss in losses)
-            model.train(was_training)
+            once, twice = self._trial_losses(model, micro_batches[0], [num_items, 2 * num_items])
             if once == 0 or not math.isfinite(once):  # says nothing
                 return True
             self._loss_is_divided = not math.isclose(once, twice, rel_tol=1e-2)
             if not self._loss_is_divided and self.compute_loss_func is not None:
                 self.compute_loss_func = self._divided(self.compute_loss_func)
         return self._loss_is_divided
+
+    def _trial_losses(self, model: Any, batch: Any, numbers: list[Any]) -> list[float]:
+        """The losses of one micro-batch for several ``num_items_in_batch``; nothing is changed by it."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        losses: list[Any] = []
+        model.train()
+        with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            prepared = self._prepare_inputs(batch)
+            for number in numbers:
+                torch.manual_seed(0)  # the same dropout
+                losses.append(self.compute_loss(model, copy.copy(prepared), num_items_in_batch=number))
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        return [float(loss.mean()) for loss in losses]
 
     def _divided(self, loss_function: Any) -> Any:
         """Wrap a loss function that returns a mean, which the Trainer takes for divided by the size of the group."""

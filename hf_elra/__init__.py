@@ -1,8 +1,10 @@
 """ELRA for Hugging Face Transformers: training without choosing a learning rate.
 
-Importing this package registers ``--optim elra`` with Transformers; nothing else changes.
+Importing this package registers ``--optim elra`` with Transformers, and its image classifiers with ``AutoModel…``, so
+that saved ones load; nothing else changes.
 """
 
+import hf_elra.recipes.image_models  # noqa: F401 - registers the models
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
 from hf_elra.trainer import (

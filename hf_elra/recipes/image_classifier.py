@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from hf_elra import metrics
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.recipes.command_line import choose, choose_optimizer, parse
+from hf_elra.recipes.command_line import choose, choose_optimizer, parse, value_of
 from hf_elra.recipes.image_data import AUGMENTATIONS, DIGITS, ImageSplits
 from hf_elra.recipes.image_models import ARCHITECTURES, SmallImageClassifier, SmallImageClassifierConfig
 from hf_elra.trainer import ElraTrainingArguments
@@ -94,8 +95,9 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
     preset = choose("--preset", words, "digits", PRESETS)
     optim = choose_optimizer(words)
     ours = optim in OPTIMIZERS
+    source = value_of("--dataset", words, preset)
     defaults: dict[str, Any] = {
-        "output_dir": f"runs/{preset}" + ("" if optim == "elra" else f"-{optim}"),
+        "output_dir": f"runs/{Path(source).stem or preset}" + ("" if optim == "elra" else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -139,7 +141,7 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model={recipe.model!r} is none of {', '.join(ARCHITECTURES)} and could not be loaded."
-            f"{nearest(recipe.model, ARCHITECTURES)} {error}"
+            f"{nearest(recipe.model, ARCHITECTURES)} {str(error).splitlines()[0]}"
         ) from error
 
 

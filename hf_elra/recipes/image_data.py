@@ -328,7 +328,8 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
         test = HUB[name][2]
     if "train" not in splits or test is None:
         raise ConfigurationError(
-            f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation."
+            f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation "
+            "(in a folder of images: train/CLASS/x.png and test/CLASS/x.png)."
         )
     features = splits["train"].features
     image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)

@@ -115,6 +115,8 @@ def train(
         if isinstance(optimizer, ELRA):
             optimizer.end_cycle()
         if mean is not None:
+            if updates % (boost_every or 1) != 0:  # the last point of a cycle is always in its mean
+                mean.add()
             mean.end_cycle()
         if controller is not None and statistics.count:
             controller.end_cycle(statistics.mean, statistics.std)

@@ -72,7 +72,7 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
     if not resume:
         remedy = "--overwrite to replace it" if finished else "--resume to go on with it, --overwrite to replace it"
     elif finished:
-        remedy = "--overwrite to replace it; there is nothing to resume"
+        remedy = "--overwrite instead of --resume to replace it"
     elif changed - set(LENGTH):
         shown = "; ".join(f"{name} {before.get(name)!r} -> {settings.get(name)!r}" for name in sorted(changed))
         remedy = f"the settings it had to resume it, or --overwrite to replace it (changed: {shown})"

@@ -89,7 +89,8 @@ class ElraSettings:
             ``num_train_epochs``; of several limits the first one reached counts.
         elra_boost (bool): evaluate, predict and save the mean of the points of the last control cycle (section 3.7);
             training goes on from the last point, and checkpoints hold both. With any optimizer. Default: False.
-        elra_boost_every (int): every how many updates a point is taken into that mean. Default: 10.
+        elra_boost_every (int, optional): every how many updates a point is taken into that mean, beside the last one
+            of a cycle. Default: so many that a cycle has about 50 points; 10 where its length is not known.
     """
 
     elra_min_step_norm: float | None = field(
@@ -132,20 +133,27 @@ class ElraSettings:
     elra_boost: bool = field(
         default=False, metadata={"help": "Evaluate and save the mean of the points of the last control cycle."}
     )
-    elra_boost_every: int = field(default=10, metadata={"help": "Updates from one point of that mean to the next."})
+    elra_boost_every: int | None = field(
+        default=None, metadata={"help": "Updates from one point of that mean to the next."}
+    )
 
     @classmethod
-    def of(cls, args: Any) -> ElraSettings:
-        """Return the settings in force for ``args``: the launcher's, else those of ``args``, else the defaults."""
-        LAUNCHER_FLAGS.honoured = True
+    def of(cls, args: Any, *, only_checked: bool = False) -> ElraSettings:
+        """Return the settings in force for ``args``: the launcher's, else those of ``args``, else the defaults.
+
+        The launcher's count as honoured then, unless they are ``only_checked``.
+        """
+        LAUNCHER_FLAGS.honoured = LAUNCHER_FLAGS.honoured or not only_checked
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
     def check(self) -> None:
         """Raise a ConfigurationError for a value that no run can use."""
+        if self.elra_boost_every is None:
+            return
         if self.elra_boost_every < 1:
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} must be at least 1.")
-        if self.elra_boost_every != 10 and not self.elra_boost:
+        if not self.elra_boost:
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} does nothing without --elra_boost.")
 
     def changed(self) -> list[str]:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_elra.control import ControlCycle
@@ -109,7 +110,7 @@ def build_batch_control(
             "raise it, or lower --per_device_train_batch_size or --elra_initial_accumulation."
         )
     names = settings.elra_batch_conditions
-    conditions = tuple(part.strip() for part in names.split(",")) if names else CONDITIONS
+    conditions = CONDITIONS if names is None else tuple(part.strip() for part in names.split(","))
     try:
         controller = BatchSizeController(
             first, settings.elra_batch_growth, None if most is None else most // base, conditions
@@ -117,8 +118,11 @@ def build_batch_control(
         if control != "elra":
             controller.conditions = ()
     except ConfigurationError as error:
-        flags = "--elra_batch_growth, --elra_initial_accumulation, --elra_batch_conditions"
-        raise ConfigurationError(f"{flags}: {error}") from None
+        text = str(error)
+        text = f"elra_batch_conditions: {text}" if text.startswith("condition ") else text
+        text = f"elra_batch_{text}" if text.startswith("growth=") else text
+        text = f"elra_{text}" if text.startswith("initial_accumulation=") else text
+        raise ConfigurationError(text) from None
     return BatchControl(
         controller,
         control,
@@ -176,8 +180,9 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
         # An update is never larger than an epoch, so a cycle of one epoch or more always holds one.
         samples = math.inf if cycle.length >= 1 else cycle.length * len(train_dataset)
     else:
-        per_sample = {"sp": 1.0, "tok": tokens_of_first_row(train_dataset) or 0.0}.get(cycle.unit)
-        samples = cycle.length / per_sample if per_sample else math.inf
+        samples = cycle.length if cycle.unit == "sp" else math.inf
+        if cycle.unit == "tok" and (per_sample := tokens_of_first_row(train_dataset)):
+            samples = cycle.length / per_sample
     if samples < first:
         raise ConfigurationError(
             f"elra_control_cycle={text!r} is shorter than the first update of {first} samples; write at least "
@@ -187,9 +192,31 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
 
 def tokens_of_first_row(train_dataset: Any) -> int | None:
     """Tokens of the first sample of map-style data of token rows; None for anything else."""
-    if train_dataset is None or not has_length(train_dataset) or len(train_dataset) == 0:
+    map_style = hasattr(train_dataset, "__getitem__") and not isinstance(train_dataset, IterableDataset)
+    if train_dataset is None or not map_style or not has_length(train_dataset) or len(train_dataset) == 0:
         return None
     data: Any = train_dataset
     row = data[0]
     tokens = row.get("input_ids") if hasattr(row, "get") else None
     return len(tokens) if tokens is not None and hasattr(tokens, "__len__") else None
+
+
+def updates_per_cycle(trainer: Any) -> float | None:
+    """Updates of the first size in a control cycle of a run; None where that is not known beforehand."""
+    data, args = trainer.train_dataset, trainer.args
+    cycle = ControlCycle.parse(trainer.elra_settings.control_cycle(data))
+    if cycle.unit == "ba":
+        return cycle.length
+    control = trainer.batch_control
+    first = args.gradient_accumulation_steps if control is None else control.controller.initial_accumulation
+    samples = cycle.length
+    if cycle.unit == "ep":
+        if data is None or not has_length(data):
+            return None
+        samples = cycle.length * len(data)
+    elif cycle.unit == "tok":
+        per_sample = tokens_of_first_row(data)
+        if per_sample is None:
+            return None
+        samples = cycle.length / per_sample
+    return float(samples / (first * args.train_batch_size * args.world_size))

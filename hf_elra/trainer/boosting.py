@@ -24,6 +24,7 @@ from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.trainer.arguments import ElraSettings
+from hf_elra.trainer.batch_control import updates_per_cycle
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -33,6 +34,8 @@ else:
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
 """Training samples from which the BatchNorm statistics of the mean are computed."""
+POINTS_PER_CYCLE = 50
+"""Points of a cycle in the mean, by default and before batches grow, where the length of a cycle is known."""
 
 
 class PointMean:
@@ -134,6 +137,7 @@ class BoostingMixin(_Base):
     elra_settings: ElraSettings
     point_mean: PointMean | None = None
     _at_the_mean = False
+    _boost_every = 1
 
     def check_boosting(self) -> None:
         """Refuse what cannot be boosted, before training begins."""
@@ -142,19 +146,28 @@ class BoostingMixin(_Base):
                 "elra_boost=True cannot be used with FSDP or DeepSpeed, which shard the points; leave it out."
             )
 
-    def sample_point(self, update: int) -> None:
-        """Take every k-th point into the mean."""
-        if self.point_mean is not None and update % self.elra_settings.elra_boost_every == 0:
+    def sample_point(self, update: int, cycle_is_over: bool) -> None:
+        """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
+        if self.point_mean is None:
+            return
+        if cycle_is_over or update % self._boost_every == 0:
             self.point_mean.add()
+        if cycle_is_over:
+            self.point_mean.end_cycle()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.elra_settings.elra_boost:
             model: Any = self.model
             self.point_mean = PointMean({n: p for n, p in model.named_parameters() if p.requires_grad})
+            self._boost_every = self.elra_settings.elra_boost_every or self._default_boost_every()
             if resume_from_checkpoint is not None:
                 self.point_mean.load(resume_from_checkpoint)
         return prepared
+
+    def _default_boost_every(self) -> int:
+        updates = updates_per_cycle(self)
+        return 10 if updates is None else max(1, round(updates / POINTS_PER_CYCLE))
 
     # ---- evaluation and deployment use the mean ----
 

@@ -87,10 +87,11 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.trainer.begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        self.trainer.sample_point(state.global_step)
-        if self._advance(state):
-            if self.trainer.point_mean is not None:
-                self.trainer.point_mean.end_cycle()
+        # The true epoch first: it is in the cycle's logs; a decision then changes what is still to come.
+        self.trainer.correct_state(self.samples, self.tokens)
+        cycle_is_over = self._advance(state)
+        self.trainer.sample_point(state.global_step, cycle_is_over)
+        if cycle_is_over:
             optimizer = unwrap_optimizer(kwargs["optimizer"])
             if hasattr(optimizer, "end_cycle"):
                 optimizer.end_cycle()
@@ -98,7 +99,10 @@ class ElraCallback(TrainerCallback, ExportableState):
             if statistics.count:
                 self.cycle_losses = [0, 0.0, 0.0]
                 self.trainer.finish_cycle(statistics.mean, statistics.std)
-        self.trainer.correct_state(self.samples, self.tokens)
+            self.trainer.correct_state(self.samples, self.tokens)
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        state.stateful_callbacks[type(self).__name__] = self.state()  # for Trainer.save_state
 
     def _advance(self, state: Any) -> bool:
         return self._cycle.advance(

@@ -30,7 +30,13 @@ from hf_elra.control.batch_size import BatchDecision, BatchSizeController
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
-from hf_elra.trainer.batch_control import BatchControl, build_batch_control, default_control, tokens_of_first_row
+from hf_elra.trainer.batch_control import (
+    BatchControl,
+    build_batch_control,
+    default_control,
+    tokens_of_first_row,
+    updates_per_cycle,
+)
 from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 
@@ -323,11 +329,25 @@ class DynamicBatchMixin(_Base):
             tokens_per_sample=tokens_of_first_row(self.train_dataset) or 1,
             skips_incomplete=self._skips_last_batch(),
         )
+        self._warn_of_limits(control)
         # The number of first-sized updates that would end the run: the unit of learning-rate schedules.
         self._schedule_length = max(1, self.progress.updates_left(control.controller.initial_accumulation))
         if self.progress.limited:
             epochs = sys.maxsize
         return epochs, per_epoch, examples, samples, batch, in_epoch, self._schedule_length
+
+    def _warn_of_limits(self, control: BatchControl) -> None:
+        """Tell where what was asked for cannot be had with these data."""
+        first, per_epoch = control.controller.initial_accumulation, self.progress.batches_per_epoch
+        wanted = first * (max(factor for _, factor in control.schedule.steps) if control.schedule else 1)
+        if per_epoch is not None and wanted > per_epoch:
+            logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
+        updates, left = updates_per_cycle(self), self.progress.updates_left(first)
+        if control.mode == "elra" and updates is not None and updates > left:
+            logger.warning(
+                "elra_control_cycle=%s is longer than this run: the batch size will not change.",
+                self.elra_settings.control_cycle(self.train_dataset),
+            )
 
     @property
     def _samples_per_batch(self) -> int:

@@ -48,7 +48,10 @@ def run(words: list[str]) -> int:
         return 2
     if LAUNCHER_FLAGS.values and not LAUNCHER_FLAGS.honoured:
         given = ", ".join(f"--{name}" for name in LAUNCHER_FLAGS.values)
-        print(f"hf-elra: warning: {given} had no effect: no Trainer ran with --optim elra.", file=sys.stderr)
+        print(
+            f"hf-elra: warning: {given} had no effect: no Trainer that ran uses it (most flags need --optim elra).",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from hf_elra.trainer.arguments import (
+    LAUNCHER_FLAGS,
     OPTIMIZERS,
     ElraSettings,
     optimizer_arguments,
@@ -69,9 +70,12 @@ def _wrap(initialise: Any) -> Any:
             refuse_unusable(fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed))
             optimizer_arguments(arguments, given.get("model"))
         if arguments is not None and (
-            uses_elra(arguments) or wants_mixin(arguments) or isinstance(arguments, ElraSettings)
+            uses_elra(arguments)
+            or wants_mixin(arguments)
+            or isinstance(arguments, ElraSettings)
+            or LAUNCHER_FLAGS.values
         ):
-            settings = ElraSettings.of(arguments)
+            settings = ElraSettings.of(arguments, only_checked=True)
             settings.check()
             default = default_control(type(self), with_elra=uses_elra(arguments))
             build_batch_control(settings, arguments, given.get("train_dataset"), default)
@@ -91,7 +95,7 @@ def _budget_as_max_steps(args: Any, train_dataset: Any) -> Any:
     """For data of unknown length the Trainer insists on ``max_steps``; a budget in samples or tokens bounds it too."""
     budget = None
     if args is not None and train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
-        settings = ElraSettings.of(args)
+        settings = ElraSettings.of(args, only_checked=True)
         budget = settings.elra_max_samples or settings.elra_max_tokens
     if budget is None:
         yield

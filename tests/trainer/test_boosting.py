@@ -75,6 +75,23 @@ def test_points_are_sampled_every_k_updates(tmp_path):
     torch.testing.assert_close(mean, torch.stack([points.points[i] for i in (2, 5, 8)]).mean(0))
 
 
+def test_every_cycle_has_points_of_its_own(tmp_path):
+    points = Points()
+    run = trainer(
+        tmp_path, callbacks=[points], elra_boost=True, elra_boost_every=7, elra_control_cycle="2ba", max_steps=6
+    )
+    run.train()
+    mean = torch.cat([t.flatten() for t in run.point_mean.mean.values()])
+    torch.testing.assert_close(mean, points.points[-1])
+
+
+@pytest.mark.parametrize(("cycle", "every"), [("100ba", 2), ("1ep", 1), ("1600sp", 4), ("12800tok", 2), ("3ba", 1)])
+def test_by_default_a_cycle_has_about_fifty_points(tmp_path, cycle, every):
+    run = trainer(tmp_path, elra_boost=True, elra_control_cycle=cycle, max_steps=1)
+    run.train()
+    assert run._boost_every == every
+
+
 def test_checkpoints_hold_both_points_and_say_which_is_which(tmp_path):
     points = Points()
     given = dict(elra_boost=True, elra_boost_every=1, elra_control_cycle="6ba", max_steps=10)
@@ -166,7 +183,7 @@ def test_best_model_at_the_end_is_the_mean_that_was_evaluated(tmp_path):
     ("given", "message"),
     [
         ({"elra_boost": True, "elra_boost_every": 0}, "elra_boost_every=0 must be at least 1"),
-        ({"elra_boost_every": 5}, "elra_boost_every=5 does nothing without --elra_boost"),
+        ({"elra_boost_every": 5, "elra_boost": False}, "elra_boost_every=5 does nothing without --elra_boost"),
     ],
 )
 def test_wrong_flags_are_named(tmp_path, given, message):

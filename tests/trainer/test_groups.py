@@ -1,5 +1,6 @@
 """Batch sizes that change in training: equal gradients, true counts, resume; with ELRA and with AdamW."""
 
+import json
 import random
 
 import pytest
@@ -199,6 +200,7 @@ def test_stock_trainer_under_the_launcher_with_adamw(tmp_path):
             "elra_batch_growth: does nothing with elra_batch_control=schedule",
         ),
         ({"elra_batch_control": "elra", "elra_batch_conditions": "noise,rize"}, "'rize' is unknown. Did you mean"),
+        ({"elra_batch_control": "elra", "elra_batch_conditions": ""}, "elra_batch_conditions: condition '' is unknown"),
         ({"elra_max_samples": 0}, "elra_max_samples=0 must be at least 1"),
         ({"elra_max_tokens": -5}, "elra_max_tokens=-5 must be at least 1"),
         ({"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.2"}, "elra_batch_schedule="),
@@ -363,6 +365,45 @@ def test_cycle_logs_hold_what_a_user_wants_to_know(tmp_path):
     assert decisions(run)[0]["micro_batches_per_pass"] == 1.5
     numbers = [entry for entry in run.state.log_history if "cycle_loss" in entry]
     assert [e["cycle_loss"] for e in numbers] == [d["mean"] for d in decisions(run)]
+
+
+def test_cycles_are_logged_at_their_true_epoch_also_in_the_saved_state(tmp_path):
+    run = trainer(
+        tmp_path,
+        rows=token_rows(40),
+        per_device_train_batch_size=2,
+        elra_initial_accumulation=5,
+        elra_control_cycle="0.5ep",
+        elra_batch_conditions="noise",
+        max_steps=-1,
+        num_train_epochs=2,
+    )
+    run.train()
+    assert [e["epoch"] for e in run.state.log_history if "cycle_loss" in e] == [0.5, 1.0, 1.5, 2.0]
+    run.save_state()
+    saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["ElraCallback"]
+    saved = saved[-1] if isinstance(saved, list) else saved
+    assert saved["attributes"]["samples"] == 80
+    assert len(saved["attributes"]["data_position"]["controller"]["decisions"]) == 4
+
+
+def test_iterable_data_with_a_length(tmp_path):
+    class Sized(Stream):
+        def __len__(self):
+            return 47
+
+    run = trainer(tmp_path, rows=Sized(), per_device_train_batch_size=2, max_steps=3)
+    run.train()
+    assert run.state.global_step == 3
+
+
+def test_what_the_data_do_not_allow_is_told(tmp_path, caplog_warnings):
+    trainer(
+        tmp_path, rows=token_rows(40), elra_initial_accumulation=9, elra_control_cycle="2000sp", max_steps=1
+    ).train()
+    messages = [record.message for record in caplog_warnings.records]
+    assert "Updates of 9 micro-batches are cut to the 5 that an epoch has." in messages
+    assert "elra_control_cycle=2000sp is longer than this run: the batch size will not change." in messages
 
 
 def test_an_update_never_outgrows_its_control_cycle(tmp_path):

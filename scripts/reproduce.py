@@ -32,6 +32,7 @@ from hf_elra.report.table import markdown_table
 
 HUB = {"mnist": "mnist", "alpha0": "mnist", "fashion-mnist": "fashion_mnist"}
 CHAOTIC, STARTS = "Rosenbrock from (-11, 121)", 31  # there a single count means nothing: many starts, moved by 1e-3
+GIVEN_UP = 2000  # updates from each of them
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def reproduce_2d(given: argparse.Namespace) -> None:
                 turned = problems_2d.walk(problem, make, degrees=45)
                 moved = [0]
                 if name.startswith("ELRA") and problem.name == CHAOTIC:
-                    moved = [len(problems_2d.walk(problem, make, shift=(a, b), limit=2000)) - 1 for a, b in shifts]
+                    moved = [len(problems_2d.walk(problem, make, shift=(a, b), limit=GIVEN_UP)) - 1 for a, b in shifts]
                 paths[name] = (straight, turned)
                 counts = [len(straight) - 1, len(turned) - 1]
                 print(
@@ -83,7 +84,8 @@ def reproduce_2d(given: argparse.Namespace) -> None:
                 )
                 paper = problem.paper.get(name.partition(",")[0])
                 shown = "" if paper is None else "∞" if math.isinf(paper) else f"{'>' if paper >= 1e4 else ''}{paper:g}"
-                median = f"{statistics.median(moved):g}" if len(moved) > 1 else ""
+                middle = statistics.median(moved)
+                median = "" if len(moved) == 1 else f"≥ {GIVEN_UP}" if middle >= GIVEN_UP else f"{middle:g}"
                 rows.append([problem.name, name, shown, *(_count(n) for n in counts), median])
             draw_paths(problem, paths, folder)
     table = markdown_table(header, rows)

@@ -11,7 +11,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_elra import ConfigurationError
-from hf_elra.recipes.image_data import ImageDataset, as_batch, augment, channel_statistics, load_images
+from hf_elra.recipes import image_data
+from hf_elra.recipes.image_data import (
+    EncodedImages,
+    ImageDataset,
+    as_batch,
+    augment,
+    channel_statistics,
+    load_images,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 10), dtype=np.uint8)
 LABELS = np.arange(12, dtype=np.uint8) % 3
@@ -72,12 +80,77 @@ def png(array):
     return buffer.getvalue()
 
 
-def test_folder_of_images_by_class(tmp_path):
+def write_folder(path):
     for split, part in (("train", range(9)), ("test", range(9, 12))):
         for i in part:
-            folder = tmp_path / split / "abc"[LABELS[i]]
+            folder = path / split / "abc"[LABELS[i]]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i}.png").write_bytes(png(PIXELS[i]))
+
+
+def test_images_that_do_not_fit_into_memory_are_decoded_batch_by_batch(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    given = dict(image_size=20, crop_size=16, augmentation="flip+crop")
+    kept = load_images(str(tmp_path), **given)
+    monkeypatch.setattr(image_data, "MEMORY_SHARE", 0)
+    encoded = load_images(str(tmp_path), **given)
+    assert isinstance(kept.train.images, torch.Tensor)
+    assert isinstance(encoded.train.images, EncodedImages)
+    assert encoded.train.to("cpu").shape == kept.train.shape == (1, 16, 16)
+    assert encoded.classes == kept.classes
+    for split in ("train", "test"):
+        for workers in (0, 2):
+            one, other = (
+                list(DataLoader(getattr(data, split), 4, collate_fn=as_batch, num_workers=workers))
+                for data in (kept, encoded)
+            )
+            assert len(one) == len(other)
+            for batch, same in zip(one, other, strict=True):
+                assert batch["pixel_values"].shape[1:] == (1, 16, 16)
+                assert torch.equal(batch["labels"], same["labels"])
+                assert torch.equal(batch["pixel_values"], same["pixel_values"])
+
+
+def test_mean_and_deviation_of_encoded_images_come_from_a_sample(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr(image_data, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(image_data, "SAMPLED_IMAGES", 3)
+    data = load_images(str(tmp_path)).train
+    mean, std = channel_statistics(data.images[torch.tensor([0, 4, 8])])
+    assert torch.equal(data.mean.flatten(), mean)
+    assert torch.equal(data.std.flatten(), std)
+
+
+def test_images_of_different_size_need_a_size(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "a" / "other.png").write_bytes(png(np.zeros((12, 12), np.uint8)))
+    with pytest.raises(ConfigurationError, match="images differ in size; give --image_size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), image_size=9).train.shape == (1, 9, 9)
+
+
+def test_the_labelled_split_is_tested_on(monkeypatch):
+    """ImageNet's own test split on the hub has no labels, only -1."""
+    import datasets
+
+    def split(value, kind="int64"):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+        rows = {"image": [Image.fromarray(PIXELS[0])] * 2, "label": [value] * 2}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    splits = datasets.DatasetDict(train=split(1), validation=split(1), test=split(-1))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    assert load_images("imagenet-1k").test.labels.tolist() == [1, 1]
+    del splits["validation"]
+    with pytest.raises(ConfigurationError, match="none of the splits test is labelled"):
+        load_images("imagenet-1k")
+    splits["train"] = split("cat", "string")
+    with pytest.raises(ConfigurationError, match="the column label holds no class numbers"):
+        load_images("imagenet-1k")
+
+
+def test_folder_of_images_by_class(tmp_path):
+    write_folder(tmp_path)
     data = load_images(str(tmp_path))
     assert data.classes == ["a", "b", "c"]
     assert data.train.images.shape == (9, 1, 10, 10)
@@ -164,6 +237,26 @@ def test_augmentation_is_the_papers():
         assert found
         seen.add(found[0])
     assert len(seen) > 60  # of 81
+
+
+def test_crops_are_random_in_training_and_from_the_middle_in_evaluation():
+    pixels = torch.arange(400 * 100, dtype=torch.float32).view(400, 1, 10, 10)
+    cropped = augment(pixels, "flip+crop", torch.Generator().manual_seed(0), crop_size=6)
+    assert cropped.shape == (400, 1, 6, 6)
+    windows = torch.nn.functional.pad(pixels, (4, 4, 4, 4), mode="reflect").unfold(2, 6, 1).unfold(3, 6, 1)
+    assert windows.shape[2:4] == (13, 13)
+    for i in range(100):
+        same = (windows[i, 0] == cropped[i, 0]).flatten(2).all(2) | (windows[i, 0] == cropped[i, 0].flip(1)).flatten(
+            2
+        ).all(2)
+        assert same.any()
+    whole, middle = dataset(), dataset(crop_size=6)
+    assert torch.equal(
+        middle.__getitems__([1, 2])["pixel_values"], whole.__getitems__([1, 2])["pixel_values"][:, :, 2:8, 2:8]
+    )
+    assert (whole.shape, middle.shape) == ((3, 10, 10), (3, 6, 6))
+    with pytest.raises(ConfigurationError, match="crop_size=11 must be between 1 and the 10 pixels"):
+        dataset(crop_size=11)
 
 
 def test_augmentation_depends_on_seed_and_rows_alone():

@@ -18,11 +18,16 @@ from hf_elra import metrics
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.recipes.command_line import choose, choose_optimizer, parse, value_of
 from hf_elra.recipes.image_data import AUGMENTATIONS, DIGITS, ImageSplits
-from hf_elra.recipes.image_models import ARCHITECTURES, SmallImageClassifier, SmallImageClassifierConfig
+from hf_elra.recipes.image_models import (
+    ARCHITECTURES,
+    LARGE_IMAGES,
+    SmallImageClassifier,
+    SmallImageClassifierConfig,
+)
 from hf_elra.trainer import ElraTrainingArguments
 from hf_elra.trainer.arguments import OPTIMIZERS
 
-# Network, augmentation, image size and epochs of section 4.2; digits is ours.
+# Network, augmentation, image size, first batch, control cycle and epochs of section 4.2; digits is ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"dataset": DIGITS, "model": "mnist-mlp", "num_train_epochs": 40},
     "mnist": {"dataset": "mnist", "model": "mnist-mlp", "num_train_epochs": 100},
@@ -36,16 +41,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": {"dataset": "cifar100", "model": "resnet18", "augmentation": "flip+crop", "num_train_epochs": 100},
     "tiny-imagenet": {
         "dataset": "zh-plus/tiny-imagenet",
-        "model": "resnet18",
+        "model": "resnet18-imagenet",
         "augmentation": "flip+crop",
+        "image_size": 256,
+        "crop_size": 224,
         "num_train_epochs": 100,
         "elra_initial_accumulation": 3,
+    },
+    "imagenet": {
+        "dataset": "imagenet-1k",
+        "model": "resnet50-imagenet",
+        "augmentation": "flip+crop",
+        "image_size": 256,
+        "num_train_epochs": 50,
+        "elra_initial_accumulation": 4,
+        "elra_control_cycle": "0.25ep",
     },
 }
 
 # At a constant rate, as the paper runs them for comparison: batch 256, no accumulation.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "elra": {},
     "adam": {"learning_rate": 1e-3},
     "lion": {"learning_rate": 1e-4},
     "sgd": {
@@ -56,6 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 128,
     },
 }
+OURS = (*ARCHITECTURES, *LARGE_IMAGES)
 NOT_OF_THE_TRAJECTORY = {"resume", "overwrite"}
 
 
@@ -64,13 +80,17 @@ class ImageClassifierArguments:
     """What to classify, with which network, and what to do with the run; defaults come from the preset.
 
     Args:
-        preset (str): one of ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``tiny-imagenet``.
+        preset (str): one of ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``tiny-imagenet``,
+            ``imagenet``.
         dataset (str): ``digits`` (1,797 real images in this package), a local path (folder of idx files, of parquet
             files or of images by class; npz file) or a name on the hub.
-        model (str): ``mnist-mlp``, ``fashion-cnn``, ``resnet18``, ``resnet34``, ``wrn-28-10``, or any image classifier
-            of the hub or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
+        model (str): ``mnist-mlp``, ``fashion-cnn``, ``resnet18``, ``resnet34``, ``wrn-28-10``; ``resnet18-imagenet``,
+            ``resnet50-imagenet`` (the usual networks for large images, untrained); or any image classifier of the hub
+            or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
         from_scratch (bool): take only the architecture of such a model, not its weights.
         image_size (int): resize images to it; by default they stay as they are.
+        crop_size (int): cut so many pixels out of every image: at random with ``flip+crop``, in evaluation from the
+            middle. Default: all.
         augmentation (str): ``none``, ``flip`` or ``flip+crop`` (reflect-padded by 4 pixels).
         resume (bool): go on from the last checkpoint of an interrupted run.
         overwrite (bool): replace the run in the output folder.
@@ -78,16 +98,18 @@ class ImageClassifierArguments:
 
     preset: str = field(default="digits", metadata={"help": f"One of {', '.join(PRESETS)}."})
     dataset: str = field(default=DIGITS, metadata={"help": "digits, a local path or a name on the hub."})
-    model: str = field(default="mnist-mlp", metadata={"help": f"{', '.join(ARCHITECTURES)}, or a name on the hub."})
+    model: str = field(default="mnist-mlp", metadata={"help": f"{', '.join(OURS)}, or a name on the hub."})
     from_scratch: bool = field(default=False, metadata={"help": "Only the architecture of a model by name."})
     image_size: int | None = field(default=None, metadata={"help": "Resize images to so many pixels."})
+    crop_size: int | None = field(default=None, metadata={"help": "Then cut out so many pixels."})
     augmentation: str = field(default="none", metadata={"help": "Of the training images.", "choices": AUGMENTATIONS})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 8:
-            raise ConfigurationError(f"image_size={self.image_size} must be at least 8.")
+        for name in ("image_size", "crop_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 8:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 8.")
 
 
 def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTrainingArguments]:
@@ -108,31 +130,38 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
         "remove_unused_columns": False,  # the data set hands out whole batches
         "per_device_train_batch_size": 32 if ours else 256,
         "per_device_eval_batch_size": 500,
-        "elra_initial_accumulation": 2 if ours else None,
+        "elra_initial_accumulation": 2,
         "elra_boost": ours,
         **PRESETS[preset],
     }
     if not ours:
-        defaults["elra_initial_accumulation"] = None
+        del defaults["elra_initial_accumulation"]
+        defaults.pop("elra_control_cycle", None)
         family = next((f for f in FAMILIES if optim.startswith(f) or f"_{f}" in optim), "adam")
         defaults |= {"lr_scheduler_type": "constant", **FAMILIES[family]}
     return parse(ImageClassifierArguments, words, defaults)
 
 
 def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
-    """Build the network for these images; weights of a network of ours come from torch's global seed.
+    """Build the network for these images; the weights of an untrained one come from torch's global seed.
 
     Raises:
         ConfigurationError: the model is not known, here or on the hub.
     """
-    names = {"id2label": dict(enumerate(data.classes)), "label2id": {name: i for i, name in enumerate(data.classes)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(data.classes)),
+        "label2id": {name: i for i, name in enumerate(data.classes)},
+    }
     if recipe.model in ARCHITECTURES:
-        channels, size = data.train.images.shape[1], data.train.images.shape[-1]
+        channels, _, size = data.train.shape
         return SmallImageClassifier(
             SmallImageClassifierConfig(architecture=recipe.model, image_size=size, num_channels=channels, **names)
         )
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
 
+    if recipe.model in LARGE_IMAGES:
+        config = ResNetConfig(num_channels=data.train.channels, **LARGE_IMAGES[recipe.model], **names)
+        return AutoModelForImageClassification.from_config(config)
     try:
         if recipe.from_scratch:
             config = AutoConfig.from_pretrained(recipe.model, **names)
@@ -140,17 +169,19 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
         return AutoModelForImageClassification.from_pretrained(recipe.model, ignore_mismatched_sizes=True, **names)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
-            f"model={recipe.model!r} is none of {', '.join(ARCHITECTURES)} and could not be loaded."
-            f"{nearest(recipe.model, ARCHITECTURES)} {str(error).splitlines()[0]}"
+            f"model={recipe.model!r} is none of {', '.join(OURS)} and could not be loaded."
+            f"{nearest(recipe.model, OURS)} {str(error).splitlines()[0]}"
         ) from error
 
 
-def use_normalisation_of(model_name: str, data: ImageSplits) -> None:
+def use_normalisation_of(recipe: ImageClassifierArguments, data: ImageSplits) -> None:
     """Normalise images as a pre-trained model expects, and give it the number of channels it expects."""
     from transformers.utils import cached_file
 
+    if recipe.model in OURS:
+        return
     try:
-        path = cached_file(model_name, "preprocessor_config.json")
+        path = cached_file(recipe.model, "preprocessor_config.json")
     except OSError:
         return
     if path is None:
@@ -159,8 +190,8 @@ def use_normalisation_of(model_name: str, data: ImageSplits) -> None:
         processor = json.load(file)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     for images in (data.train, data.test):
-        if mean is not None and len(mean) == 3 and images.images.shape[1] == 1:
-            images.images = images.images.expand(-1, 3, -1, -1)
+        if mean is not None:
+            images.channels = max(images.channels, len(mean))
         if mean is not None and std is not None:
             images.mean, images.std = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
 

@@ -1,17 +1,19 @@
 """Images to classify: where they come from, and batches of them, augmented as in the paper's section 4.2.
 
 Sources: ``digits`` (1,797 real images in this package), a name on the hub, or a local path: a folder of idx files
-(MNIST's own format), an npz file, parquet files, or a folder of images by class. Images are kept in memory as uint8 and
-gathered, augmented and normalised as whole batches on the device that trains, so that no loader process is needed. What
-does not fit into memory is decoded as it is needed. Models are in ``image_models.py``.
+(MNIST's own format), an npz file, parquet files, or a folder of images by class. Images that fit into memory are kept
+there as uint8 and gathered, augmented and normalised as whole batches, on the device that trains if they fit there too;
+no loader process is needed then. Others stay encoded on disk and are decoded batch by batch, which loader processes can
+do side by side. Models are in ``image_models.py``.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from hf_elra.errors import ConfigurationError
 
@@ -29,15 +33,9 @@ DIGITS = "digits"
 CROP_PADDING = 4
 AUGMENTATIONS = ("none", "flip", "flip+crop")
 
-# Of the hub's data sets used in the paper: name, image column, label column, name of the test split, augmentation.
-HUB: dict[str, tuple[str, str, str]] = {
-    "mnist": ("image", "label", "test"),
-    "fashion_mnist": ("image", "label", "test"),
-    "cifar10": ("img", "label", "test"),
-    "cifar100": ("img", "fine_label", "test"),
-    "zh-plus/tiny-imagenet": ("image", "label", "valid"),
-    "imagenet-1k": ("image", "label", "validation"),
-}
+TEST_SPLITS = ("test", "validation", "valid")
+MEMORY_SHARE = 0.5  # of what is free, which images may take
+SAMPLED_IMAGES = 2000  # from which mean and standard deviation are taken where images stay encoded
 
 
 @dataclass
@@ -56,27 +54,74 @@ class ImageSplits:
     classes: list[str]
 
 
+class EncodedImages:
+    """Images that stay encoded on disk; indexing with row numbers decodes those, as a uint8 tensor.
+
+    Args:
+        rows: a ``datasets.Dataset``.
+        name: of its image column.
+        decode: turns a PIL image into a uint8 array of shape (height, width) or (height, width, channels).
+        shape: (number, channels, height, width).
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.uint8
+
+    def __init__(
+        self, rows: Any, name: str, decode: Callable[[Any], np.ndarray], shape: tuple[int, int, int, int]
+    ) -> None:
+        self.rows, self.name, self.decode, self.shape = rows, name, decode, shape
+
+    def dim(self) -> int:
+        """4."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self._decode_all(self.rows[rows.tolist()][self.name], len(rows))
+
+    def decoded(self, what: str) -> Tensor:
+        """All images; a bar called ``what`` tells how far it is where that takes long."""
+        return self._decode_all(tqdm(self.rows[self.name], what, delay=5), len(self))
+
+    def _decode_all(self, pictures: Iterable[Any], number: int) -> Tensor:
+        images = torch.empty((number, *self.shape[1:]), dtype=torch.uint8)
+        for position, picture in enumerate(pictures):
+            array = np.atleast_3d(self.decode(picture))
+            if array.shape[:2] != self.shape[2:]:
+                raise ConfigurationError("the images differ in size; give --image_size.")
+            images[position] = torch.from_numpy(array.transpose(2, 0, 1).copy())
+        return images
+
+
 class ImageDataset(Dataset):
-    """Images in memory, handed out as batches ready for the model.
+    """Images, handed out as batches ready for the model.
 
     A loader that asks for several rows at once (PyTorch's does, through ``__getitems__``) gets one batch, a dict of
     ``pixel_values`` (float, normalised, (batch, channels, height, width)) and ``labels``; the collator is
     :func:`as_batch`. Augmentation is random by ``seed`` and the rows of the batch, so that a resumed run sees the same.
 
     Args:
-        images: uint8, (number, channels, height, width).
+        images: uint8, (number, channels, height, width), in memory or encoded.
         labels: int64, (number,).
         augmentation: one of :data:`AUGMENTATIONS`.
+        crop_size: cut so many pixels out of every image: at random with ``flip+crop``, else from the middle.
         mean, std: of every channel, in [0, 1]; by default those of ``images``.
         seed: of the augmentation.
+
+    Attributes:
+        channels: what grey images are repeated to, for a model that takes colour.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | EncodedImages,
         labels: Tensor,
         *,
         augmentation: str = "none",
+        crop_size: int | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
         seed: int = 0,
@@ -90,17 +135,35 @@ class ImageDataset(Dataset):
                 f"images must be uint8 of shape (number, channels, height, width) with as many labels, not "
                 f"{images.dtype} {tuple(images.shape)} with {len(labels)} labels."
             )
-        self.images, self.labels = images, labels.to(torch.int64)
-        self.augmentation, self.seed = augmentation, seed
+        if crop_size is not None and not 0 < crop_size <= min(images.shape[-2:]):
+            raise ConfigurationError(
+                f"crop_size={crop_size} must be between 1 and the {min(images.shape[-2:])} pixels of the images; raise "
+                "--image_size or lower it."
+            )
+        self.images: Any = images
+        self.channels = images.shape[1]
+        self.labels = labels.to(torch.int64)
+        self.augmentation, self.crop_size, self.seed = augmentation, crop_size, seed
         if mean is None or std is None:
             mean, std = channel_statistics(images)
         self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def to(self, device: Any) -> ImageDataset:
-        """Move the images to a device; batches are then made there."""
+        """Move the images to a device, where batches are then made; images that do not fit there stay here."""
+        device = torch.device(device)
+        if isinstance(self.images, EncodedImages):
+            return self
+        if device.type == "cuda" and self.images.numel() > MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return self
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is handed out."""
+        height, width = self.images.shape[2:] if self.crop_size is None else (self.crop_size, self.crop_size)
+        return (self.channels, height, width)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,11 +175,14 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The batch of these rows."""
         rows = torch.as_tensor(indices, device=self.images.device)
-        pixels = self.images[rows].to(torch.float32).div_(255)
-        pixels = pixels.sub_(self.mean).div_(self.std)
+        pixels = self.images[rows].to(torch.float32).div_(255).expand(-1, self.channels, -1, -1)
+        pixels = (pixels - self.mean).div_(self.std)
         if self.augmentation != "none":
             generator = torch.Generator().manual_seed(hash((self.seed, *map(int, indices))) & (2**63 - 1))
-            pixels = augment(pixels, self.augmentation, generator)
+            pixels = augment(pixels, self.augmentation, generator, self.crop_size)
+        if (size := self.crop_size) is not None and pixels.shape[-1] != size:
+            top, left = ((extent - size) // 2 for extent in pixels.shape[2:])
+            pixels = pixels[:, :, top : top + size, left : left + size].contiguous()
         return {"pixel_values": pixels, "labels": self.labels[rows]}
 
 
@@ -127,23 +193,29 @@ def as_batch(rows: Any) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def augment(pixels: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Flip every image left to right with probability one half; with ``flip+crop`` also shift it by up to 4 pixels.
+def augment(pixels: Tensor, how: str, generator: torch.Generator, crop_size: int | None = None) -> Tensor:
+    """Flip every image left to right with probability one half; with ``flip+crop`` also cut it out at random.
 
-    The crop is PyTorch's RandomCrop with 4 pixels of padding in reflect mode, here on normalised images.
+    The crop is PyTorch's RandomCrop with 4 pixels of padding in reflect mode, here on normalised images; without
+    ``crop_size`` it keeps the size, so that images are shifted by up to 4 pixels.
 
     Args:
         pixels: (batch, channels, height, width).
         how: ``"flip"`` or ``"flip+crop"``.
         generator: a CPU generator.
+        crop_size: height and width of the crop.
     """
-    number, _, height, width = pixels.shape
+    number, _, *size = pixels.shape
     flips = torch.rand(number, generator=generator).lt(0.5).to(pixels.device)
     pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(3), pixels)
     if how == "flip+crop":
         padding = CROP_PADDING
         padded = torch.nn.functional.pad(pixels, (padding,) * 4, mode="reflect")
-        top, left = torch.randint(0, 2 * padding + 1, (2, number), generator=generator).to(pixels.device)
+        height, width = size if crop_size is None else (crop_size, crop_size)
+        top, left = (
+            torch.randint(0, extent + 2 * padding - part + 1, (number,), generator=generator).to(pixels.device)
+            for extent, part in zip(size, (height, width), strict=True)
+        )
         rows = top.view(-1, 1) + torch.arange(height, device=pixels.device)
         columns = left.view(-1, 1) + torch.arange(width, device=pixels.device)
         image = torch.arange(number, device=pixels.device).view(-1, 1, 1)
@@ -151,8 +223,13 @@ def augment(pixels: Tensor, how: str, generator: torch.Generator) -> Tensor:
     return pixels.contiguous()
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel of uint8 images, on the scale [0, 1]."""
+def channel_statistics(images: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel of uint8 images, on the scale [0, 1].
+
+    Of images that stay encoded, :data:`SAMPLED_IMAGES` evenly spread over them are looked at.
+    """
+    if isinstance(images, EncodedImages):
+        images = images[torch.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).long()]
     channels = images.shape[1]
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
     levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
@@ -166,7 +243,12 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_images(
-    source: str, *, augmentation: str = "none", image_size: int | None = None, seed: int = 0
+    source: str,
+    *,
+    augmentation: str = "none",
+    image_size: int | None = None,
+    crop_size: int | None = None,
+    seed: int = 0,
 ) -> ImageSplits:
     """Load ``digits``, a path or a data set of the hub.
 
@@ -176,6 +258,7 @@ def load_images(
             ``test_labels``; or a name on the hub.
         augmentation: of the training images.
         image_size: resize to this many pixels; by default images of one size stay as they are.
+        crop_size: then cut out so many; see :class:`ImageDataset`.
         seed: of the augmentation.
 
     Raises:
@@ -195,21 +278,21 @@ def load_images(
         raise ConfigurationError(f"dataset={source!r} does not exist; give a folder, an npz file or a name on the hub.")
     else:
         arrays = _from_datasets(_hub_dataset(source), source, image_size)
-    return _splits(source, arrays, augmentation, image_size, seed)
-
-
-def _splits(name: str, arrays: dict[str, Any], augmentation: str, image_size: int | None, seed: int) -> ImageSplits:
-    images = {split: _as_images(arrays[f"{split}_images"], image_size, name) for split in ("train", "test")}
+    images: dict[str, Any] = {
+        split: _as_images(arrays[f"{split}_images"], image_size, source) for split in ("train", "test")
+    }
     labels = {split: torch.as_tensor(np.asarray(arrays[f"{split}_labels"]).astype(np.int64)) for split in images}
     mean, std = channel_statistics(images["train"])
     number = int(max(values.max() for values in labels.values())) + 1
     classes = [str(c) for c in arrays.get("classes", range(number))]
-    train = ImageDataset(images["train"], labels["train"], augmentation=augmentation, mean=mean, std=std, seed=seed)
-    test = ImageDataset(images["test"], labels["test"], mean=mean, std=std)
-    return ImageSplits(name, train, test, classes)
+    given: Any = {"crop_size": crop_size, "mean": mean, "std": std}
+    train = ImageDataset(images["train"], labels["train"], augmentation=augmentation, seed=seed, **given)
+    return ImageSplits(source, train, ImageDataset(images["test"], labels["test"], **given), classes)
 
 
-def _as_images(array: Any, image_size: int | None, name: str) -> Tensor:
+def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | EncodedImages:
+    if isinstance(array, EncodedImages):
+        return array
     images = torch.as_tensor(np.asarray(array))
     if images.dim() == 3:
         images = images[:, None]
@@ -320,37 +403,44 @@ def _hub_dataset(name: str) -> Any:
 
 
 def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, Any]:
-    """Decode all images of a ``datasets.DatasetDict`` into memory."""
+    """Images and labels of a ``datasets.DatasetDict``: decoded into memory if they fit there."""
     import datasets
 
-    test = next((split for split in ("test", "validation", "valid") if split in splits), None)
-    if name in HUB:
-        test = HUB[name][2]
-    if "train" not in splits or test is None:
+    present = [split for split in TEST_SPLITS if split in splits]
+    if "train" not in splits or not present:
         raise ConfigurationError(
             f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation "
             "(in a folder of images: train/CLASS/x.png and test/CLASS/x.png)."
         )
     features = splits["train"].features
     image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
-    label = HUB[name][1] if name in HUB else next((key for key in features if "label" in key), None)
+    label = next((key for key in features if "label" in key), None)  # CIFAR-100's fine one comes first
     if image is None or label is None:
         raise ConfigurationError(f"dataset={name!r} has the columns {', '.join(features)}; no images with labels.")
-    arrays: dict[str, Any] = {}
-    colour = any(
-        row[image].mode not in ("L", "1") for row in splits["train"].select(range(min(8, len(splits["train"]))))
+    if not str(features[label].dtype).startswith(("int", "uint")):
+        raise ConfigurationError(f"dataset={name!r}: the column {label} holds no class numbers.")
+    # ImageNet's own test split on the hub has no labels, only -1.
+    test = next((split for split in present if min(splits[split][label], default=-1) >= 0), None)
+    if test is None:
+        raise ConfigurationError(f"dataset={name!r}: none of the splits {', '.join(present)} is labelled.")
+    first = [row[image] for row in splits["train"].select(range(min(8, len(splits["train"]))))]
+    decode = functools.partial(
+        _pixels, image_size=image_size, colour=any(p.mode not in ("L", "1") for p in first), name=name
     )
-    for split, source in (("train", "train"), ("test", test)):
-        arrays[f"{split}_images"] = np.stack(
-            [_pixels(picture, image_size, colour, name) for picture in splits[source][image]]
-        )
-        arrays[f"{split}_labels"] = np.asarray(splits[source][label])
-    if hasattr(features[label], "names"):
-        arrays["classes"] = features[label].names
+    height, width, channels = np.atleast_3d(decode(first[0])).shape
+    encoded = {
+        split: EncodedImages(splits[source], image, decode, (len(splits[source]), channels, height, width))
+        for split, source in (("train", "train"), ("test", test))
+    }
+    fit = sum(math.prod(e.shape) for e in encoded.values()) <= MEMORY_SHARE * psutil.virtual_memory().available
+    arrays: dict[str, Any] = {"classes": features[label].names} if hasattr(features[label], "names") else {}
+    for split, images in encoded.items():
+        arrays[f"{split}_images"] = images.decoded(f"decoding {split} images of {name}") if fit else images
+        arrays[f"{split}_labels"] = np.asarray(images.rows[label])
     return arrays
 
 
-def _pixels(picture: Any, image_size: int | None, colour: bool, name: str) -> np.ndarray:
+def _pixels(picture: Any, *, image_size: int | None, colour: bool, name: str) -> np.ndarray:
     """One decoded image; with ``image_size`` its shorter side is resized to it and the middle cut out."""
     picture = picture.convert("RGB" if colour else "L")
     if image_size is None:

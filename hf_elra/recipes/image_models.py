@@ -1,9 +1,9 @@
 """Image classifiers of the paper's section 4.2, as Transformers models that save and load.
 
 One configuration names the architecture and the shape of the images; importing this module registers it with
-``AutoConfig`` and ``AutoModelForImageClassification``. The residual networks have the stem for small images: a 3×3
-convolution and no pooling. Images are expected normalised, shape (batch, channels, height, width); how they get there
-is in ``image_data.py``.
+``AutoConfig`` and ``AutoModelForImageClassification``. The residual networks here have the stem for small images: a 3×3
+convolution and no pooling; those for large images are Transformers' own. Images are expected normalised, shape (batch,
+channels, height, width); how they get there is in ``image_data.py``.
 """
 
 from __future__ import annotations
@@ -141,6 +141,12 @@ ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "wrn-28-10": wide_resnet(28, 10),
 }
 """Builders taking (channels, image size, classes)."""
+
+LARGE_IMAGES: dict[str, dict[str, Any]] = {
+    "resnet18-imagenet": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
+    "resnet50-imagenet": {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]},
+}
+"""The residual networks for large images, with a 7×7 stem and pooling: arguments of Transformers' ``ResNetConfig``."""
 
 
 class SmallImageClassifier(PreTrainedModel):

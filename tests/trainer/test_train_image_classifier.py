@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import AutoModelForImageClassification, ResNetConfig
 
+from hf_elra.recipes.image_classifier import ImageClassifierArguments, build_model, use_normalisation_of
 from hf_elra.recipes.image_data import load_images
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +68,55 @@ def test_own_images_and_a_stock_optimizer(tmp_path):
     assert (settings["learning_rate"], settings["elra_boost"]) == (1e-3, False)
 
 
+def write_folder_of_images(path, size=40):
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 24), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = path / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 256, (size, size + 10, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_recipe_for_large_images_starts_on_a_small_folder(tmp_path):
+    write_folder_of_images(tmp_path / "images")
+    code, output, error = finish(
+        "train_image_classifier.py",
+        *("--preset", "tiny-imagenet", "--dataset", "images", "--image_size", "40", "--crop_size", "32"),
+        *("--per_device_train_batch_size", "8", "--num_train_epochs", "1", "--dataloader_num_workers", "2"),
+        *("--output_dir", "out", "--use_cpu"),
+        folder=tmp_path,
+    )
+    assert code == 0, error
+    assert "resnet18-imagenet: 11,177,538 parameters; images: 48 training and 8 test images of 2 classes" in output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["updates"] == 2
+    assert metrics["settings"]["elra_initial_accumulation"] == 3
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
+
+
+def test_a_pretrained_model_gets_images_as_it_knows_them(tmp_path):
+    """Colour and normalisation of the model's own processor; a head for these classes."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    recipe = ImageClassifierArguments(model=str(tmp_path / "model"))
+    data = load_images("digits")
+    plain = data.test.images[:2].float() / 255
+    model = build_model(recipe, data)
+    use_normalisation_of(recipe, data)
+    pixels = data.test.__getitems__([0, 1])["pixel_values"]
+    for channel, (mean, std) in enumerate(zip(*processor.values(), strict=True)):
+        torch.testing.assert_close(pixels[:, channel], (plain[:, 0] - mean) / std)
+    assert model(pixel_values=pixels).logits.shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--crop_size", "20"], "crop_size=20 must be between 1 and the 8 pixels of the images"),
         (["--preset", "mnits"], "--preset mnits is unknown. Did you mean 'mnist'"),
         (["--model", "resnet81"], "model='resnet81' is none of"),
         (["--dataset", "./nowhere"], "dataset='./nowhere' does not exist"),

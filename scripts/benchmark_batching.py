@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_elra import ELRA, ElraTrainer, ElraTrainingArguments
+from hf_elra.recipes import babyllama
 from hf_elra.recipes.babyllama import PRESETS, collate
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
@@ -54,19 +55,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def build_model(preset: str) -> LlamaForCausalLM:
     """An untrained Llama of the preset's size."""
-    size = PRESETS[preset]
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size["vocab_size"],
-            hidden_size=size["hidden_size"],
-            intermediate_size=size["intermediate_size"],
-            num_hidden_layers=size["num_layers"],
-            num_attention_heads=size["num_heads"],
-            max_position_embeddings=size["block_size"],
-            tie_word_embeddings=True,
-        )
-    )
+    recipe, _ = babyllama.parse_arguments(["--preset", preset])
+    return babyllama.build_model(recipe)
 
 
 def random_rows(preset: str, number: int) -> list[dict[str, list[int]]]:

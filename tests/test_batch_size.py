@@ -77,9 +77,9 @@ def test_never_below_the_first_nor_above_the_limit():
 
 def test_gradient_decay_is_the_first_over_the_present():
     controller = BatchSizeController(initial_accumulation=2, conditions=("noise",))
-    assert controller.gradient_decay == 1
+    assert controller.gradient_decay(2) == 1
     controller.end_cycle(1.0, 1.0)
-    assert controller.gradient_decay == pytest.approx(2 / 3)
+    assert controller.gradient_decay(3) == pytest.approx(2 / 3)
 
 
 def test_state_is_json_and_continues():

@@ -15,57 +15,6 @@ from hf_elra import ELRA
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.reference import ReferenceELRA
 
-NOISE_FREE = dict(step_rule="bb2", noise_correction=0, max_growth=100, max_step_norm=None, restart_window=50, lr=1e-3)
-
-
-def bowl(x):
-    return 3 * x[0] ** 2 + 24 * x[1] ** 2
-
-
-def rosenbrock(x):
-    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
-
-
-def saddle(x):
-    return x[0] ** 2 - x[1] ** 2
-
-
-def updates_until(function, start, reached, limit=5000, **arguments):
-    """Gradient evaluations from the start point until ``reached(loss)``; ``limit`` if it never is."""
-    x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    optimizer = ELRA([x], **{**NOISE_FREE, **arguments})
-    for count in range(limit):
-        optimizer.zero_grad()
-        loss = function(x)
-        if reached(loss.item()):
-            return count
-        loss.backward()
-        optimizer.step(loss=loss)
-    return limit
-
-
-@pytest.mark.parametrize(
-    ("function", "start", "below", "within"),
-    [
-        (bowl, (-5.75, 1.75), 0.1, 9),
-        (bowl, (-5.75, 1.75), 1e-6, 12),
-        (rosenbrock, (-3.0, -2.0), 1.0, 10),
-        (saddle, (1.0, 1e-9), -1.0, 8),
-    ],
-)
-def test_paper_problem_is_solved_within_the_papers_steps(function, start, below, within):
-    assert updates_until(function, start, lambda loss: loss < below) <= within
-
-
-def test_far_rosenbrock_median_over_perturbed_starts():
-    generator = torch.Generator().manual_seed(0)
-    counts = []
-    for _ in range(60):
-        moved = torch.tensor([-11.0, 121.0], dtype=torch.float64)
-        moved += 1e-3 * torch.randn(2, generator=generator, dtype=torch.float64)
-        counts.append(updates_until(rosenbrock, moved.tolist(), lambda loss: loss < 1))
-    assert statistics.median(counts) <= 300
-
 
 @pytest.mark.parametrize("step_rule", ["bb1", "bb2"])
 def test_path_turns_with_the_coordinates(step_rule):

@@ -1,6 +1,9 @@
 """The paper's two-dimensional problems: counts at or below the paper's, paths that turn with the coordinates."""
 
+import statistics
+
 import pytest
+import torch
 
 from hf_elra.recipes.problems_2d import PROBLEMS, optimizers, walk
 
@@ -24,3 +27,11 @@ def test_adam_does_not_turn_with_the_coordinates():
 
 def test_a_walk_gives_up_at_its_limit():
     assert len(walk(PROBLEMS[1], optimizers(PROBLEMS[1])["RMSprop"], limit=30)) == 31
+
+
+def test_far_rosenbrock_median_over_perturbed_starts():
+    problem = next(p for p in PROBLEMS if "121" in p.name)
+    generator = torch.Generator().manual_seed(0)
+    shifts = (1e-3 * torch.randn(60, 2, generator=generator, dtype=torch.float64)).tolist()
+    counts = [len(walk(problem, optimizers(problem)["ELRA, bb2"], shift=tuple(shift))) - 1 for shift in shifts]
+    assert statistics.median(counts) <= problem.paper["ELRA"]

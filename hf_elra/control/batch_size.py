@@ -88,10 +88,9 @@ class BatchSizeController:
         """Base batches of an update: the exact m, rounded half up."""
         return math.floor(self.exact + 0.5)
 
-    @property
-    def gradient_decay(self) -> float:
-        """m_0/m_t, the factor on the gradient of section 3.4."""
-        return self.initial_accumulation / self.accumulation
+    def gradient_decay(self, accumulation: int) -> float:
+        """m_0/m, the factor of section 3.4 on the gradient of an update of ``accumulation`` base batches."""
+        return self.initial_accumulation / accumulation
 
     def end_cycle(self, mean: float, std: float) -> BatchDecision:
         """Take a finished cycle's mean loss and standard deviation into account and decide."""

@@ -47,6 +47,21 @@ class ControlCycle:
             raise ConfigurationError(f"{name}={text!r} is shorter than one update; write at least 1ba.")
         return cls(length, unit)
 
+    def samples(self, per_epoch: float | None, tokens_per_sample: float | None) -> float | None:
+        """Samples in a cycle; None where that cannot be told from the samples of an epoch and the tokens of a sample.
+
+        Args:
+            per_epoch: samples of an epoch, or None if unknown.
+            tokens_per_sample: tokens of a sample, or None if unknown.
+        """
+        if self.unit == "sp":
+            return self.length
+        if self.unit == "ep" and per_epoch is not None:
+            return self.length * per_epoch
+        if self.unit == "tok" and tokens_per_sample is not None:
+            return self.length / tokens_per_sample
+        return None
+
     def advance(self, *, samples: int, tokens: int, epochs: float, updates: int) -> bool:
         """Tell the totals since the start of training; return whether a cycle ended since the last call.
 

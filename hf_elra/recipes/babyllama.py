@@ -158,10 +158,13 @@ def pick(value: Any, preset: str) -> Any:
     return value[preset] if isinstance(value, dict) else value
 
 
-def build_model(recipe: BabyLlamaArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Build an untrained Llama with tied embeddings in the sizes of ``recipe``; weights from torch's global seed."""
+def build_model(recipe: BabyLlamaArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaForCausalLM:
+    """Build an untrained Llama with tied embeddings in the sizes of ``recipe``; weights from torch's global seed.
+
+    The vocabulary is the tokenizer's; without one it has ``recipe.vocab_size`` pieces.
+    """
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=recipe.vocab_size if tokenizer is None else len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_layers,
@@ -169,8 +172,8 @@ def build_model(recipe: BabyLlamaArguments, tokenizer: PreTrainedTokenizerBase) 
         num_key_value_heads=recipe.num_heads,
         max_position_embeddings=recipe.block_size,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
         pad_token_id=None,
     )
     return LlamaForCausalLM(config)

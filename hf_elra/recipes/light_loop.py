@@ -20,7 +20,7 @@ from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
 from hf_elra.recipes.image_data import ImageDataset
-from hf_elra.trainer.boosting import BATCH_NORM_SAMPLES, PointMean
+from hf_elra.trainer.boosting import BATCH_NORM_SAMPLES, PointMean, at_the_mean
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(
             loss.backward()
             if gradient_decay and controller is not None and wanted != controller.initial_accumulation:
                 grads = [p.grad for p in parameters if p.grad is not None]
-                torch._foreach_mul_(grads, controller.initial_accumulation / wanted)
+                torch._foreach_mul_(grads, controller.gradient_decay(wanted))
             if isinstance(optimizer, ELRA):
                 optimizer.observe_loss(loss.detach())
             optimizer.step()
@@ -122,7 +122,8 @@ def train(
             controller.end_cycle(statistics.mean, statistics.std)
         boosted: tuple[float | None, float | None] = (None, None)
         if mean is not None and mean.count:
-            boosted = _evaluate_mean(model, mean, data, test)
+            with at_the_mean(mean, model, _for_statistics(data)):
+                boosted = evaluate(model, test)
         loss_now, accuracy_now = evaluate(model, test)
         elra: Any = optimizer if isinstance(optimizer, ELRA) else None
         yield EpochResult(
@@ -142,19 +143,11 @@ def _permutation(number: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(number, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
 
-def _evaluate_mean(model: nn.Module, mean: PointMean, data: ImageDataset, test: ImageDataset) -> tuple[float, float]:
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with mean.in_place():
-        if buffers:
-            seen = min(len(data), BATCH_NORM_SAMPLES)
-            batches = (data.__getitems__(range(i, min(i + 512, seen)))["pixel_values"] for i in range(0, seen, 512))
-            with torch.no_grad():
-                torch.optim.swa_utils.update_bn(batches, model)
-        result = evaluate(model, test)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return result
+def _for_statistics(data: ImageDataset) -> Iterator[Tensor]:
+    """Training images for the BatchNorm statistics of the mean."""
+    seen = min(len(data), BATCH_NORM_SAMPLES)
+    for start in range(0, seen, 512):
+        yield data.__getitems__(range(start, min(start + 512, seen)))["pixel_values"]
 
 
 @torch.no_grad()

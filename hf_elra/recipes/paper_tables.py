@@ -31,7 +31,7 @@ class Configuration:
     Attributes:
         name: of its files.
         title: its heading.
-        optimizer: ``elra``, ``adam``, ``lion`` or ``sgd``.
+        optimizer: ``elra``, ``adam`` or ``lion``.
         lr: first or constant learning rate.
         weight_decay: ELRA's, a share per update.
         gradient_decay: the paper's FT.
@@ -110,8 +110,6 @@ def build_optimizer(configuration: Configuration, parameters: Any) -> torch.opti
         return ELRA(parameters, lr=configuration.lr, weight_decay=configuration.weight_decay)
     if configuration.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=configuration.lr)
-    if configuration.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=configuration.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     try:
         from lion_pytorch import Lion
     except ImportError:

@@ -5,8 +5,9 @@ The result, a :class:`BatchControl`, is what ``groups.py`` works with. The flags
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -167,23 +168,15 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
     """Refuse a control cycle that cannot be counted, or that is shorter than the first update of ``first`` samples."""
     text = settings.control_cycle(train_dataset)
     cycle = ControlCycle.parse(text, "elra_control_cycle")
-    if cycle.unit == "ep":
-        if train_dataset is None:
-            return
-        if not has_length(train_dataset):
-            if control == "off":
-                return
-            raise ConfigurationError(
-                f"elra_control_cycle={text!r} counts epochs, but the training data have no length; write it in samples "
-                "(45000sp), tokens (45000tok) or updates (100ba)."
-            )
-        # An update is never larger than an epoch, so a cycle of one epoch or more always holds one.
-        samples = math.inf if cycle.length >= 1 else cycle.length * len(train_dataset)
-    else:
-        samples = cycle.length if cycle.unit == "sp" else math.inf
-        if cycle.unit == "tok" and (per_sample := tokens_of_first_row(train_dataset)):
-            samples = cycle.length / per_sample
-    if samples < first:
+    if cycle.unit == "ep" and train_dataset is not None and not has_length(train_dataset) and control != "off":
+        raise ConfigurationError(
+            f"elra_control_cycle={text!r} counts epochs, but the training data have no length; write it in samples "
+            "(45000sp), tokens (45000tok) or updates (100ba)."
+        )
+    if cycle.unit == "ep" and cycle.length >= 1:
+        return  # an update is never larger than an epoch
+    samples = _samples_of_cycle(cycle, train_dataset)
+    if samples is not None and samples < first:
         raise ConfigurationError(
             f"elra_control_cycle={text!r} is shorter than the first update of {first} samples; write at least "
             f"{first}sp."
@@ -201,6 +194,29 @@ def tokens_of_first_row(train_dataset: Any) -> int | None:
     return len(tokens) if tokens is not None and hasattr(tokens, "__len__") else None
 
 
+def _samples_of_cycle(cycle: ControlCycle, train_dataset: Any) -> float | None:
+    """Samples in a control cycle, as far as the training data tell beforehand."""
+    known = train_dataset is not None and has_length(train_dataset)
+    return cycle.samples(len(train_dataset) if known else None, tokens_of_first_row(train_dataset))
+
+
+@contextlib.contextmanager
+def budget_as_max_steps(args: Any, budget: int | None) -> Iterator[None]:
+    """Let the Trainer take a budget in samples or tokens for ``max_steps`` where that is not given.
+
+    For data of unknown length it insists on one; a budget bounds the number of updates too, as each holds at least one
+    sample and one token.
+    """
+    given = args.max_steps if args is not None else None
+    if budget is not None and given is not None and given <= 0:
+        args.max_steps = budget
+    try:
+        yield
+    finally:
+        if args is not None:
+            args.max_steps = given
+
+
 def updates_per_cycle(trainer: Any) -> float | None:
     """Updates of the first size in a control cycle of a run; None where that is not known beforehand."""
     data, args = trainer.train_dataset, trainer.args
@@ -209,14 +225,5 @@ def updates_per_cycle(trainer: Any) -> float | None:
         return cycle.length
     control = trainer.batch_control
     first = args.gradient_accumulation_steps if control is None else control.controller.initial_accumulation
-    samples = cycle.length
-    if cycle.unit == "ep":
-        if data is None or not has_length(data):
-            return None
-        samples = cycle.length * len(data)
-    elif cycle.unit == "tok":
-        per_sample = tokens_of_first_row(data)
-        if per_sample is None:
-            return None
-        samples = cycle.length / per_sample
-    return float(samples / (first * args.train_batch_size * args.world_size))
+    samples = _samples_of_cycle(cycle, data)
+    return None if samples is None else samples / (first * args.train_batch_size * args.world_size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,35 @@ def _by_type(means: list[Tensor], points: list[Tensor]) -> list[tuple[list[Tenso
     return list(groups.values())
 
 
+@contextlib.contextmanager
+def at_the_mean(mean: PointMean, model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Put the mean into the model, with BatchNorm statistics of its own, for the length of a ``with`` block.
+
+    Args:
+        mean: of the model's parameters.
+        model: called with a batch.
+        batches: training batches for the statistics; not asked for where the model has no BatchNorm.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with mean.in_place():
+            recompute_batch_norm(model, batches)
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Take the statistics of all BatchNorm layers anew from ``batches``; without such layers do nothing."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        update_bn(batches, model)
+
+
 class _TakesBatches(nn.Module):
-    """Calls a model with a batch of keyword arguments."""
+    """Calls a model with a batch as keyword arguments."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -178,33 +205,26 @@ class BoostingMixin(_Base):
             yield
             return
         self._at_the_mean = True
-        model: Any = self.model
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         try:
-            with self.point_mean.in_place():
-                self._recompute_batch_norm()
+            with at_the_mean(self.point_mean, _TakesBatches(self.model), self._batches_for_statistics()):
                 yield
         finally:
             self._at_the_mean = False
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
 
-    def _recompute_batch_norm(self) -> None:
-        model: Any = self.model
-        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        if not has_norms or self.train_dataset is None:
+    def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
+        """Training batches, the same at every call; the random state outside is left alone."""
+        if self.train_dataset is None:
             return
         size = self.args.train_batch_size
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
             torch.manual_seed(self.args.seed)
             sized = hasattr(self.train_dataset, "__len__")
             data: Any = self.train_dataset
             loader = DataLoader(data, batch_size=size, shuffle=sized, collate_fn=self.data_collator, drop_last=sized)
             number = max(1, BATCH_NORM_SAMPLES // size)
-            batches = (self._prepare_inputs(batch) for batch, _ in zip(loader, range(number), strict=False))
-            update_bn(batches, _TakesBatches(model))
+            for batch, _ in zip(loader, range(number), strict=False):
+                yield self._prepare_inputs(batch)
 
     def evaluate(self, *args, **kwargs):
         """Stock evaluation, of the mean where boosting is on."""
@@ -233,4 +253,4 @@ class BoostingMixin(_Base):
             with torch.no_grad():
                 for name, parameter in self.point_mean.parameters.items():
                     parameter.copy_(self.point_mean.mean[name])
-            self._recompute_batch_norm()
+            recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())

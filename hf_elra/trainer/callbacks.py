@@ -68,7 +68,10 @@ class ElraCallback(TrainerCallback, ExportableState):
         """Add one update: samples and tokens over all processes, its mean loss."""
         self.samples += samples
         self.tokens += tokens
-        if self.trainer.batch_control is not None and math.isfinite(value := float(loss)):
+        control = self.trainer.batch_control
+        if control is None or control.mode == "off":  # nobody asks for the cycle's losses
+            return
+        if math.isfinite(value := float(loss)):
             statistics = LossStatistics(*self.cycle_losses)
             statistics.add(value)
             self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
@@ -194,20 +197,26 @@ class ProgressLine(TrainerCallback):
         self.unit = unit
 
     @property
+    def total(self) -> int:
+        """Tokens or images since the run's beginning."""
+        seen = self.trainer.elra_callback
+        return int(seen.tokens if self.unit == "tokens" else seen.samples)
+
+    @property
     def done(self) -> int:
         """Tokens or images since training began or was resumed."""
-        return self._total() - self._first
+        return self.total - self._first
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._started = time.perf_counter()
-        self._first_share, self._first = self._share(state), self._total()
+        self._first_share, self._first = self._share(state), self.total
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
         share = self._share(state)
-        line = f"{share:>4.0%}  update {state.global_step:>6,}  {self._total():>11,} {self.unit}"
+        line = f"{share:>4.0%}  update {state.global_step:>6,}  {self.total:>11,} {self.unit}"
         if "eval_loss" in logs:
             line += f"  validation loss {logs['eval_loss']:.4f}"
             if "eval_accuracy" in logs:
@@ -222,10 +231,6 @@ class ProgressLine(TrainerCallback):
             line += f"  step norm {logs['step_norm']:.3g}  restarts {logs['restarts']}"
         left = seconds / max(share - self._first_share, 1e-9) * (1 - share)
         print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", flush=True)
-
-    def _total(self) -> int:
-        seen = self.trainer.elra_callback
-        return int(seen.tokens if self.unit == "tokens" else seen.samples)
 
     def _share(self, state: Any) -> float:
         if self.trainer.batch_control is not None:

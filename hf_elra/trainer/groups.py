@@ -32,6 +32,7 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
 from hf_elra.trainer.batch_control import (
     BatchControl,
+    budget_as_max_steps,
     build_batch_control,
     default_control,
     tokens_of_first_row,
@@ -109,17 +110,10 @@ class DynamicBatchMixin(_Base):
         if self.batch_control is None or self.batch_control.mode != "elra":
             return
         cycle = ControlCycle.parse(self.elra_settings.control_cycle(self.train_dataset))
-        progress = self.progress
-        if cycle.unit == "ep":
-            batches = cycle.length * (progress.batches_per_epoch or math.inf)
-        elif cycle.unit == "sp":
-            batches = cycle.length / progress.samples_per_batch
-        elif cycle.unit == "tok":
-            batches = cycle.length / (progress.samples_per_batch * max(progress.tokens_per_sample, 1))
-        else:
-            return
-        if math.isfinite(batches):
-            most = max(int(batches), controller.initial_accumulation)
+        per_batch, batches = self.progress.samples_per_batch, self.progress.batches_per_epoch
+        samples = cycle.samples(None if batches is None else batches * per_batch, self.progress.tokens_per_sample)
+        if samples is not None:
+            most = max(int(samples / per_batch), controller.initial_accumulation)
             given = controller.max_accumulation
             controller.max_accumulation = most if given is None else min(most, given)
 
@@ -161,7 +155,7 @@ class DynamicBatchMixin(_Base):
                 model.zero_grad()
         self._micro_batches_per_pass = len(inputs) / len(passes)
         if self.batch_control.gradient_decay and self.batch_controller is not None:
-            factor = self.batch_controller.initial_accumulation / len(inputs)
+            factor = self.batch_controller.gradient_decay(len(inputs))
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if factor != 1 and gradients:
                 torch._foreach_mul_(gradients, factor)
@@ -308,19 +302,14 @@ class DynamicBatchMixin(_Base):
         if self.batch_control is None:
             return super().set_initial_training_values(args, dataloader)
         control, sized = self.batch_control, has_length(dataloader)
-        given = args.max_steps
-        try:
-            if not sized and given <= 0:  # an update holds at least one sample and one token
-                args.max_steps = control.max_samples or control.max_tokens or given
+        with budget_as_max_steps(args, None if sized else control.max_samples or control.max_tokens):
             values = super().set_initial_training_values(args, dataloader)
-        finally:
-            args.max_steps = given
         epochs, per_epoch, examples, samples, batch, in_epoch, _ = values
         whole = len(dataloader) * self._samples_per_batch if sized else 0
         dropped = self._skips_last_batch() or self.accelerator.num_processes > 1
         self.progress = TrainingProgress(
             num_epochs=args.num_train_epochs,
-            max_updates=given if given > 0 else None,
+            max_updates=args.max_steps if args.max_steps > 0 else None,
             max_samples=control.max_samples,
             max_tokens=control.max_tokens,
             batches_per_epoch=len(dataloader) if sized else None,

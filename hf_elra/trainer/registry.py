@@ -7,7 +7,6 @@ Transformers looks optimizers up in, and wraps ``Trainer.__init__``: a Trainer (
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from typing import Any
@@ -25,7 +24,7 @@ from hf_elra.trainer.arguments import (
     uses_elra,
     wants_mixin,
 )
-from hf_elra.trainer.batch_control import build_batch_control, default_control
+from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
 from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
 
 
@@ -79,7 +78,7 @@ def _wrap(initialise: Any) -> Any:
             settings.check()
             default = default_control(type(self), with_elra=uses_elra(arguments))
             build_batch_control(settings, arguments, given.get("train_dataset"), default)
-        with _budget_as_max_steps(arguments, given.get("train_dataset")):
+        with budget_as_max_steps(arguments, _budget(arguments, given.get("train_dataset"))):
             initialise(self, *args, **kwargs)
         if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_mixin(self.args)):
             trainer_class: Any = type(self)
@@ -90,18 +89,9 @@ def _wrap(initialise: Any) -> Any:
     return __init__
 
 
-@contextlib.contextmanager
-def _budget_as_max_steps(args: Any, train_dataset: Any) -> Any:
-    """For data of unknown length the Trainer insists on ``max_steps``; a budget in samples or tokens bounds it too."""
-    budget = None
-    if args is not None and train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
-        settings = ElraSettings.of(args, only_checked=True)
-        budget = settings.elra_max_samples or settings.elra_max_tokens
-    if budget is None:
-        yield
-        return
-    given, args.max_steps = args.max_steps, budget
-    try:
-        yield
-    finally:
-        args.max_steps = given
+def _budget(args: Any, train_dataset: Any) -> int | None:
+    """The budget in samples or tokens that ends a run over data of unknown length; None for other data."""
+    if args is None or train_dataset is None or has_length(train_dataset):
+        return None
+    settings = ElraSettings.of(args, only_checked=True)
+    return settings.elra_max_samples or settings.elra_max_tokens

@@ -83,7 +83,7 @@ def test_what_cannot_be_merged_says_why(batches, reason):
         merge_micro_batches(batches)
 
 
-def close(a, b, tolerance=1e-6):
+def assert_close(a, b, tolerance=1e-6):
     assert ((a - b).norm() / b.norm()).item() < tolerance
 
 
@@ -120,8 +120,8 @@ def test_eight_times_one_four_times_two_one_times_eight_and_merged_are_the_same(
         expected = {"3": 3, "8": 1, "auto": 1, None: first}[together]
         assert len(passes) == 6 * expected + (together == "auto")  # auto tries its first pass
     for losses, points in results[1:]:
-        close(losses, results[0][0])
-        close(points, results[0][1])
+        assert_close(losses, results[0][0])
+        assert_close(points, results[0][1])
 
 
 def count_passes(run):
@@ -153,8 +153,8 @@ def test_an_uneven_last_group_weighs_every_sample_or_target_the_same(tmp_path, n
         )
         run.train()
         results.append((torch.tensor(logged(run, "loss"), dtype=torch.float64), weights(run.model)))
-    close(results[1][0], results[0][0])
-    close(results[1][1], results[0][1])
+    assert_close(results[1][0], results[0][0])
+    assert_close(results[1][1], results[0][1])
 
 
 class OwnMean(ElraTrainer):
@@ -184,7 +184,7 @@ def test_a_subclass_that_ignores_num_items_gets_means_not_sums(tmp_path, togethe
         )
         run.train()
         results.append(torch.tensor(logged(run, "loss"), dtype=torch.float64))
-    close(results[1], results[0])
+    assert_close(results[1], results[0])
 
 
 def weighted_mean(outputs, labels, num_items_in_batch=None):
@@ -218,8 +218,8 @@ def test_every_kind_of_loss_is_a_mean(tmp_path, function, settings, together):
         )
         run.train()
         results.append((torch.tensor(logged(run, "loss"), dtype=torch.float64), weights(run.model)))
-    close(results[1][0], results[0][0], 3e-6)
-    close(results[1][1], results[0][1], 3e-6)
+    assert_close(results[1][0], results[0][0], 3e-6)
+    assert_close(results[1][1], results[0][1], 3e-6)
 
 
 def test_a_collator_that_returns_something_else_falls_back_with_a_note(tmp_path, caplog_warnings):

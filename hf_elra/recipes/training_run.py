@@ -1,0 +1,133 @@
+"""One run of a training script, whatever it trains: folder, training that a signal may stop, results, exit code.
+
+What may happen to the output folder is decided in ``run_folder.py``; what is trained, in the script.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.recipes.command_line import command_line, recorded_settings
+from hf_elra.recipes.run_folder import LOG, METRICS, AlreadyFinished, check_run_folder, start_run, write_json
+from hf_elra.report.environment import environment
+from hf_elra.report.table import training_table
+from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
+
+TABLE = "training.md"
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal and saved; the text says how to go on (empty on all processes but the first).
+
+    Attributes:
+        exit_code: the shell's, 128 + the signal's number.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class TrainingRun:
+    """A run in ``training.output_dir``, new or resumed; made before any work, so that nothing is lost to a bad folder.
+
+    Args:
+        recipe: the script's own settings, a dataclass with ``resume`` and ``overwrite``.
+        training: the Trainer's.
+        ignored: settings of ``recipe`` in which a resumed run may differ.
+        unit: what progress is counted in, ``"tokens"`` or ``"images"``.
+
+    Attributes:
+        callbacks: for the Trainer.
+        checkpoint: where the run goes on from, or None.
+
+    Raises:
+        ConfigurationError: the folder cannot be used.
+        AlreadyFinished: there is nothing left to do.
+    """
+
+    def __init__(self, recipe: Any, training: ElraTrainingArguments, ignored: set[str], unit: str) -> None:
+        self.recipe, self.folder = recipe, str(training.output_dir)
+        self.settings = recorded_settings(recipe, training, ignored)
+        self.checkpoint = check_run_folder(self.folder, self.settings, resume=recipe.resume, overwrite=recipe.overwrite)
+        self._stop, self._progress = StopOnSignal(), ProgressLine(unit)
+        self.callbacks = [self._stop, self._progress]
+
+    def train(self, trainer: Any, headline: str) -> list[dict[str, Any]]:
+        """Train to the end, evaluate there, save the model; return all evaluations, the last one of what was saved.
+
+        Args:
+            trainer: was given :attr:`callbacks`.
+            headline: printed first.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM.
+        """
+        trainer.remove_callback(PrinterCallback)
+        self._progress.trainer = trainer
+        if trainer.is_world_process_zero():
+            start_run(self.folder, self.settings, self.checkpoint)
+            print(headline)
+        trainer.accelerator.wait_for_everyone()
+        try:
+            self._train_metrics = trainer.train(resume_from_checkpoint=self.checkpoint).metrics
+        finally:
+            self._stop.restore()
+        if self._stop.received is not None:
+            again = command_line() + ("" if self.recipe.resume else " --resume")
+            text = f"interrupted at update {trainer.state.global_step:,}; saved. Go on with:\n  {again}"
+            raise Interrupted(text if trainer.is_world_process_zero() else "", 128 + self._stop.received)
+        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+            evaluations.append(trainer.evaluate())
+        trainer.save_model(self.folder)
+        return evaluations
+
+    def write_results(self, trainer: Any, results: dict[str, Any]) -> dict[str, Any]:
+        """Write log, table and ``metrics.json`` and print the table; return the metrics: ``results`` and the run's."""
+        seconds = self._train_metrics["train_runtime"]
+        metrics = {
+            **results,
+            f"{self._progress.unit}_seen": self._progress.total,
+            "updates": trainer.state.global_step,
+            "parameters": trainer.model.num_parameters(),
+            "resumed_from": self.checkpoint,
+            "train_seconds": seconds,
+            f"{self._progress.unit}_per_second": self._progress.done / seconds,
+            "command": command_line(),
+            **environment(trainer.args.device),
+            "settings": self.settings,
+        }
+        table = training_table(trainer.state.log_history)
+        write_json(Path(self.folder, LOG), trainer.state.log_history)
+        Path(self.folder, TABLE).write_text(table + "\n", encoding="utf-8")
+        write_json(Path(self.folder, METRICS), metrics)
+        print(f"\n{table}\n")
+        return metrics
+
+    def speed(self, metrics: dict[str, Any]) -> str:
+        """Seconds and speed, as text."""
+        unit, since = self._progress.unit, " since the last resume" if self.checkpoint else ""
+        return f"{metrics['train_seconds']:.0f} s, {metrics[f'{unit}_per_second']:,.0f} {unit}/s{since}"
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's ``main`` on the command line's words and leave with its exit code."""
+    try:
+        main(sys.argv[1:])
+    except AlreadyFinished as notice:
+        print(notice)
+    except Interrupted as notice:
+        if str(notice):
+            print(notice)
+        sys.exit(notice.exit_code)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -3,10 +3,13 @@
     python scripts/reproduce.py 2d                                            # Fig. 3, Tables 1 and 2, with pictures
     python scripts/reproduce.py mnist --data DIR                              # Tables 3 and 4
     python scripts/reproduce.py fashion-mnist --data DIR --seeds 2 --epochs 10
-    python scripts/reproduce.py alpha0 --data DIR --seeds 3                   # MNIST from any first learning rate
+    python scripts/reproduce.py cifar10-resnet18 --device cuda                # also -resnet34, -wrn; cifar100-resnet18
+    python scripts/reproduce.py alpha0 --data DIR --seeds 3                   # Fig. 2a: from any first learning rate
+    python scripts/reproduce.py babyllama --data DIR --sequences 300000       # section 4.4
 
-DIR holds MNIST's or Fashion-MNIST's four idx files; without --data they are loaded from the hub. Every run keeps its
-own file under --output; what is finished there is not repeated. --help lists all flags.
+DIR holds the images (idx files, an npz file or a folder by class), for babyllama train.txt.gz and validation.txt.gz;
+without --data they are loaded from the hub. With babyllama, flags not known here go to train_babyllama.py. Every run
+keeps its own file under --output; what is finished there is not repeated. --help lists all flags.
 """
 
 from __future__ import annotations
@@ -18,36 +21,41 @@ import os
 import shlex
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_elra import ConfigurationError
-from hf_elra.recipes import paper_tables, problems_2d
+from hf_elra.recipes import babyllama_comparison, paper_tables, problems_2d
 from hf_elra.recipes.image_data import load_images
+from hf_elra.recipes.run_folder import read_json
 from hf_elra.report.environment import environment
+from hf_elra.report.pictures import draw_curves, draw_learning_rates, draw_paths
 from hf_elra.report.table import markdown_table
 
-HUB = {"mnist": "mnist", "alpha0": "mnist", "fashion-mnist": "fashion_mnist"}
 CHAOTIC, STARTS = "Rosenbrock from (-11, 121)", 31  # there a single count means nothing: many starts, moved by 1e-3
+LIMIT = 10_000  # updates of a walk
 GIVEN_UP = 2000  # updates from each of them
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["2d", *paper_tables.TABLES])
-    parser.add_argument("--data", help="folder or npz file with the images; default: the data set of the hub")
+    parser.add_argument("table", choices=["2d", *paper_tables.TABLES, "babyllama"])
+    parser.add_argument("--data", help="folder, or npz file with the images; default: the data set of the hub")
     parser.add_argument("--seeds", type=int, default=10, help="runs of every column")
     parser.add_argument("--epochs", type=int, help="instead of the paper's")
     parser.add_argument("--columns", nargs="+", help="only these columns, e.g. elra adam")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sequences", type=int, default=300_000, help="of every run of babyllama")
     parser.add_argument("--output", default="docs/results/reproduce", help="folder of the raw files")
-    given = parser.parse_args(words)
-    for name in ("seeds", "processes", "epochs"):
+    given, given.more = parser.parse_known_args(words)
+    if given.more and given.table != "babyllama":
+        parser.error(f"{' '.join(given.more)}: unknown; see --help")
+    for name in ("seeds", "processes", "epochs", "sequences"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)} must be at least 1")
     return given
@@ -71,8 +79,8 @@ def reproduce_2d(given: argparse.Namespace) -> None:
             paths = {}
             for name, make in problems_2d.optimizers(problem).items():
                 print(f"{problem.name}: {name}", file=sys.stderr)
-                straight = problems_2d.walk(problem, make)
-                turned = problems_2d.walk(problem, make, degrees=45)
+                straight = problems_2d.walk(problem, make, limit=LIMIT)
+                turned = problems_2d.walk(problem, make, degrees=45, limit=LIMIT)
                 moved = [0]
                 if name.startswith("ELRA") and problem.name == CHAOTIC:
                     moved = [len(problems_2d.walk(problem, make, shift=(a, b), limit=GIVEN_UP)) - 1 for a, b in shifts]
@@ -87,49 +95,15 @@ def reproduce_2d(given: argparse.Namespace) -> None:
                 middle = statistics.median(moved)
                 median = "" if len(moved) == 1 else f"≥ {GIVEN_UP}" if middle >= GIVEN_UP else f"{middle:g}"
                 rows.append([problem.name, name, shown, *(_count(n) for n in counts), median])
-            draw_paths(problem, paths, folder)
+            picture = "".join(c if c.isalnum() else "_" for c in problem.name) + ".png"
+            draw_paths(problem.name, problem.function, paths, folder / picture, LIMIT)
     table = markdown_table(header, rows)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 
 def _count(number: int) -> str:
-    return "> 10,000" if number >= 10_000 else str(number)
-
-
-def draw_paths(problem: problems_2d.Problem, paths: dict[str, Any], folder: Path) -> None:
-    """Draw the paths over the function's level lines, straight and turned; skipped where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no pictures: they need matplotlib (pip install 'hf_elra[plots]')", file=sys.stderr)
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
-    corners = [point for both in paths.values() for path in both for point in path[:400]]
-    bound = max(abs(a) for a, _ in corners[:1]) * 1.5 + 1, max(abs(b) for _, b in corners[:1]) * 1.5 + 1
-    across, up = torch.meshgrid(
-        torch.linspace(-bound[0], bound[0], 200), torch.linspace(-bound[1], bound[1], 200), indexing="xy"
-    )
-    heights = problem.function(torch.stack([across, up]).reshape(2, -1)).reshape(across.shape)
-    levels = torch.linspace(float(heights.min()), float(heights.max()), 20)
-    if float(heights.min()) >= 0:
-        levels = torch.logspace(-2, math.log10(float(heights.max())), 20)
-    for number, (axis, degrees) in enumerate(zip(axes, (0, 45), strict=True)):
-        axis.contour(across, up, heights, levels=levels.tolist(), colors="0.85", linewidths=0.7)
-        for name, both in paths.items():
-            points = both[number][:2000]
-            label = f"{name} ({_count(len(both[number]) - 1)})"
-            axis.plot([a for a, _ in points], [b for _, b in points], ".-", linewidth=1, markersize=3, label=label)
-        axis.set(title=f"coordinates turned by {degrees}°", xlabel="$x_1$", ylabel="$x_2$")
-        axis.set(xlim=(-bound[0], bound[0]), ylim=(-bound[1], bound[1]))
-        axis.legend(fontsize=8, title="updates in brackets", title_fontsize=8)
-    figure.suptitle(problem.name)
-    name = "".join(c if c.isalnum() else "_" for c in problem.name)
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    plt.close(figure)
+    return f"> {LIMIT:,}" if number >= LIMIT else str(number)
 
 
 # ---- networks ----
@@ -137,32 +111,37 @@ def draw_paths(problem: problems_2d.Problem, paths: dict[str, Any], folder: Path
 _DATA: dict[str, Any] = {}
 
 
-def _run_one(table: str, column: str, seed: int, epochs: int, path: str, header: dict[str, Any], source: str) -> None:
-    """One run, in a process of its own; images are loaded once a process."""
-    if header["processes"] > 1:
-        torch.set_num_threads(1)
-    device = header["device"]
+def _images(table: str, source: str, device: str) -> Any:
+    """Images of a table on a device, loaded once a process."""
     if source not in _DATA:
-        data = load_images(source, augmentation=paper_tables.TABLES[table][1])
+        data = load_images(source, augmentation=paper_tables.TABLES[table].augmentation)
         data.train.to(device)
         data.test.to(device)
         _DATA[source] = data
-    configuration = next(c for c in paper_tables.TABLES[table][2] if c.name == column)
+    return _DATA[source]
+
+
+def _run_one(table: str, column: str, seed: int, epochs: int, path: str, header: dict[str, Any], source: str) -> None:
+    """One run, in a process of its own."""
+    if header["processes"] > 1:
+        torch.set_num_threads(1)
+    configuration = next(c for c in paper_tables.TABLES[table].columns if c.name == column)
     paper_tables.run(
-        table, configuration, _DATA[source], seed=seed, epochs=epochs, path=Path(path), header=header,
+        table, configuration, _images(table, source, header["device"]),
+        seed=seed, epochs=epochs, path=Path(path), header=header,
         show=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
 
 
 def reproduce_networks(given: argparse.Namespace) -> None:
     """Train every column with every seed, then print the table."""
-    columns = paper_tables.TABLES[given.table][2]
+    columns = paper_tables.TABLES[given.table].columns
     names = given.columns or [column.name for column in columns]
     for name in names:
         if name not in {column.name for column in columns}:
             known = ", ".join(column.name for column in columns)
             raise ConfigurationError(f"--columns {name} is unknown. Choose from {known}.")
-    source = given.data or HUB[given.table]
+    source = given.data or paper_tables.TABLES[given.table].hub
     folder = Path(given.output, given.table)
     header = {
         "command": shlex.join(["python", *sys.argv]),
@@ -187,16 +166,16 @@ def reproduce_networks(given: argparse.Namespace) -> None:
         with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             for future in [pool.submit(_run_one, *job) for job in jobs]:
                 future.result()
-    rows = []
+    rows, lossy = [], False
     for column in columns:
         summary = paper_tables.summarise(sorted(folder.glob(f"{column.name}-seed*.jsonl")))
         if summary is None:
             rows.append([column.title, column.paper, "", "", "not run", "", "", ""])
             continue
         spreads = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in (summary.best, summary.last, summary.other)]
-        rows.append(
-            [column.title, column.paper, str(summary.seeds), str(summary.epochs), *spreads, f"{summary.batch:.0f}"]
-        )
+        lossy |= summary.lossy_copy
+        paper = "" if summary.lossy_copy else column.paper
+        rows.append([column.title, paper, str(summary.seeds), str(summary.epochs), *spreads, f"{summary.batch:.0f}"])
     columns_shown = [
         "",
         "paper",
@@ -210,7 +189,63 @@ def reproduce_networks(given: argparse.Namespace) -> None:
     table = markdown_table(columns_shown, rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    if given.table == "alpha0":
+        draw_alphas(given, header, folder)
     print(f"{table}\n\nTest accuracy in %. ELRA with boosting, the others without; 'other' is the other way round.")
+    if lossy:
+        print("The images are a JPEG-compressed copy: not comparable with published numbers.")
+
+
+def draw_alphas(given: argparse.Namespace, header: dict[str, Any], folder: Path) -> None:
+    """Fig. 2a: the learning rate in force over the updates of the first epoch, from every first one."""
+    data = _images(given.table, given.data or paper_tables.TABLES[given.table].hub, given.device)
+    paths = {}
+    with (folder / "first_epoch.jsonl").open("w", encoding="utf-8") as file:
+        print(json.dumps({**header, "seed": 0}), file=file)
+        for column in paper_tables.TABLES[given.table].columns:
+            paths[column.title] = paper_tables.alphas_of_first_epoch(given.table, column, data, seed=0)
+            print(json.dumps({"first": column.lr, "alphas": paths[column.title]}), file=file)
+    shown = {title: alphas[:60] for title, alphas in paths.items()}
+    draw_learning_rates("MNIST: from any first learning rate", shown, folder / "first_updates.png")
+
+
+# ---- language models ----
+
+
+def reproduce_babyllama(given: argparse.Namespace) -> None:
+    """Make the runs of section 4.4 side by side, then print loss against sequences, updates and seconds."""
+    folder, runs = Path(given.output, given.table), Path("runs", "reproduce-babyllama")
+    more = list(given.more)
+    if given.data:
+        for split in ("train", "validation"):
+            path = Path(given.data, f"{split}.txt.gz")
+            if not path.is_file():
+                raise ConfigurationError(f"--data {given.data}: it lacks {path.name}.")
+            more += [f"--{split}_file", str(path)]
+    chosen = given.columns or [run.name for run in babyllama_comparison.RUNS]
+    if unknown := set(chosen) - {run.name for run in babyllama_comparison.RUNS}:
+        known = ", ".join(run.name for run in babyllama_comparison.RUNS)
+        raise ConfigurationError(f"--columns {' '.join(sorted(unknown))} is unknown. Choose from {known}.")
+    threads = max(1, (os.cpu_count() or 1) // given.processes)
+
+    def make(run: babyllama_comparison.Run) -> None:
+        script = Path(__file__).with_name("train_babyllama.py")
+        babyllama_comparison.make_run(run, given.sequences, folder, runs, more, script=script, threads=threads)
+        print(f"{run.title}: done", file=sys.stderr, flush=True)
+
+    print(f"progress of every run: {runs}/NAME.log", file=sys.stderr)
+    with ThreadPoolExecutor(given.processes) as pool:
+        list(pool.map(make, [run for run in babyllama_comparison.RUNS if run.name in chosen]))
+    table = babyllama_comparison.table(folder, given.sequences)
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    results = {run.title: folder / f"{run.name}.json" for run in babyllama_comparison.RUNS}
+    curves = {title: babyllama_comparison.curve(read_json(path)) for title, path in results.items() if path.is_file()}
+    values = {
+        title: {name: [getattr(point, name) for point in points] for name in ("sequences", "seconds", "loss")}
+        for title, points in curves.items()
+    }
+    draw_curves(values, ["sequences", "seconds"], "loss", "validation loss, nats per token", folder / "curves.png")
 
 
 def main(words: list[str]) -> int:
@@ -219,6 +254,8 @@ def main(words: list[str]) -> int:
     try:
         if given.table == "2d":
             reproduce_2d(given)
+        elif given.table == "babyllama":
+            reproduce_babyllama(given)
         else:
             reproduce_networks(given)
     except ConfigurationError as error:

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test depends on a network
 
@@ -19,6 +22,7 @@ from transformers import (
 from hf_elra import ElraTrainer, ElraTrainingArguments
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 64
 
 
@@ -150,3 +154,13 @@ def logged(run, key):
 
 def weights(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def finish(script, *words, folder=ROOT):
+    """Run a script of this project to its end; return exit code, output and errors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *words],
+        env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr

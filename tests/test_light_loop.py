@@ -145,7 +145,7 @@ def test_data_that_are_less_than_a_micro_batch_are_refused():
 def test_a_tables_runs_are_kept_and_not_repeated(tmp_path):
     data = load_images("digits")
     path = tmp_path / "elra-seed0.jsonl"
-    configuration = paper_tables.TABLES["mnist"][2][0]
+    configuration = paper_tables.TABLES["mnist"].columns[0]
     said = []
     given = dict(seed=0, path=path, header={"command": "test"}, show=said.append)
     paper_tables.run("mnist", configuration, data, epochs=2, **given)
@@ -164,3 +164,30 @@ def test_a_tables_runs_are_kept_and_not_repeated(tmp_path):
     summary = paper_tables.summarise([path, tmp_path / "missing.jsonl"])
     assert summary.seeds == 1
     assert summary.best[0] == pytest.approx(100 * max(e["boosted_accuracy"] for e in epochs))
+
+
+def test_sgd_follows_the_papers_schedule(tmp_path, monkeypatch):
+    rates = []
+
+    def train(model, data, test, optimizer, *, epochs, **given):
+        for epoch in range(epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            yield light_loop.EpochResult(epoch + 1, epoch + 1, 128, 1.0, 1.0, 0.5, None, None, None, None)
+
+    monkeypatch.setattr(light_loop, "train", train)
+    configuration = next(c for c in paper_tables.TABLES["cifar10-resnet18"].columns if c.name == "sgd")
+    paper_tables.run(
+        "mnist",
+        configuration,
+        load_images("digits"),
+        seed=0,
+        epochs=200,
+        path=tmp_path / "a.jsonl",
+        header={},
+        show=print,
+    )
+    assert [rates[e] for e in (0, 59)] == [0.1, 0.1]
+    assert [rates[e] for e in (60, 119, 120, 159, 160, 199)] == pytest.approx([2e-2, 2e-2, 4e-3, 4e-3, 8e-4, 8e-4])
+    summary = paper_tables.summarise([tmp_path / "a.jsonl"])
+    assert (summary.best, summary.lossy_copy) == ((50.0, 0.0), False)

@@ -8,9 +8,10 @@ import torch
 from hf_elra.recipes.problems_2d import PROBLEMS, optimizers, walk
 
 
+@pytest.mark.parametrize("name", ["ELRA", "ELRA, bb2"])
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if "121" not in p.name], ids=lambda p: p.name)
-def test_elra_needs_no_more_updates_than_in_the_paper_and_turns_with_the_coordinates(problem):
-    make = optimizers(problem)["ELRA, bb2"]
+def test_elra_needs_no_more_updates_than_in_the_paper_and_turns_with_the_coordinates(problem, name):
+    make = optimizers(problem)[name]
     straight, turned = walk(problem, make, limit=500), walk(problem, make, degrees=45, limit=500)
     assert len(straight) - 1 <= problem.paper["ELRA"]
     assert len(turned) == len(straight)
@@ -29,9 +30,10 @@ def test_a_walk_gives_up_at_its_limit():
     assert len(walk(PROBLEMS[1], optimizers(PROBLEMS[1])["RMSprop"], limit=30)) == 31
 
 
-def test_far_rosenbrock_median_over_perturbed_starts():
+@pytest.mark.parametrize("name", ["ELRA", "ELRA, bb2"])
+def test_far_rosenbrock_median_over_perturbed_starts(name):
     problem = next(p for p in PROBLEMS if "121" in p.name)
     generator = torch.Generator().manual_seed(0)
     shifts = (1e-3 * torch.randn(60, 2, generator=generator, dtype=torch.float64)).tolist()
-    counts = [len(walk(problem, optimizers(problem)["ELRA, bb2"], shift=tuple(shift))) - 1 for shift in shifts]
+    counts = [len(walk(problem, optimizers(problem)[name], shift=tuple(shift))) - 1 for shift in shifts]
     assert statistics.median(counts) <= problem.paper["ELRA"]

@@ -46,12 +46,14 @@ class ImageSplits:
         name: where they come from, for reports.
         train, test: the images.
         classes: names of the classes.
+        lossy_copy: they are a JPEG-compressed copy in an npz file, not the data set as it is published.
     """
 
     name: str
     train: ImageDataset
     test: ImageDataset
     classes: list[str]
+    lossy_copy: bool = False
 
 
 class EncodedImages:
@@ -287,7 +289,8 @@ def load_images(
     classes = [str(c) for c in arrays.get("classes", range(number))]
     given: Any = {"crop_size": crop_size, "mean": mean, "std": std}
     train = ImageDataset(images["train"], labels["train"], augmentation=augmentation, seed=seed, **given)
-    return ImageSplits(source, train, ImageDataset(images["test"], labels["test"], **given), classes)
+    test = ImageDataset(images["test"], labels["test"], **given)
+    return ImageSplits(source, train, test, classes, arrays.get("lossy_copy", False))
 
 
 def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | EncodedImages:
@@ -315,7 +318,7 @@ def _from_npz(file: Any, name: str) -> dict[str, Any]:
     arrays = np.load(file, allow_pickle=False)
     found = set(arrays.files)
     if {"train_bytes", "train_offsets", "test_bytes", "test_offsets"} <= found:  # encoded images, one after the other
-        decoded: dict[str, Any] = {}
+        decoded: dict[str, Any] = {"lossy_copy": arrays["train_bytes"][:2].tobytes() == b"\xff\xd8"}
         for split in ("train", "test"):
             content, offsets = arrays[f"{split}_bytes"].tobytes(), arrays[f"{split}_offsets"]
             parts = [content[a:b] for a, b in pairwise(offsets)]

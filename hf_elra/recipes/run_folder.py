@@ -56,7 +56,7 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
             f"output_dir={folder!r} holds files that are no run of this script; choose another folder."
         )
     finished = (path / METRICS).is_file()
-    before = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    before = read_json(path / SETTINGS)
     changed = {name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
     checkpoint = get_last_checkpoint(folder)
     if resume and finished and overwrite and not changed:
@@ -92,6 +92,11 @@ def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> 
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     write_json(path / SETTINGS, settings)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -185,7 +185,8 @@ class StopOnSignal(TrainerCallback):
 class ProgressLine(TrainerCallback):
     """Prints one line per log: updates, tokens or images, their speed, loss, what ELRA did, and the time left.
 
-    It takes the place of the Trainer's own printing. ``trainer`` is to be set once there is one.
+    It takes the place of the Trainer's own printing. Every entry of the log history gets ``seconds``, the time since
+    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one.
 
     Args:
         unit (str): ``"tokens"`` or ``"images"``.
@@ -209,12 +210,14 @@ class ProgressLine(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._started = time.perf_counter()
+        self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         self._first_share, self._first = self._share(state), self.total
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        state.log_history[-1]["seconds"] = round(self._seconds_before + seconds, 3)
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
-        seconds = max(time.perf_counter() - self._started, 1e-9)
         share = self._share(state)
         line = f"{share:>4.0%}  update {state.global_step:>6,}  {self.total:>11,} {self.unit}"
         if "eval_loss" in logs:

@@ -1,10 +1,6 @@
-"""scripts/train_image_classifier.py and scripts/reproduce.py from end to end, as a user starts them."""
+"""scripts/train_image_classifier.py from end to end, as a user starts it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +10,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig
 
 from hf_elra.recipes.image_classifier import ImageClassifierArguments, build_model, use_normalisation_of
 from hf_elra.recipes.image_data import load_images
-
-ROOT = Path(__file__).parents[2]
-
-
-def finish(script, *words, folder=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *words],
-        env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+from tests.conftest import finish
 
 
 def test_digits_are_learned_and_the_saved_model_is_the_mean(tmp_path):
@@ -130,20 +116,3 @@ def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, words,
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
     assert output == ""
-
-
-def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
-    given = ["--data", "digits", "--seeds", "2", "--epochs", "1", "--output", str(tmp_path), "--processes", "1"]
-    code, output, error = finish("reproduce.py", "mnist", *given, "--columns", "elra", "adam")
-    assert code == 0, error
-    table = [[cell.strip() for cell in line.split("|")[1:]] for line in output.splitlines() if line.startswith("|")]
-    rows = {name: cells for name, *cells in table}
-    assert rows["ELRA"][:3] == ["94.25 ± 0.21", "2", "1"]
-    assert rows["Adam"][1] == "2"
-    assert "not run" in rows["Lion"]
-    assert sorted(p.name for p in (tmp_path / "mnist").glob("*.jsonl")) == [
-        *("adam-seed0.jsonl", "adam-seed1.jsonl", "elra-seed0.jsonl", "elra-seed1.jsonl")
-    ]
-    code, _, error = finish("reproduce.py", "mnist", *given, "--columns", "eve")
-    assert code == 2
-    assert "--columns eve is unknown. Choose from elra, elra-ft, adam" in error

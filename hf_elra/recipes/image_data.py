@@ -177,8 +177,10 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The batch of these rows."""
         rows = torch.as_tensor(indices, device=self.images.device)
-        pixels = self.images[rows].to(torch.float32).div_(255).expand(-1, self.channels, -1, -1)
-        pixels = (pixels - self.mean).div_(self.std)
+        pixels = self.images[rows].to(torch.float32)
+        if pixels.shape[1] != self.channels:
+            pixels = pixels.repeat(1, self.channels, 1, 1)
+        pixels.sub_(255 * self.mean).div_(255 * self.std)
         if self.augmentation != "none":
             generator = torch.Generator().manual_seed(hash((self.seed, *map(int, indices))) & (2**63 - 1))
             pixels = augment(pixels, self.augmentation, generator, self.crop_size)

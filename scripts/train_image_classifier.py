@@ -37,7 +37,7 @@ def main(words: list[str]) -> None:
         data.test.to(training.device)
     set_seed(training.seed)
     model = image_classifier.build_model(recipe, data)
-    image_classifier.use_normalisation_of(recipe, data)
+    image_classifier.use_normalisation_of(recipe, model, data)
     trainer = ElraTrainer(
         model,
         training,

@@ -149,6 +149,7 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
         ConfigurationError: the model is not known, here or on the hub.
     """
     names: dict[str, Any] = {
+        "num_labels": len(data.classes),  # timm's need it beside the names
         "id2label": dict(enumerate(data.classes)),
         "label2id": {name: i for i, name in enumerate(data.classes)},
     }
@@ -174,26 +175,40 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
         ) from error
 
 
-def use_normalisation_of(recipe: ImageClassifierArguments, data: ImageSplits) -> None:
-    """Normalise images as a pre-trained model expects, and give it the number of channels it expects."""
-    from transformers.utils import cached_file
+def use_normalisation_of(recipe: ImageClassifierArguments, model: Any, data: ImageSplits) -> None:
+    """Give a model that is not ours images as it expects them: normalised by its own numbers, grey ones as colour.
 
+    The numbers are its image processor's (``preprocessor_config.json``) or timm's (``pretrained_cfg``); without any,
+    those of the images stay.
+
+    Raises:
+        ConfigurationError: the model takes fewer channels than the images have.
+    """
     if recipe.model in OURS:
         return
-    try:
-        path = cached_file(recipe.model, "preprocessor_config.json")
-    except OSError:
-        return
-    if path is None:
-        return
-    with open(path, encoding="utf-8") as file:
-        processor = json.load(file)
-    mean, std = processor.get("image_mean"), processor.get("image_std")
+    given = _image_processor(recipe.model) or getattr(model.config, "pretrained_cfg", None) or {}
+    mean, std = (given.get(f"image_{name}", given.get(name)) for name in ("mean", "std"))
+    wrapped = getattr(model.config, "model_type", None) == "timm_wrapper"
+    channels = len(mean) if mean is not None else getattr(model.config, "num_channels", 3 if wrapped else None)
     for images in (data.train, data.test):
-        if mean is not None:
-            images.channels = max(images.channels, len(mean))
+        if channels is not None and channels < images.channels:
+            raise ConfigurationError(
+                f"model={recipe.model!r} takes {channels} channel(s), not the {images.channels} of {data.name}."
+            )
+        images.channels = channels or images.channels
         if mean is not None and std is not None:
-            images.mean, images.std = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+            device = images.mean.device
+            images.mean, images.std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (mean, std))
+
+
+def _image_processor(model_name: str) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(model_name, "preprocessor_config.json")
+    except OSError:
+        return None
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def classes_of(logits: Any, labels: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetConfig
 
+from hf_elra import ConfigurationError
 from hf_elra.recipes.image_classifier import ImageClassifierArguments, build_model, use_normalisation_of
 from hf_elra.recipes.image_data import load_images
 from tests.conftest import finish
@@ -92,11 +93,27 @@ def test_a_pretrained_model_gets_images_as_it_knows_them(tmp_path):
     data = load_images("digits")
     plain = data.test.images[:2].float() / 255
     model = build_model(recipe, data)
-    use_normalisation_of(recipe, data)
+    use_normalisation_of(recipe, model, data)
     pixels = data.test.__getitems__([0, 1])["pixel_values"]
     for channel, (mean, std) in enumerate(zip(*processor.values(), strict=True)):
         torch.testing.assert_close(pixels[:, channel], (plain[:, 0] - mean) / std)
     assert model(pixel_values=pixels).logits.shape == (2, 10)
+
+
+def test_a_model_without_a_processor_gets_the_channels_it_takes(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    model = AutoModelForImageClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    recipe, data = ImageClassifierArguments(model=str(tmp_path)), load_images("digits")
+    plain = data.test.__getitems__([0, 1])["pixel_values"]
+    use_normalisation_of(recipe, model, data)
+    assert torch.equal(data.test.__getitems__([0, 1])["pixel_values"], plain.repeat(1, 3, 1, 1))
+    model.config.num_channels = 1
+    with pytest.raises(ConfigurationError, match=r"takes 1 channel\(s\), not the 3 of digits"):
+        use_normalisation_of(recipe, model, data)
+    model.config.pretrained_cfg = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}  # as timm writes it
+    use_normalisation_of(recipe, model, data)
+    assert data.train.std.flatten().tolist() == [0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
 """Training samples from which the BatchNorm statistics of the mean are computed."""
 POINTS_PER_CYCLE = 50
-"""Points of a cycle in the mean, by default and before batches grow, where the length of a cycle is known."""
+"""Points of a cycle in the mean, by default, where the length of a cycle is known."""
 
 
 class PointMean:
@@ -164,7 +164,7 @@ class BoostingMixin(_Base):
     elra_settings: ElraSettings
     point_mean: PointMean | None = None
     _at_the_mean = False
-    _boost_every = 1
+    _updates_per_cycle: float | None = None  # at the first batch
 
     def check_boosting(self) -> None:
         """Refuse what cannot be boosted, before training begins."""
@@ -177,7 +177,7 @@ class BoostingMixin(_Base):
         """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
         if self.point_mean is None:
             return
-        if cycle_is_over or update % self._boost_every == 0:
+        if cycle_is_over or update % self.boost_every == 0:
             self.point_mean.add()
         if cycle_is_over:
             self.point_mean.end_cycle()
@@ -187,14 +187,25 @@ class BoostingMixin(_Base):
         if self.elra_settings.elra_boost:
             model: Any = self.model
             self.point_mean = PointMean({n: p for n, p in model.named_parameters() if p.requires_grad})
-            self._boost_every = self.elra_settings.elra_boost_every or self._default_boost_every()
+            self._updates_per_cycle = updates_per_cycle(self)
             if resume_from_checkpoint is not None:
                 self.point_mean.load(resume_from_checkpoint)
         return prepared
 
-    def _default_boost_every(self) -> int:
-        updates = updates_per_cycle(self)
-        return 10 if updates is None else max(1, round(updates / POINTS_PER_CYCLE))
+    @property
+    def boost_every(self) -> int:
+        """Every how many updates a point is taken: as asked for, or for so many points a cycle at the present batch."""
+        if self.elra_settings.elra_boost_every is not None:
+            return self.elra_settings.elra_boost_every
+        if self._updates_per_cycle is None:
+            return 10
+        updates: Any = self._updates_per_cycle
+        trainer: Any = self
+        if trainer.batch_control is not None and not self.elra_settings.control_cycle(self.train_dataset).endswith(
+            "ba"
+        ):
+            updates *= trainer.batch_control.controller.initial_accumulation / trainer.accumulation
+        return max(1, round(updates / POINTS_PER_CYCLE))
 
     # ---- evaluation and deployment use the mean ----
 

@@ -89,7 +89,17 @@ def test_every_cycle_has_points_of_its_own(tmp_path):
 def test_by_default_a_cycle_has_about_fifty_points(tmp_path, cycle, every):
     run = trainer(tmp_path, elra_boost=True, elra_control_cycle=cycle, max_steps=1)
     run.train()
-    assert run._boost_every == every
+    assert run.boost_every == every
+
+
+@pytest.mark.parametrize(("cycle", "every"), [("1600sp", 2), ("200ba", 4)])
+def test_as_batches_grow_a_cycle_keeps_its_fifty_points(tmp_path, cycle, every):
+    run = trainer(tmp_path, elra_boost=True, elra_control_cycle=cycle, max_steps=1)
+    run.train()
+    assert run.boost_every == 4
+    run.batch_controller.exact = 2.0
+    assert run.accumulation == 2
+    assert run.boost_every == every
 
 
 def test_checkpoints_hold_both_points_and_say_which_is_which(tmp_path):

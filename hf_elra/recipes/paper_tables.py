@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_elra.control.batch_size import BatchSizeController
+from hf_elra.control.batch_size import CONDITIONS, BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
 from hf_elra.recipes import light_loop
@@ -35,6 +35,7 @@ class Configuration:
         lr: first or constant learning rate.
         weight_decay: ELRA's, a share per update.
         gradient_decay: the paper's FT.
+        conditions: on which ELRA's batch grows.
         micro_batch, initial_accumulation: the first batch is their product; it grows for ELRA alone.
         epochs: in the paper.
         paper: the paper's mean and standard deviation, where it has them.
@@ -46,6 +47,7 @@ class Configuration:
     lr: float = 1e-3
     weight_decay: float = 0.0
     gradient_decay: bool = False
+    conditions: tuple[str, ...] = CONDITIONS
     micro_batch: int = 32
     initial_accumulation: int = 2
     epochs: int = 100
@@ -83,6 +85,12 @@ class Table:
     columns: tuple[Configuration, ...]
 
 
+# "Actually, we suspect that (3) alone might suffice as a control mechanism" (section 3.3).
+_STALL_ALONE = Configuration(
+    "elra-wd-stall", "ELRA+WD, growth by condition (3) alone", weight_decay=3e-4, conditions=("stall",), epochs=200
+)
+
+
 def _papers(*numbers: str) -> dict[str, str]:
     return dict(zip(("elra", "elra-ft", "adam", "lion", "elra-wd", "elra-wd-ft"), numbers, strict=True))
 
@@ -101,8 +109,8 @@ _SGD = Configuration("sgd", "SGD+WD", "sgd", 0.1, micro_batch=128, initial_accum
 _SGD_C10 = dataclasses.replace(_SGD, paper="95.28 ± 0.21")
 
 TABLES: dict[str, Table] = {
-    "mnist": Table("mnist-mlp", "mnist", "none", image_columns(_MNIST)),
-    "fashion-mnist": Table("fashion-cnn", "fashion_mnist", "flip", image_columns(_FASHION)),
+    "mnist": Table("mnist-mlp", "mnist", "none", (*image_columns(_MNIST), _STALL_ALONE)),
+    "fashion-mnist": Table("fashion-cnn", "fashion_mnist", "flip", (*image_columns(_FASHION), _STALL_ALONE)),
     "cifar10-resnet18": Table("resnet18", "cifar10", "flip+crop", (*image_columns(_C10_R18), _SGD_C10)),
     "cifar10-resnet34": Table("resnet34", "cifar10", "flip+crop", (*image_columns(_C10_R34), _SGD)),
     "cifar10-wrn": Table(
@@ -156,7 +164,9 @@ def run(
     channels, _, size = data.train.shape
     model = ARCHITECTURES[architecture](channels, size, len(data.classes)).to(data.train.images.device)
     ours = configuration.optimizer == "elra"
-    controller = BatchSizeController(configuration.initial_accumulation) if ours else None
+    controller = None
+    if ours:
+        controller = BatchSizeController(configuration.initial_accumulation, conditions=configuration.conditions)
     data.train.seed = seed
     path.parent.mkdir(parents=True, exist_ok=True)
     optimizer = build_optimizer(configuration, model.parameters())

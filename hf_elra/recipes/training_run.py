@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.recipes.command_line import command_line, recorded_settings
@@ -70,6 +71,7 @@ class TrainingRun:
         Raises:
             Interrupted: by SIGINT or SIGTERM.
         """
+        disable_progress_bar()  # of saving, which would cut through the lines of progress
         trainer.remove_callback(PrinterCallback)
         self._progress.trainer = trainer
         if trainer.is_world_process_zero():

@@ -1,0 +1,220 @@
+"""Time and memory of one update: ELRA beside PyTorch's optimizers and others that choose their own learning rate.
+
+    python scripts/benchmark_step.py --output docs/results/step/cpu.jsonl
+
+All optimizers update the same parameters with the same gradients in this process, in turns; gradients come from a pool,
+so that every update meets new tensors, as after ``zero_grad``. Medians, their ratio to fused AdamW, the bytes of state
+and, on a GPU, the peak of memory are printed, and how near an update comes to the time in which the numbers that it has
+to move could be copied. Every measurement is written to --output, one JSON line each, the first line being command,
+machine and versions. Optimizers that are not installed are named and left out. --help lists all flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_elra import ELRA
+from hf_elra.recipes import babyllama
+from hf_elra.recipes.image_models import ARCHITECTURES
+from hf_elra.report.environment import environment
+from hf_elra.report.table import markdown_table
+
+BASELINE = "AdamW, fused"
+POOL = 3  # sets of gradients
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    """Shapes of a model's parameters."""
+    with torch.device("meta"):
+        if model == "resnet18":
+            network: Any = ARCHITECTURES["resnet18"](3, 32, 10)
+        elif model == "babyllama-15m":
+            network = babyllama.build_model(babyllama.parse_arguments(["--preset", "15m"])[0])
+        else:
+            size = dict(
+                zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), LLAMAS[model], strict=True)
+            )
+            words = [word for name, value in size.items() for word in (f"--{name}", str(value))]
+            network = babyllama.build_model(babyllama.parse_arguments(["--preset", "15m", *words])[0])
+    return [p.shape for p in network.parameters()]
+
+
+LLAMAS = {"llama-124m": (768, 14, 12, 2048), "llama-1b": (2048, 19, 16, 5504)}
+MODELS = ("babyllama-15m", "resnet18", *LLAMAS)
+
+
+def optimizers() -> dict[str, tuple[int, Callable[[list[Tensor]], Any]]]:
+    """Every optimizer by name: the numbers per parameter that one update has to read or write, and a constructor."""
+    found: dict[str, tuple[int, Callable[[list[Tensor]], Any]]] = {
+        "ELRA": (5, lambda params: ELRA(params)),
+        BASELINE: (7, lambda params: torch.optim.AdamW(params, fused=True)),
+        "AdamW, foreach": (7, lambda params: torch.optim.AdamW(params, foreach=True)),
+        "SGD with momentum, fused": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)),
+        "SGD with momentum, foreach": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, foreach=True)),
+    }
+    try:
+        from lion_pytorch import Lion
+
+        found["Lion"] = (5, lambda params: Lion(params, lr=1e-5))
+    except ImportError:
+        print("left out: Lion (pip install lion-pytorch)", file=sys.stderr)
+    try:
+        from prodigyopt import Prodigy
+
+        found["Prodigy"] = (10, lambda params: Prodigy(params))
+    except ImportError:
+        print("left out: Prodigy (pip install prodigyopt)", file=sys.stderr)
+    try:
+        from schedulefree import AdamWScheduleFree
+
+        def schedule_free(params: list[Tensor]) -> Any:
+            optimizer = AdamWScheduleFree(params, foreach=True)
+            optimizer.train()
+            return optimizer
+
+        found["schedule-free AdamW, foreach"] = (7, schedule_free)
+    except ImportError:
+        print("left out: schedule-free AdamW (pip install schedulefree)", file=sys.stderr)
+    return found
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="file for the measurements, one JSON line each")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: the first two; on a GPU also the third")
+    parser.add_argument("--rounds", type=int, default=15, help="how often every optimizer is measured")
+    parser.add_argument("--updates", type=int, default=5, help="updates a measurement")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(words)
+    for name in ("rounds", "updates"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} {getattr(given, name)} must be at least 1")
+    given.models = given.models or MODELS[: 3 if given.device.startswith("cuda") else 2]
+    return given
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds of ``work``, on a GPU until it has finished."""
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def update(optimizer: Any, params: list[Tensor], pool: list[list[Tensor]], updates: int, loss: Tensor) -> None:
+    """Make some updates, each with other gradients."""
+    for number in range(updates):
+        for p, gradient in zip(params, pool[number % POOL], strict=True):
+            p.grad = gradient
+        if isinstance(optimizer, ELRA):
+            optimizer.observe_loss(loss)
+        optimizer.step()
+
+
+def tensors_in(state: Any) -> Iterable[Tensor]:
+    """All tensors in an optimizer's state."""
+    for values in state.values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))
+
+
+def copy_bandwidth(number: int, given: argparse.Namespace) -> float:
+    """Bytes a second that copying ``number`` float32 numbers moves: each is read once and written once."""
+    source = torch.ones(number, device=given.device)
+    target = torch.empty_like(source)
+    seconds = [timed(lambda: target.copy_(source), given.device) for _ in range(given.rounds + 2)]
+    return 2 * 4 * number / statistics.median(seconds[2:])
+
+
+def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -> list[list[str]]:
+    """The rows of one model."""
+    torch.manual_seed(0)
+    shapes = shapes_of(model)
+    number = sum(shape.numel() for shape in shapes)
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape, device=given.device)) for shape in shapes]
+    pool = [[1e-3 * torch.randn(shape, device=given.device) for shape in shapes] for _ in range(POOL)]
+    loss = torch.tensor(1.0, device=given.device)
+    bandwidth = copy_bandwidth(number, given)
+    write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
+    known = optimizers()
+    built = {name: build(params) for name, (_, build) in known.items()}
+    peaks: dict[str, float] = {}
+    for name, optimizer in built.items():  # warm up: state is made, kernels are compiled
+        update(optimizer, params, pool, POOL, loss)
+        if given.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            update(optimizer, params, pool, 1, loss)
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+    seconds: dict[str, list[float]] = {name: [] for name in built}
+    for turn in range(given.rounds):
+        print(f"{model}: round {turn + 1} of {given.rounds}", file=sys.stderr)
+        for name in list(built) if turn % 2 else list(built)[::-1]:
+            optimizer = built[name]
+            each = timed(lambda o=optimizer: update(o, params, pool, given.updates, loss), given.device) / given.updates
+            seconds[name].append(each)
+            write(model=model, optimizer=name, seconds_per_update=each)
+    rows = []
+    baseline = statistics.median(seconds[BASELINE])
+    for name, optimizer in built.items():
+        median = statistics.median(seconds[name])
+        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(optimizer.state))
+        ideal = known[name][0] * 4 * number / bandwidth
+        write(model=model, optimizer=name, state_bytes=state, peak_bytes=peaks.get(name))
+        rows.append(
+            [
+                model,
+                name,
+                f"{1000 * median:.2f}",
+                f"{median / baseline:.2f}",
+                f"{state / number:.1f}",
+                f"{peaks[name] / 2**20:.0f}" if name in peaks else "not measured",
+                f"{known[name][0]}",
+                f"{100 * ideal / median:.0f} %",
+            ]
+        )
+    return rows
+
+
+def main(words: list[str]) -> int:
+    """Measure, write, print."""
+    given = parse(words)
+    path = Path(given.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(**entry: Any) -> None:
+            print(json.dumps(entry), file=file, flush=True)
+
+        packages = ("lion-pytorch", "prodigyopt", "schedulefree")
+        write(command=shlex.join(["python", *sys.argv]), **environment(given.device, *packages), seed=0)
+        rows = [row for model in given.models for row in measure(model, given, write)]
+    header = [
+        "parameters of",
+        "optimizer",
+        "ms an update",
+        f"ratio to {BASELINE}",
+        "bytes of state a parameter",
+        "peak, MiB",
+        "numbers to move",
+        "of copying speed",
+    ]
+    print(markdown_table(header, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

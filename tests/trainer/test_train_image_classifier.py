@@ -66,20 +66,27 @@ def write_folder_of_images(path, size=40):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def test_recipe_for_large_images_starts_on_a_small_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "words", "network", "first"),
+    [
+        ("tiny-imagenet", ["--crop_size", "32"], "resnet18-imagenet: 11,177,538", 3),
+        ("imagenet", ["--elra_control_cycle", "0.75ep"], "resnet50-imagenet: 23,512,130", 4),
+    ],
+)
+def test_recipes_for_large_images_start_on_a_small_folder(tmp_path, preset, words, network, first):
     write_folder_of_images(tmp_path / "images")
     code, output, error = finish(
         "train_image_classifier.py",
-        *("--preset", "tiny-imagenet", "--dataset", "images", "--image_size", "40", "--crop_size", "32"),
+        *("--preset", preset, "--dataset", "images", "--image_size", "40", *words),
         *("--per_device_train_batch_size", "8", "--num_train_epochs", "1", "--dataloader_num_workers", "2"),
         *("--output_dir", "out", "--use_cpu"),
         folder=tmp_path,
     )
     assert code == 0, error
-    assert "resnet18-imagenet: 11,177,538 parameters; images: 48 training and 8 test images of 2 classes" in output
+    assert f"{network} parameters; images: 48 training and 8 test images of 2 classes" in output
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["updates"] == 2
-    assert metrics["settings"]["elra_initial_accumulation"] == 3
+    assert metrics["updates"] == 48 // (8 * first)
+    assert metrics["settings"]["elra_initial_accumulation"] == first
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
 
 

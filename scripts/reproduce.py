@@ -7,9 +7,11 @@
     python scripts/reproduce.py alpha0 --data DIR --seeds 3                   # Fig. 2a: from any first learning rate
     python scripts/reproduce.py babyllama --data DIR --sequences 300000       # section 4.4
 
-DIR holds the images (idx files, an npz file or a folder by class), for babyllama train.txt.gz and validation.txt.gz;
-without --data they are loaded from the hub. With babyllama, flags not known here go to train_babyllama.py. Every run
-keeps its own file under --output; what is finished there is not repeated. --help lists all flags.
+DIR holds the images (idx files, an npz file or a folder by class; "digits" is in the package), for babyllama
+train.txt.gz and validation.txt.gz. Without --data images come from the hub and babyllama's text from its preset. With
+babyllama, flags not known here go to train_babyllama.py, e.g. --preset 15m; models and checkpoints are kept in
+runs/reproduce-babyllama. Every run keeps its own file under --output: what is finished there is not repeated, and what
+was interrupted begins anew (babyllama: goes on from its last checkpoint). --help lists all flags.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["2d", *paper_tables.TABLES, "babyllama"])
     parser.add_argument("--data", help="folder, or npz file with the images; default: the data set of the hub")
-    parser.add_argument("--seeds", type=int, default=10, help="runs of every column")
-    parser.add_argument("--epochs", type=int, help="instead of the paper's")
-    parser.add_argument("--columns", nargs="+", help="only these columns, e.g. elra adam")
+    parser.add_argument("--seeds", type=int, help="runs of every column of a table of images; default: 10")
+    parser.add_argument("--epochs", type=int, help="of images, instead of the paper's")
+    parser.add_argument(
+        "--columns", nargs="+", help="only these: elra, elra-ft, adam, lion, ...; a wrong one lists all"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sequences", type=int, default=300_000, help="of every run of babyllama")
+    parser.add_argument("--sequences", type=int, help="of every run of babyllama; default: 300000")
     parser.add_argument("--output", default="docs/results/reproduce", help="folder of the raw files")
     given, given.more = parser.parse_known_args(words)
     if given.more and given.table != "babyllama":
@@ -58,6 +62,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     for name in ("seeds", "processes", "epochs", "sequences"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)} must be at least 1")
+    unused = {"2d": ("seeds", "epochs", "columns", "data", "sequences"), "babyllama": ("seeds", "epochs")}
+    for name in unused.get(given.table, ("sequences",)):
+        if getattr(given, name) is not None:
+            parser.error(f"--{name} does nothing for {given.table}; leave it out")
+    given.seeds, given.sequences = given.seeds or 10, given.sequences or 300_000
     return given
 
 
@@ -114,6 +123,10 @@ _DATA: dict[str, Any] = {}
 def _images(table: str, source: str, device: str) -> Any:
     """Images of a table on a device, loaded once a process."""
     if source not in _DATA:
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigurationError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
         data = load_images(source, augmentation=paper_tables.TABLES[table].augmentation)
         data.train.to(device)
         data.test.to(device)
@@ -143,6 +156,7 @@ def reproduce_networks(given: argparse.Namespace) -> None:
             raise ConfigurationError(f"--columns {name} is unknown. Choose from {known}.")
     source = given.data or paper_tables.TABLES[given.table].hub
     folder = Path(given.output, given.table)
+    images = _images(given.table, source, given.device).name  # wrong paths and devices are found here, before any run
     header = {
         "command": shlex.join(["python", *sys.argv]),
         **environment(given.device, "lion-pytorch"),
@@ -154,7 +168,7 @@ def reproduce_networks(given: argparse.Namespace) -> None:
         epochs = given.epochs or column.epochs
         for seed in range(given.seeds):
             path = folder / f"{column.name}-seed{seed}.jsonl"
-            if column.name in names and not paper_tables.is_finished(path, epochs):
+            if column.name in names and not paper_tables.is_finished(path, epochs, images):
                 jobs.append((given.table, column.name, seed, epochs, str(path), header, source))
     print(f"{len(jobs)} runs to do", file=sys.stderr)
     if given.processes == 1:
@@ -164,15 +178,22 @@ def reproduce_networks(given: argparse.Namespace) -> None:
         import multiprocessing
 
         with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for future in [pool.submit(_run_one, *job) for job in jobs]:
-                future.result()
+            try:
+                for future in [pool.submit(_run_one, *job) for job in jobs]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     rows, lossy = [], False
     for column in columns:
         summary = paper_tables.summarise(sorted(folder.glob(f"{column.name}-seed*.jsonl")))
         if summary is None:
             rows.append([column.title, column.paper, "", "", "not run", "", "", ""])
             continue
-        spreads = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in (summary.best, summary.last, summary.other)]
+        spreads = [
+            f"{mean:.2f}" + (f" ± {deviation:.2f}" if summary.seeds > 1 else "")
+            for mean, deviation in (summary.best, summary.last, summary.other)
+        ]
         lossy |= summary.lossy_copy
         paper = "" if summary.lossy_copy else column.paper
         rows.append([column.title, paper, str(summary.seeds), str(summary.epochs), *spreads, f"{summary.batch:.0f}"])
@@ -194,6 +215,7 @@ def reproduce_networks(given: argparse.Namespace) -> None:
     print(f"{table}\n\nTest accuracy in %. ELRA with boosting, the others without; 'other' is the other way round.")
     if lossy:
         print("The images are a JPEG-compressed copy: not comparable with published numbers.")
+    print(f"Table and raw files: {folder}")
 
 
 def draw_alphas(given: argparse.Namespace, header: dict[str, Any], folder: Path) -> None:
@@ -252,6 +274,7 @@ def main(words: list[str]) -> int:
     """Run; return the exit code."""
     given = parse(words)
     try:
+        _make_folder(given)
         if given.table == "2d":
             reproduce_2d(given)
         elif given.table == "babyllama":
@@ -261,7 +284,17 @@ def main(words: list[str]) -> int:
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
     return 0
+
+
+def _make_folder(given: argparse.Namespace) -> None:
+    try:
+        Path(given.output, given.table).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output {given.output} cannot be written: {error.strerror}.") from None
 
 
 if __name__ == "__main__":

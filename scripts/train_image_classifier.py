@@ -44,6 +44,7 @@ def main(words: list[str]) -> None:
         data_collator=as_batch,
         train_dataset=data.train,
         eval_dataset=data.test,
+        processing_class=image_classifier.build_processor(recipe, data),
         compute_metrics=image_classifier.compute_accuracy,
         preprocess_logits_for_metrics=image_classifier.classes_of,
         callbacks=run.callbacks,

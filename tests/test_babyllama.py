@@ -147,8 +147,11 @@ def test_interrupted_run(tmp_path):
         check(folder, {**SOME, "seed": 2}, resume=True)
     assert check(folder, {**SOME, "max_steps": 20}, resume=True).endswith("checkpoint-3")  # longer is no other run
     assert check(folder, {**SOME, "seed": 2}, resume=True, overwrite=True) is None
-    with pytest.raises(ConfigurationError, match="before its first checkpoint"):
-        check(interrupted(tmp_path / "early", checkpoint=False), resume=True)
+    early = interrupted(tmp_path / "early", checkpoint=False)
+    with pytest.raises(ConfigurationError, match="pass no --resume, as it was interrupted before its first checkpoint"):
+        check(early, resume=True)
+    assert check(early) is None
+    assert check(early, {**SOME, "seed": 2}) is None
 
 
 def test_finished_run(tmp_path):

@@ -157,11 +157,14 @@ def test_a_tables_runs_are_kept_and_not_repeated(tmp_path):
     assert header["seed"] == 0
     assert [entry["epoch"] for entry in epochs] == [1, 2]
     path.write_text("\n".join(before.splitlines()[:2]) + "\n")  # cut short
-    assert not paper_tables.is_finished(path, 2)
+    assert not paper_tables.is_finished(path, 2, "digits")
     assert paper_tables.summarise([path]) is None
     paper_tables.run("mnist", configuration, data, epochs=2, **given)
     assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == epochs
     summary = paper_tables.summarise([path, tmp_path / "missing.jsonl"])
+    for epochs_now, images in ((3, "digits"), (2, "mnist")):
+        with pytest.raises(ConfigurationError, match="holds a finished run of 2 epochs on digits, not of"):
+            paper_tables.is_finished(path, epochs_now, images)
     assert summary.seeds == 1
     assert summary.best[0] == pytest.approx(100 * max(e["boosted_accuracy"] for e in epochs))
 

@@ -60,7 +60,12 @@ def parse(recipe_class: type, words: list[str], defaults: dict[str, Any]) -> tup
     parser.set_defaults(**defaults)
     if any(given(flag, words) for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens")):
         parser.set_defaults(elra_max_samples=None)
-    recipe, training = parser.parse(words)
+    try:
+        recipe, training = parser.parse(words)
+    except ConfigurationError:
+        raise
+    except (ValueError, ImportError) as error:  # what Transformers finds wrong with its own flags
+        raise ConfigurationError(str(error).strip().splitlines()[0]) from error
     return recipe, training
 
 

@@ -23,6 +23,7 @@ from hf_elra.recipes.image_models import (
     LARGE_IMAGES,
     SmallImageClassifier,
     SmallImageClassifierConfig,
+    SmallImageProcessor,
 )
 from hf_elra.trainer import ElraTrainingArguments
 from hf_elra.trainer.arguments import OPTIMIZERS
@@ -88,7 +89,8 @@ class ImageClassifierArguments:
             ``resnet50-imagenet`` (the usual networks for large images, untrained); or any image classifier of the hub
             or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
         from_scratch (bool): take only the architecture of such a model, not its weights.
-        image_size (int): resize images to it; by default they stay as they are.
+        image_size (int): resize the shorter side of images to it and cut out the middle; by default they stay as they
+            are, and have to be square and of one size.
         crop_size (int): cut so many pixels out of every image: at random with ``flip+crop``, in evaluation from the
             middle. Default: all.
         augmentation (str): ``none``, ``flip`` or ``flip+crop`` (reflect-padded by 4 pixels).
@@ -100,7 +102,7 @@ class ImageClassifierArguments:
     dataset: str = field(default=DIGITS, metadata={"help": "digits, a local path or a name on the hub."})
     model: str = field(default="mnist-mlp", metadata={"help": f"{', '.join(OURS)}, or a name on the hub."})
     from_scratch: bool = field(default=False, metadata={"help": "Only the architecture of a model by name."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize images to so many pixels."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize the shorter side, cut out the middle."})
     crop_size: int | None = field(default=None, metadata={"help": "Then cut out so many pixels."})
     augmentation: str = field(default="none", metadata={"help": "Of the training images.", "choices": AUGMENTATIONS})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
@@ -209,6 +211,12 @@ def _image_processor(model_name: str) -> dict[str, Any] | None:
     except OSError:
         return None
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def build_processor(recipe: ImageClassifierArguments, data: ImageSplits) -> SmallImageProcessor:
+    """Build what makes an image into the input of the model that is trained on these images; saved with it."""
+    mean, std = (values.flatten().tolist() for values in (data.train.mean, data.train.std))
+    return SmallImageProcessor(mean, std, recipe.image_size, recipe.crop_size, data.train.channels)
 
 
 def classes_of(logits: Any, labels: Any) -> torch.Tensor:

@@ -9,11 +9,13 @@ do side by side. Models are in ``image_models.py``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -28,6 +30,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.recipes.image_models import shorter_side_to
+
+logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
 CROP_PADDING = 4
@@ -82,11 +87,13 @@ class EncodedImages:
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return self._decode_all(self.rows[rows.tolist()][self.name], len(rows))
+        with naming_broken_images():
+            return self._decode_all(self.rows[rows.tolist()][self.name], len(rows))
 
     def decoded(self, what: str) -> Tensor:
         """All images; a bar called ``what`` tells how far it is where that takes long."""
-        return self._decode_all(tqdm(self.rows[self.name], what, delay=5), len(self))
+        with naming_broken_images():
+            return self._decode_all(tqdm(self.rows[self.name], what, delay=5), len(self))
 
     def _decode_all(self, pictures: Iterable[Any], number: int) -> Tensor:
         images = torch.empty((number, *self.shape[1:]), dtype=torch.uint8)
@@ -96,6 +103,15 @@ class EncodedImages:
                 raise ConfigurationError("the images differ in size; give --image_size.")
             images[position] = torch.from_numpy(array.transpose(2, 0, 1).copy())
         return images
+
+
+@contextlib.contextmanager
+def naming_broken_images() -> Iterator[None]:
+    """Turn what goes wrong in reading an image file into an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"an image cannot be read, remove or replace it: {error}") from error
 
 
 class ImageDataset(Dataset):
@@ -288,6 +304,8 @@ def load_images(
     labels = {split: torch.as_tensor(np.asarray(arrays[f"{split}_labels"]).astype(np.int64)) for split in images}
     mean, std = channel_statistics(images["train"])
     number = int(max(values.max() for values in labels.values())) + 1
+    if unknown := set(labels["test"].tolist()) - set(labels["train"].tolist()):
+        logger.warning("%s: no training image has the label(s) %s of test images.", source, sorted(unknown))
     classes = [str(c) for c in arrays.get("classes", range(number))]
     given: Any = {"crop_size": crop_size, "mean": mean, "std": std}
     train = ImageDataset(images["train"], labels["train"], augmentation=augmentation, seed=seed, **given)
@@ -383,7 +401,10 @@ def _local_dataset(path: Path) -> Any:
     if path.suffix == ".parquet":
         raise ConfigurationError(f"dataset={str(path)!r}: give the folder that holds the train and test parquet files.")
     if path.is_dir():
-        return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
+        try:
+            return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
+        except Exception as error:
+            raise ConfigurationError(f"dataset={str(path)!r} holds no images that can be read: {error}") from error
     raise ConfigurationError(f"dataset={str(path)!r} is no folder and no npz file.")
 
 
@@ -428,7 +449,8 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
     test = next((split for split in present if min(splits[split][label], default=-1) >= 0), None)
     if test is None:
         raise ConfigurationError(f"dataset={name!r}: none of the splits {', '.join(present)} is labelled.")
-    first = [row[image] for row in splits["train"].select(range(min(8, len(splits["train"]))))]
+    with naming_broken_images():
+        first = [row[image] for row in splits["train"].select(range(min(8, len(splits["train"]))))]
     decode = functools.partial(
         _pixels, image_size=image_size, colour=any(p.mode not in ("L", "1") for p in first), name=name
     )
@@ -452,9 +474,4 @@ def _pixels(picture: Any, *, image_size: int | None, colour: bool, name: str) ->
         if picture.width != picture.height:
             raise ConfigurationError(f"dataset={name!r} holds images that are not square; give --image_size.")
         return np.asarray(picture)
-    scale = image_size / min(picture.size)
-    picture = picture.resize(
-        (max(image_size, round(picture.width * scale)), max(image_size, round(picture.height * scale)))
-    )
-    left, top = (picture.width - image_size) // 2, (picture.height - image_size) // 2
-    return np.asarray(picture.crop((left, top, left + image_size, top + image_size)))
+    return np.asarray(shorter_side_to(picture, image_size))

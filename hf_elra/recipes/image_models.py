@@ -1,4 +1,4 @@
-"""Image classifiers of the paper's section 4.2, as Transformers models that save and load.
+"""Image classifiers of the paper's section 4.2, and their image processor, as Transformers classes that save and load.
 
 One configuration names the architecture and the shape of the images; importing this module registers it with
 ``AutoConfig`` and ``AutoModelForImageClassification``. The residual networks here have the stem for small images: a 3×3
@@ -8,12 +8,22 @@ channels, height, width); how they get there is in ``image_data.py``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BatchFeature,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from hf_elra.errors import ConfigurationError, nearest
@@ -193,3 +203,74 @@ class SmallImageClassifier(PreTrainedModel):
 
 AutoConfig.register(SmallImageClassifierConfig.model_type, SmallImageClassifierConfig, exist_ok=True)
 AutoModelForImageClassification.register(SmallImageClassifierConfig, SmallImageClassifier, exist_ok=True)
+
+
+class SmallImageProcessor(BaseImageProcessor):
+    """Makes images of any kind into what a classifier was trained on; saved beside the model.
+
+    Args:
+        image_mean, image_std (list of float): of every channel, on the scale [0, 1].
+        image_size (int, optional): resize the shorter side to it and cut out the middle; None leaves the size.
+        crop_size (int, optional): then cut so many pixels out of the middle.
+        num_channels (int): 1 for grey, 3 for colour.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - Transformers' name
+
+    def __init__(
+        self,
+        image_mean: Any = (0.5,),
+        image_std: Any = (0.5,),
+        image_size: int | None = None,
+        crop_size: int | None = None,
+        num_channels: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.image_size, self.crop_size, self.num_channels = image_size, crop_size, num_channels
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Same as :meth:`preprocess`."""
+        return self.preprocess(images, *args, **kwargs)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Return normalised ``pixel_values``, (number, channels, height, width).
+
+        Args:
+            images: a PIL image, or a list of them; uint8 arrays of shape (height, width[, channels]) work too.
+            return_tensors: as in Transformers.
+            kwargs: not used.
+        """
+        from PIL import Image
+
+        images = images if isinstance(images, list | tuple) else [images]
+        pixels = []
+        for image in images:
+            picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+            picture = picture.convert("RGB" if self.num_channels == 3 else "L")
+            if self.image_size is not None:
+                picture = shorter_side_to(picture, self.image_size)
+            array = np.atleast_3d(np.asarray(picture, np.float32)).transpose(2, 0, 1) / 255
+            if (size := self.crop_size) is not None:
+                top, left = ((extent - size) // 2 for extent in array.shape[1:])
+                array = array[:, top : top + size, left : left + size]
+            mean, std = (
+                np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.image_mean, self.image_std)
+            )
+            pixels.append((array - mean) / std)
+        return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
+
+
+def shorter_side_to(picture: Any, size: int) -> Any:
+    """Resize a PIL image's shorter side to ``size`` pixels and cut out the middle."""
+    scale = size / min(picture.size)
+    picture = picture.resize((max(size, round(picture.width * scale)), max(size, round(picture.height * scale))))
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+with contextlib.suppress(ImportError):  # Transformers at its oldest offers this class only beside torchvision
+    AutoImageProcessor.register(
+        SmallImageClassifierConfig, image_processor_classes={"pil": SmallImageProcessor}, exist_ok=True
+    )

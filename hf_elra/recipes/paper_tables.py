@@ -156,8 +156,12 @@ def run(
     header: dict[str, Any],
     show: Callable[[str], None] = print,
 ) -> None:
-    """Train one configuration with one seed and write its epochs to ``path``; a finished run is left alone."""
-    if is_finished(path, epochs):
+    """Train one configuration with one seed and write its epochs to ``path``; a finished run is left alone.
+
+    Raises:
+        ConfigurationError: ``path`` holds a finished run on other images or of other length.
+    """
+    if is_finished(path, epochs, data.name):
         return
     architecture = TABLES[table].architecture
     torch.manual_seed(seed)
@@ -199,6 +203,8 @@ def run(
         for result in results:
             if schedule is not None:
                 schedule.step()
+            if result.epoch % max(1, epochs // 5) == 0 and result.epoch < epochs:
+                show(f"{table} {configuration.name} seed {seed}: epoch {result.epoch} of {epochs}")
             print(json.dumps(dataclasses.asdict(result)), file=file, flush=True)
     best = max(reported_accuracy(about, result) for result in read(path)[1])
     show(f"{table} {configuration.name} seed {seed}: best test accuracy {100 * best:.2f} %")
@@ -230,15 +236,27 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, epochs
 
 
-def is_finished(path: Path, epochs: int) -> bool:
-    """Whether the file holds a run of so many epochs to its end."""
+def is_finished(path: Path, epochs: int, images: str) -> bool:
+    """Whether the file holds a run of so many epochs on these images to its end.
+
+    Raises:
+        ConfigurationError: it holds a finished run, but another one, which is not to be lost.
+    """
     if not path.is_file():
         return False
     try:
         header, done = read(path)
     except ValueError:
         return False
-    return header["epochs"] == epochs and len(done) == epochs
+    if len(done) < header["epochs"]:
+        return False
+    before = header.get("images", images)
+    if header["epochs"] != epochs or before != images:
+        raise ConfigurationError(
+            f"{path} holds a finished run of {header['epochs']} epochs on {before}, not of {epochs} on {images}; "
+            "choose another --output, or remove it."
+        )
+    return True
 
 
 @dataclass(frozen=True)

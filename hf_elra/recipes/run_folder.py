@@ -66,7 +66,8 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         )
     if resume and not finished and not changed - set(LENGTH) and checkpoint is not None:
         return checkpoint
-    if overwrite:
+    # Interrupted before its first checkpoint: nothing in it is worth keeping.
+    if overwrite or (not finished and checkpoint is None and not resume):
         return None
     state = "a finished run" if finished else "an interrupted run"
     if not resume:
@@ -77,7 +78,7 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         shown = "; ".join(f"{name} {before.get(name)!r} -> {settings.get(name)!r}" for name in sorted(changed))
         remedy = f"the settings it had to resume it, or --overwrite to replace it (changed: {shown})"
     else:
-        remedy = "--overwrite to replace it; it was interrupted before its first checkpoint"
+        remedy = "no --resume, as it was interrupted before its first checkpoint and begins anew"
     raise ConfigurationError(f"output_dir={folder!r} holds {state}; pass {remedy}, or choose another folder.")
 
 
@@ -90,7 +91,10 @@ def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> 
         if (path / SETTINGS).is_file():
             print(f"replacing the run in {folder}")
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigurationError(f"output_dir={folder!r} cannot be written: {error.strerror}.") from error
     write_json(path / SETTINGS, settings)
 
 

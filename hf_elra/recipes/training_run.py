@@ -55,6 +55,7 @@ class TrainingRun:
     """
 
     def __init__(self, recipe: Any, training: ElraTrainingArguments, ignored: set[str], unit: str) -> None:
+        check_trainable(training)
         self.recipe, self.folder = recipe, str(training.output_dir)
         self.settings = recorded_settings(recipe, training, ignored)
         self.checkpoint = check_run_folder(self.folder, self.settings, resume=recipe.resume, overwrite=recipe.overwrite)
@@ -87,7 +88,8 @@ class TrainingRun:
             text = f"interrupted at update {trainer.state.global_step:,}; saved. Go on with:\n  {again}"
             raise Interrupted(text if trainer.is_world_process_zero() else "", 128 + self._stop.received)
         evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-        if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        last = evaluations[-1]["step"] if evaluations else None
+        if last != trainer.state.global_step or trainer.args.load_best_model_at_end:  # the best may be an earlier one
             evaluations.append(trainer.evaluate())
         trainer.save_model(self.folder)
         return evaluations
@@ -118,6 +120,31 @@ class TrainingRun:
         """Seconds and speed, as text."""
         unit, since = self._progress.unit, " since the last resume" if self.checkpoint else ""
         return f"{metrics['train_seconds']:.0f} s, {metrics[f'{unit}_per_second']:,.0f} {unit}/s{since}"
+
+
+def check_trainable(training: ElraTrainingArguments) -> None:
+    """Refuse what the Trainer would stumble over later, or ignore."""
+    for name, least in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("seed", 0),
+        ("logging_steps", 0),
+    ):
+        if getattr(training, name) < least:
+            raise ConfigurationError(f"{name}={getattr(training, name)} must be at least {least}.")
+    if training.num_train_epochs <= 0:
+        raise ConfigurationError(f"num_train_epochs={training.num_train_epochs} must be above 0.")
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise ConfigurationError(f"max_steps={training.max_steps} must be at least 1; leave it out for no limit.")
+    if training.resume_from_checkpoint:
+        raise ConfigurationError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint!r} is not used here: pass --resume to go on from "
+            "the last checkpoint in --output_dir."
+        )
+    if training.do_predict:
+        raise ConfigurationError("do_predict: these scripts train and evaluate; leave it out.")
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

@@ -334,7 +334,9 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
         min_step_norm = LANGUAGE_MODEL_MIN_STEP_NORM if is_language_model(model) else 0.0
     arguments: dict[str, Any] = {"lr": args.learning_rate, "min_step_norm": min_step_norm}
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
-    optimizer_class([torch.nn.Parameter(torch.zeros(1))], **arguments)  # its constructor knows what is valid
+    # Its constructor knows what is valid.
+    constructor: Any = optimizer_class
+    constructor([torch.nn.Parameter(torch.zeros(1))], **arguments, weight_decay=args.weight_decay)
     return arguments
 
 

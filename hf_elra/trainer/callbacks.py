@@ -237,5 +237,6 @@ class ProgressLine(TrainerCallback):
 
     def _share(self, state: Any) -> float:
         if self.trainer.batch_control is not None:
-            return float(self.trainer.progress.fraction())
+            progress = self.trainer.progress  # an incomplete batch at the end is skipped: that is the end
+            return float(progress.fraction()) if progress.updates_left(self.trainer.accumulation) else 1.0
         return float(state.global_step / max(state.max_steps, 1))

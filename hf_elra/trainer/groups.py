@@ -65,6 +65,7 @@ class DynamicBatchMixin(_Base):
     _proven_pass = 0
     _merging_refused = False
     _micro_batches_per_pass = 1.0  # in the last update
+    _last_accumulation: int | None = None  # micro-batches of the last update
     _flops_per_element: float | None = None
 
     def prepare_batch_control(self, settings: ElraSettings, *, with_elra: bool) -> None:
@@ -137,6 +138,7 @@ class DynamicBatchMixin(_Base):
         if not batches:
             return [], None
         self.progress.micro_batches += len(batches)
+        self._last_accumulation = len(batches)
         return [MicroBatchGroup(batches)], num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -332,10 +334,13 @@ class DynamicBatchMixin(_Base):
         if per_epoch is not None and wanted > per_epoch:
             logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
-        if control.mode == "elra" and updates is not None and updates > left:
+        # An epoch without its incomplete batch is a little shorter than its samples.
+        if control.mode == "elra" and updates is not None and updates >= left + 1:
+            boosted = "; with elra_boost the mean is over all of it" if self.elra_settings.elra_boost else ""
             logger.warning(
-                "elra_control_cycle=%s is longer than this run: the batch size will not change.",
+                "elra_control_cycle=%s is longer than this run: the batch size will not change%s.",
                 self.elra_settings.control_cycle(self.train_dataset),
+                boosted,
             )
 
     @property

@@ -286,7 +286,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if "loss" in logs and optimizer is not None:
             logs.update({name: value for name, value in optimizer.metrics.items() if name not in logs})
         if "loss" in logs and self.batch_control is not None:
-            logs["batch_size"] = float(self.accumulation * self._samples_per_batch)
+            logs["batch_size"] = float((self._last_accumulation or self.accumulation) * self._samples_per_batch)
         if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size
             done = self.elra_callback.samples - self.elra_callback.samples_before
             logs["train_samples_per_second"] = round(done / seconds, 3)

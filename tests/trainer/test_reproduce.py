@@ -16,11 +16,16 @@ def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
     table = [[cell.strip() for cell in line.split("|")[1:]] for line in output.splitlines() if line.startswith("|")]
     rows = {name: cells for name, *cells in table}
     assert rows["ELRA"][:3] == ["94.25 ± 0.21", "2", "1"]
+    assert "±" in rows["ELRA"][3]
     assert rows["Adam"][1] == "2"
     assert "not run" in rows["Lion"]
     assert sorted(p.name for p in (tmp_path / "mnist").glob("*.jsonl")) == [
         *("adam-seed0.jsonl", "adam-seed1.jsonl", "elra-seed0.jsonl", "elra-seed1.jsonl")
     ]
+    given[5] = "2"
+    code, _, error = finish("reproduce.py", "mnist", *given, "--columns", "elra")
+    assert code == 2
+    assert "holds a finished run of 1 epochs on digits, not of 2" in error
     code, _, error = finish("reproduce.py", "mnist", *given, "--columns", "eve")
     assert code == 2
     assert "--columns eve is unknown. Choose from elra, elra-ft, adam" in error
@@ -74,6 +79,9 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
         (["mnist", "--epoch", "3", "--colums", "adam"], "--colums adam: unknown"),
         (["mnist", "--epochs", "0"], "--epochs 0 must be at least 1"),
         (["mnist", "--data", "./nowhere"], "dataset='./nowhere' does not exist"),
+        (["mnist", "--data", "digits", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["mnist", "--sequences", "9"], "--sequences does nothing for mnist"),
+        (["2d", "--seeds", "4"], "--seeds does nothing for 2d"),
     ],
 )
 def test_wrong_input_is_named(tmp_path, words, message):

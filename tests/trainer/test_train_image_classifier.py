@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig
 from hf_elra import ConfigurationError
 from hf_elra.recipes.image_classifier import ImageClassifierArguments, build_model, use_normalisation_of
 from hf_elra.recipes.image_data import load_images
+from hf_elra.recipes.image_models import SmallImageProcessor
 from tests.conftest import finish
 
 
@@ -31,6 +32,10 @@ def test_digits_are_learned_and_the_saved_model_is_the_mean(tmp_path):
         logits = model(test.__getitems__(range(len(test)))["pixel_values"]).logits
     accuracy = (logits.argmax(1) == test.labels).double().mean().item()
     assert accuracy == pytest.approx(metrics["test_accuracy"])
+
+    processor = SmallImageProcessor.from_pretrained(folder)  # what a user feeds it from pictures
+    pictures = [Image.fromarray(image.numpy()) for image in test.images[:4, 0]]
+    torch.testing.assert_close(processor(pictures)["pixel_values"], test.__getitems__(range(4))["pixel_values"])
 
     code, _, error = finish("train_image_classifier.py", *words)
     assert code == 2
@@ -90,6 +95,32 @@ def test_recipes_for_large_images_start_on_a_small_folder(tmp_path, preset, word
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
 
 
+def test_broken_and_missing_images_are_named(tmp_path):
+    write_folder_of_images(tmp_path / "images")
+    (tmp_path / "images" / "train" / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ConfigurationError, match=r"an image cannot be read, remove or replace it: .*0\.png"):
+        load_images(str(tmp_path / "images"), image_size=32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match="holds no images that can be read"):
+        load_images(str(tmp_path / "empty"))
+
+
+def test_the_saved_model_is_the_one_that_was_reported(tmp_path):
+    """With the best model loaded at the end, the numbers are that one's."""
+    folder = tmp_path / "run"
+    words = ["--optim", "sgd", "--num_train_epochs", "3", "--load_best_model_at_end", "true", "--use_cpu"]
+    words += ["--metric_for_best_model", "eval_accuracy", "--output_dir", str(folder), "--learning_rate", "1"]
+    code, _, error = finish("train_image_classifier.py", *words)
+    assert code == 0, error
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    test = load_images("digits").test
+    with torch.no_grad():
+        logits = model(test.__getitems__(range(len(test)))["pixel_values"]).logits
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test_accuracy"] == pytest.approx((logits.argmax(1) == test.labels).double().mean().item())
+    assert metrics["test_accuracy"] == metrics["best_test_accuracy"]
+
+
 def test_a_pretrained_model_gets_images_as_it_knows_them(tmp_path):
     """Colour and normalisation of the model's own processor; a head for these classes."""
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
@@ -127,6 +158,11 @@ def test_a_model_without_a_processor_gets_the_channels_it_takes(tmp_path):
     ("words", "message"),
     [
         (["--crop_size", "20"], "crop_size=20 must be between 1 and the 8 pixels of the images"),
+        (["--weight_decay", "3"], "weight_decay=3.0 must be a number in [0, 1)"),
+        (["--num_train_epochs", "-1"], "num_train_epochs=-1.0 must be above 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--resume_from_checkpoint", "x"], "pass --resume to go on from the last checkpoint"),
+        (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "load_best_model_at_end"),
         (["--preset", "mnits"], "--preset mnits is unknown. Did you mean 'mnist'"),
         (["--model", "resnet81"], "model='resnet81' is none of"),
         (["--dataset", "./nowhere"], "dataset='./nowhere' does not exist"),

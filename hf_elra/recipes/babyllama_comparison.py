@@ -100,8 +100,18 @@ def make_run(
 
 
 def is_finished(path: Path, words: list[str]) -> bool:
-    """Whether the file holds the results of this very command."""
-    return path.is_file() and read_json(path)["words"] == words
+    """Whether the file holds the results of this very command.
+
+    Raises:
+        ConfigurationError: it holds those of another one, which are not to be lost.
+    """
+    if not path.is_file():
+        return False
+    if (before := read_json(path)["words"]) != words:
+        raise ConfigurationError(
+            f"{path} holds a run with other settings ({' '.join(before[1:])}); choose another --output, or remove it."
+        )
+    return True
 
 
 @dataclass(frozen=True)

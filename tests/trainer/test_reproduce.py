@@ -68,6 +68,10 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
     assert points[-1].loss == results["validation_loss"]
     before = (tmp_path / "out" / "babyllama" / "elra.json").stat().st_mtime_ns
     assert finish("reproduce.py", *words, folder=tmp_path)[0] == 0
+    words[words.index("320")] = "640"
+    code, _, error = finish("reproduce.py", *words, folder=tmp_path)
+    assert code == 2
+    assert "elra.json holds a run with other settings" in error
     assert (tmp_path / "out" / "babyllama" / "elra.json").stat().st_mtime_ns == before
 
 

@@ -129,6 +129,13 @@ TABLES: dict[str, Table] = {
 """By name: CIFAR's are for a GPU."""
 
 
+def build_network(table: str, data: ImageSplits, seed: int) -> torch.nn.Module:
+    """The untrained network of a table for these images, on their device."""
+    torch.manual_seed(seed)
+    channels, _, size = data.train.shape
+    return ARCHITECTURES[TABLES[table].architecture](channels, size, len(data.classes)).to(data.train.images.device)
+
+
 def build_optimizer(configuration: Configuration, parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of one column."""
     if configuration.optimizer == "elra":
@@ -163,10 +170,7 @@ def run(
     """
     if is_finished(path, epochs, data.name):
         return
-    architecture = TABLES[table].architecture
-    torch.manual_seed(seed)
-    channels, _, size = data.train.shape
-    model = ARCHITECTURES[architecture](channels, size, len(data.classes)).to(data.train.images.device)
+    model = build_network(table, data, seed)
     ours = configuration.optimizer == "elra"
     controller = None
     if ours:
@@ -212,9 +216,7 @@ def run(
 
 def alphas_of_first_epoch(table: str, configuration: Configuration, data: ImageSplits, seed: int) -> list[float]:
     """The first learning rate and the one in force after every update of the first epoch (Fig. 2a)."""
-    torch.manual_seed(seed)
-    channels, _, size = data.train.shape
-    model = ARCHITECTURES[TABLES[table].architecture](channels, size, len(data.classes)).to(data.train.images.device)
+    model = build_network(table, data, seed)
     optimizer = build_optimizer(configuration, model.parameters())
     assert isinstance(optimizer, ELRA)
     alphas = [configuration.lr]

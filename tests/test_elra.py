@@ -53,6 +53,7 @@ arguments = st.fixed_dictionaries(
         "max_growth": st.sampled_from([1.5, 10.0, 1e6]),
         "min_step_norm": st.sampled_from([0.0, 0.1]),
         "max_step_norm": st.sampled_from([None, 0.5, 2.0]),
+        "max_first_step": st.sampled_from([None, 0.01, 0.5]),
         "weight_decay": st.sampled_from([0.0, 3e-4]),
         "soft_restart": st.booleans(),
         "initial_restart_ratio": st.sampled_from([None, 1.1]),
@@ -127,7 +128,7 @@ def test_three_ways_to_tell_the_loss_agree():
     points = []
     for how in ("closure", "keyword", "observe"):
         x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
-        optimizer = ELRA([x], lr=2.0, max_step_norm=None)  # far too high: restarts are needed
+        optimizer = ELRA([x], lr=2.0, max_step_norm=None, max_first_step=None)  # far too high: restarts are needed
         for _ in range(10):
             quadratic_step(optimizer, x, how)
         assert optimizer.restarts > 0
@@ -168,7 +169,7 @@ def test_loss_that_is_no_number_is_refused():
 
 def test_restart_goes_back_and_steps_shorter():
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = ELRA([x], lr=1.5, max_step_norm=None, noise_correction=0)
+    optimizer = ELRA([x], lr=1.5, max_step_norm=None, max_first_step=None, noise_correction=0)
     quadratic_step(optimizer, x, "keyword")  # 1 - 1.5·2 = -2, where the loss is 4 > 1.1
     assert x.item() == pytest.approx(-2)
     quadratic_step(optimizer, x, "keyword")
@@ -532,6 +533,7 @@ def test_deepcopy_continues_like_the_original():
         ({"lr_bounds": 3}, "lr_bounds=3"),
         ({"min_step_norm": 3.0}, "min_step_norm=3.0 is above max_step_norm=2.0"),
         ({"max_step_norm": 0}, "max_step_norm=0"),
+        ({"max_first_step": 0}, "max_first_step=0"),
         ({"weight_decay": 1.5}, "weight_decay=1.5"),
         ({"soft_restart": "yes"}, "soft_restart='yes'"),
         ({"restart_sigma": math.nan}, "restart_sigma=nan"),
@@ -550,3 +552,25 @@ def test_a_group_cannot_have_its_own_global_setting():
         ELRA([{"params": [torch.zeros(1, requires_grad=True)], "max_growth": 3.0}])
     with pytest.raises(ConfigurationError, match="weight_decay=2"):
         ELRA([{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": 2}])
+
+
+def test_a_far_too_large_first_rate_does_no_harm():
+    """Only the very first step is cropped, to a share of the parameters' norm or to the floor."""
+    for arguments, length in (({}, 0.05), ({"max_first_step": 0.1}, 0.5), ({"min_step_norm": 0.2}, 0.2)):
+        x = torch.tensor([3.0, 4.0], requires_grad=True)  # of norm 5
+        optimizer = ELRA([x], lr=100.0, noise_correction=0, **arguments)
+        losses = []
+        for _ in range(4):
+            losses.append(quadratic_step(optimizer, x, "keyword"))
+            if len(losses) == 1:
+                assert optimizer.metrics["step_norm"] == pytest.approx(length, rel=1e-5)
+        assert losses[-1] < losses[0]
+        assert optimizer.restarts == 0
+
+
+def test_parameters_of_zero_have_no_norm_to_crop_the_first_step_by():
+    x = torch.zeros(2, requires_grad=True)
+    optimizer = ELRA([x], lr=0.5, max_step_norm=None)
+    x.grad = torch.ones(2)
+    optimizer.step(loss=1.0)
+    assert x.tolist() == [-0.5, -0.5]

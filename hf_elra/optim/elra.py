@@ -97,6 +97,9 @@ class ELRA(torch.optim.Optimizer):
         min_step_norm (float): floor under α‖G‖, the α warm-up of section 3.1 (0.1 for language models). It never
             applies to a retraced step. Default: 0.
         max_step_norm (float or None): crop above α‖G‖, c in section 3.5. None for none. Default: 2.
+        max_first_step (float or None): crop the very first step to this share of the norm of the parameters (or to
+            ``min_step_norm`` if that is more), so that a far too large ``lr`` does no harm before a second gradient is
+            known. Not in the paper, which loses runs from α_0 = 0.1 and 1. None for none. Default: 0.01.
         weight_decay (float): d in x ← (1 - d)·x, once per update and *not* scaled by α: the paper's factor 0.9997 is
             3e-4. Default: 0.
         soft_restart (bool): take steps back that led to a too high loss. What is not finite always restarts.
@@ -145,6 +148,7 @@ class ELRA(torch.optim.Optimizer):
         lr_bounds: tuple[float, float] = (1e-8, 1e6),
         min_step_norm: float = 0.0,
         max_step_norm: float | None = 2.0,
+        max_first_step: float | None = 0.01,
         weight_decay: float = 0.0,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
@@ -166,6 +170,7 @@ class ELRA(torch.optim.Optimizer):
             "direction_norm": None,
             "step_norm": 0.0,
             "cosine": None,
+            "moved": False,
             "updates": 0,
             "restarts": 0,
             "non_finite": 0,
@@ -322,10 +327,16 @@ class ELRA(torch.optim.Optimizer):
             )
         else:
             alpha = guards.apply(control["alpha"], control["alpha"], direction_norm)
+            if not control.get("moved", True) and settings["max_first_step"] is not None and direction_norm > 0:
+                norm = math.sqrt(sum(dot(group, group) for group in params))
+                if norm > 0:
+                    longest = max(settings["max_first_step"] * norm, settings["min_step_norm"])
+                    alpha = min(alpha, longest / direction_norm)
         self._set_alpha(alpha)
         self._descend(params, directions, factors)
         control["step_size"] = alpha * scale
         control["step_norm"] = alpha * scale * direction_norm
+        control["moved"] = control.get("moved", True) or control["step_norm"] > 0
         control["previous_loss"] = loss
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         control["previous_slope"] = slope if scale > 0 else None
@@ -463,6 +474,10 @@ def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
     need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
     need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")
     need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5 in the paper)")
+    if settings["max_first_step"] is not None:
+        need(
+            "max_first_step", lambda v: v > 0, "a number > 0, a share of the parameters' norm, or None for no cropping"
+        )
     if settings["max_step_norm"] is not None:
         need("max_step_norm", lambda v: v > 0, "a number > 0 (2 in the paper), or None for no cropping")
         if settings["min_step_norm"] > settings["max_step_norm"]:

@@ -33,6 +33,7 @@ class ReferenceELRA:
         lr_bounds: tuple[float, float] = (1e-8, 1e6),
         min_step_norm: float = 0.0,
         max_step_norm: float | None = 2.0,
+        max_first_step: float | None = 0.01,
         weight_decay: float = 0.0,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
@@ -45,6 +46,7 @@ class ReferenceELRA:
         self.step_rule, self.noise_correction, self.max_growth = step_rule, noise_correction, max_growth
         self.low, self.high = lr_bounds
         self.min_step_norm, self.max_step_norm = min_step_norm, math.inf if max_step_norm is None else max_step_norm
+        self.max_first_step = math.inf if max_first_step is None else max_first_step
         self.weight_decay, self.soft_restart, self.restart_sigma = weight_decay, soft_restart, restart_sigma
         self.initial_restart_ratio, self.restart_window = initial_restart_ratio, restart_window
         self.restart_formula = restart_formula
@@ -116,6 +118,8 @@ class ReferenceELRA:
         alpha = min(max(alpha, self.low), self.high)  # section 3.1, bounds
         if norm > 0:
             alpha = min(alpha, self.max_step_norm / norm)  # section 3.5
+            if self.previous_x is None and self.x.norm() > 0:  # ours: the first α is a guess
+                alpha = min(alpha, max(self.max_first_step * self.x.norm().item(), self.min_step_norm) / norm)
 
         self.previous_x, self.previous_gradient, self.previous_loss = self.x, gradient.clone(), loss
         self.alpha = alpha

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.recipes.image_models import shorter_side_to
+from hf_elra.recipes.image_models import middle_crop, shorter_side_to
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +200,9 @@ class ImageDataset(Dataset):
         if self.augmentation != "none":
             generator = torch.Generator().manual_seed(hash((self.seed, *map(int, indices))) & (2**63 - 1))
             pixels = augment(pixels, self.augmentation, generator, self.crop_size)
-        if (size := self.crop_size) is not None and pixels.shape[-1] != size:
-            top, left = ((extent - size) // 2 for extent in pixels.shape[2:])
-            pixels = pixels[:, :, top : top + size, left : left + size].contiguous()
-        return {"pixel_values": pixels, "labels": self.labels[rows]}
+        if self.crop_size is not None:
+            pixels = middle_crop(pixels, self.crop_size)
+        return {"pixel_values": pixels.contiguous(), "labels": self.labels[rows]}
 
 
 def as_batch(rows: Any) -> dict[str, Tensor]:

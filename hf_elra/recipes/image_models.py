@@ -252,14 +252,19 @@ class SmallImageProcessor(BaseImageProcessor):
             if self.image_size is not None:
                 picture = shorter_side_to(picture, self.image_size)
             array = np.atleast_3d(np.asarray(picture, np.float32)).transpose(2, 0, 1) / 255
-            if (size := self.crop_size) is not None:
-                top, left = ((extent - size) // 2 for extent in array.shape[1:])
-                array = array[:, top : top + size, left : left + size]
+            if self.crop_size is not None:
+                array = middle_crop(array, self.crop_size)
             mean, std = (
                 np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.image_mean, self.image_std)
             )
             pixels.append((array - mean) / std)
         return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
+
+
+def middle_crop(pixels: Any, size: int) -> Any:
+    """Cut ``size`` x ``size`` pixels out of the middle of arrays or tensors, (..., height, width)."""
+    top, left = ((extent - size) // 2 for extent in pixels.shape[-2:])
+    return pixels[..., top : top + size, left : left + size]
 
 
 def shorter_side_to(picture: Any, size: int) -> Any:

@@ -328,6 +328,10 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
     In order of precedence: ``optim_args``, then ``--elra_*`` flags, then defaults that depend on the model.
     """
     optimizer_class = OPTIMIZERS[str(getattr(args.optim, "value", args.optim))]
+    if not args.learning_rate > 0:
+        raise ConfigurationError(
+            f"--learning_rate {args.learning_rate:g} must be above 0; it is only the first one (try 1e-3)."
+        )
     settings = ElraSettings.of(args)
     min_step_norm = settings.elra_min_step_norm
     if min_step_norm is None:

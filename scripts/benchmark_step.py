@@ -58,6 +58,8 @@ def optimizers() -> dict[str, tuple[int, Callable[[list[Tensor]], Any]]]:
     """Every optimizer by name: the numbers per parameter that one update has to read or write, and a constructor."""
     found: dict[str, tuple[int, Callable[[list[Tensor]], Any]]] = {
         "ELRA": (5, lambda params: ELRA(params)),
+        "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
+        "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
         BASELINE: (7, lambda params: torch.optim.AdamW(params, fused=True)),
         "AdamW, foreach": (7, lambda params: torch.optim.AdamW(params, foreach=True)),
         "SGD with momentum, fused": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)),
@@ -171,7 +173,11 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     baseline = statistics.median(seconds[BASELINE])
     for name, optimizer in built.items():
         median = statistics.median(seconds[name])
-        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(optimizer.state))
+        state = sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in tensors_in(optimizer.state)
+            if tensor.device == params[0].device
+        )
         ideal = known[name][0] * 4 * number / bandwidth
         write(model=model, optimizer=name, state_bytes=state, peak_bytes=peaks.get(name))
         rows.append(
@@ -207,7 +213,7 @@ def main(words: list[str]) -> int:
         "optimizer",
         "ms an update",
         f"ratio to {BASELINE}",
-        "bytes of state a parameter",
+        "bytes of state a parameter on the device",
         "peak, MiB",
         "numbers to move",
         "of copying speed",

@@ -66,12 +66,24 @@ arguments = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None, derandomize=True)  # 1,500 random ones pass too
 @given(arguments=arguments, sequence=st.lists(events, min_size=5, max_size=25), seed=st.integers(0, 2**31))
 def test_walks_with_the_reference(arguments, sequence, seed):
+    walk_beside_the_reference(arguments, sequence, seed)
+
+
+@pytest.mark.parametrize("how", [{"memory": "point"}, {"memory": "offload"}, {"foreach": False}, {"capturable": True}])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(arguments=arguments, sequence=st.lists(events, min_size=5, max_size=25), seed=st.integers(0, 2**31))
+def test_every_way_to_update_walks_with_the_reference(how, arguments, sequence, seed):
+    walk_beside_the_reference({**arguments, **how}, sequence, seed)
+
+
+def walk_beside_the_reference(arguments, sequence, seed):
     generator = torch.Generator().manual_seed(seed)
     curvature = torch.rand(9, generator=generator, dtype=torch.float64) * 4 - 0.5
     start = torch.randn(9, generator=generator, dtype=torch.float64)
     a, b = start[:6].reshape(2, 3).clone().requires_grad_(), start[6:].clone().requires_grad_()
     fast = ELRA([{"params": [a]}, {"params": [b]}], **arguments)
-    reference = ReferenceELRA(start, **arguments)
+    only_fast = ("memory", "foreach", "fused", "capturable")
+    reference = ReferenceELRA(start, **{name: value for name, value in arguments.items() if name not in only_fast})
     for event in sequence:
         point = torch.cat([a.detach().reshape(-1), b.detach()])
         noise = torch.randn(9, generator=generator, dtype=torch.float64)
@@ -100,7 +112,7 @@ def test_walks_with_the_reference(arguments, sequence, seed):
         with torch.no_grad():  # so that such differences do not add up
             a.copy_(reference.x[:6].reshape(2, 3))
             b.copy_(reference.x[6:])
-        fast.param_groups[0]["control"]["alpha"] = reference.alpha
+        fast._control["alpha"] = reference.alpha
 
 
 # ---- the loss ----

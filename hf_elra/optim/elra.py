@@ -1,17 +1,19 @@
 """ELRA as a ``torch.optim.Optimizer``: knows torch and nothing of Hugging Face.
 
-The class keeps state and moves tensors. What it does with the numbers is put together from four pieces that live next
-door: a direction (``directions.py``), a step-size rule (``step_size.py``), guards on the step and on the loss
-(``guards.py``). ``reference.py`` is the same method in plain float64, equation by equation; tests hold the two against
-each other at every step.
+The class decides. What it does with the numbers is put together from pieces that live next door: a direction
+(``directions.py``), a step-size rule (``step_size.py``), guards on the step and on the loss (``guards.py``), a memory
+of the last step (``memory.py``), sums and updates of tensors (``tensors.py``). ``fused.py`` makes the same update on a
+GPU, without the host. ``reference.py`` is the same method in plain float64, equation by equation; tests hold all of
+them against it at every step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +28,12 @@ from hf_elra.optim.guards import (
     StepGuards,
     new_restart_memory,
 )
+from hf_elra.optim.memory import MEMORIES, GradientMemory
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
+from hf_elra.optim.tensors import dot, is_dense, squares_and_products
 
 PER_GROUP = ("lr", "weight_decay")
+_NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
 
 
@@ -59,21 +64,6 @@ def elra_alpha(
     else:  # the last gradient was zero: it says nothing
         proposal = alpha
     return guards.apply(proposal, alpha, direction_norm)
-
-
-def dot(left: list[Tensor], right: list[Tensor]) -> float:
-    """Return Σ⟨left_i, right_i⟩ over two lists of tensors of equal shapes, in float32 or better.
-
-    Each tensor's product is taken in its own precision but at least float32; the sum over tensors is float64.
-    """
-    products = []
-    for x, y in zip(left, right, strict=True):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        products.append(torch.dot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)).double())
-    if not products:
-        return 0.0
-    device = products[0].device
-    return float(torch.stack([product.to(device) for product in products]).sum())
 
 
 class ELRA(torch.optim.Optimizer):
@@ -111,6 +101,18 @@ class ELRA(torch.optim.Optimizer):
             by :meth:`end_cycle`. Default: None.
         restart_formula (str): ``"derived"`` or ``"paper"``: section 3.2's formula with or without the square that its
             print lost. Default: ``"derived"``.
+        memory (str): what is kept of the last step, one number per parameter: ``"gradient"`` keeps the old gradient
+            tensor itself, ``"point"`` the last point (exact retraces in any type), ``"offload"`` the gradient in host
+            memory. See ``memory.py``. Default: ``"gradient"``.
+        fused (bool, optional): True to make the whole update in Triton kernels, with nothing that waits for the host;
+            None to do so where it can be done: on one CUDA device, with ``memory="gradient"``. Default: None.
+        foreach (bool, optional): where kernels are not used, False for one tensor at a time. Default: None, all
+            together.
+        capturable (bool): gradients are copied instead of kept, so that :meth:`step` can be captured in a CUDA graph,
+            which needs kernels, and at least two updates before. A graph keeps the ``lr`` of the groups as it was at
+            its capture. Default: False.
+        stochastic_rounding (bool): round bfloat16 parameters up or down at random, right on average, so that steps
+            below their precision are not lost. The same on every process and in a resumed run. Default: False.
 
     Raises:
         ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
@@ -155,12 +157,17 @@ class ELRA(torch.optim.Optimizer):
         initial_restart_ratio: float | None = 1.1,
         restart_window: int | None = None,
         restart_formula: str = "derived",
+        memory: str = "gradient",
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_settings(settings)
         settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
-        # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite; ``step_size`` is the step last taken.
-        super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, "step_size": 0.0})
+        # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
+        super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **_NO_STEP})
         self.param_groups[0]["control"] = {
             "alpha": float(lr),
             "step_size": 0.0,
@@ -183,24 +190,48 @@ class ELRA(torch.optim.Optimizer):
 
     @property
     def alpha(self) -> float:
-        """The learning rate in force, α_t."""
-        return self._control["alpha"]
+        """The learning rate in force, α_t. Reading it waits for the device, as do the next two."""
+        return self._numbers()["alpha"]
 
     @property
     def restarts(self) -> int:
         """How many steps were taken back so far, for a too high loss or for anything not finite."""
-        return self._control["restarts"]
+        return self._numbers()["restarts"]
 
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
         (so far), ``grad_norm`` and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
-        control = self._control
+        control = self._numbers()
+        _check_tries(control, self.param_groups[0]["lr_bounds"])
         metrics = {"alpha": control["alpha"], "step_norm": control["step_norm"], "restarts": control["restarts"]}
         for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
             if control[key] is not None:
                 metrics[name] = control[key]
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; checkpoints do not depend on whether kernels are used."""
+        self._numbers()
+        self._memory.finish()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold."""
+        self._numbers()
+        self._memory.finish()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled or saved state; what an older one lacks gets its default."""
+        super().__setstate__(state)
+        if (kernels := self.__dict__.get("_kernels")) is not None:
+            kernels.in_force = False
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch puts that into the defaults here
+                    group.setdefault(name, value)
+        self.param_groups[0]["control"].setdefault("moved", True)
 
     # ---- what a training loop calls ----
 
@@ -224,6 +255,13 @@ class ELRA(torch.optim.Optimizer):
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
         RestartGuard.end_cycle(self._control["memory"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
+        if not set_to_none:
+            for group in self.param_groups:
+                self._memory.release_gradients(self._states(group["params"]), group["params"])
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -253,34 +291,58 @@ class ELRA(torch.optim.Optimizer):
                 "step(loss=loss) or observe_loss(loss) before step(); in a Hugging Face Trainer, import hf_elra first.",
                 stacklevel=3,
             )
-        self._update(None if observed is None else float(observed))
+        params, gradients = self._gather()
+        self._forget_what_was_overwritten()
+        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
+        if self._takes_kernels(params, gradients):
+            self._update_with_kernels(params, gradients, factors, observed)
+        else:
+            self._update(params, gradients, factors, None if observed is None else float(observed))
         return loss
 
-    # ---- the update ----
+    # ---- the update, decided on the host ----
+
+    def _numbers(self) -> dict[str, Any]:
+        """What :meth:`_control` holds, to be read."""
+        control = self.param_groups[0]["control"]
+        kernels = self.__dict__.get("_kernels")
+        if kernels is not None and kernels.in_force and not kernels.was_read:
+            kernels.pull(control)
+            for group in self.param_groups:
+                group["alpha"] = control["alpha"]
+                group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
+        return control
 
     @property
     def _control(self) -> dict[str, Any]:
-        return self.param_groups[0]["control"]
+        """What the optimizer knows besides tensors, about to be changed on the host."""
+        control = self._numbers()
+        if (kernels := self.__dict__.get("_kernels")) is not None:
+            kernels.in_force = False
+        return control
 
-    def _update(self, loss: float | None) -> None:
+    def _update(
+        self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
+    ) -> None:
         control, settings = self._control, self.param_groups[0]
         control["updates"] += 1
-        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
         scale = max(factors)
-        weights = [factor / scale if scale > 0 else 0.0 for factor in factors]
-
-        params, gradients = self._gather()
+        weights = _shares(factors)
         directions = [self.direction(group) for group in gradients]
         # Products along the new direction (weighted as it will be stepped) and along the last one. Where the direction
         # is the gradient itself, one product serves for all three.
-        squares = [dot(g, g) for g in gradients]
-        gradient_norm_squared = slope = norm_squared = 0.0
-        for weight, gradient, direction, square in zip(weights, gradients, directions, squares, strict=True):
+        gradient_norm_squared = slope = norm_squared = current_slope = 0.0
+        for weight, group, group_params, gradient, direction in zip(
+            weights, self.param_groups, params, gradients, directions, strict=True
+        ):
+            last = self._memory.directions(self._states(group_params), group_params, group)
+            square, product = squares_and_products(gradient, last)
+            if control["step_size"] > 0:
+                current_slope += group["step_size"] / control["step_size"] * product
             same = direction is gradient
             gradient_norm_squared += square
             slope += weight * (square if same else dot(gradient, direction))
             norm_squared += weight * weight * (square if same else dot(direction, direction))
-        current_slope = self._slope_along_last_direction(params, gradients)
         control["gradient_norm"] = math.sqrt(gradient_norm_squared) if gradient_norm_squared >= 0 else math.nan
 
         if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
@@ -327,7 +389,7 @@ class ELRA(torch.optim.Optimizer):
             )
         else:
             alpha = guards.apply(control["alpha"], control["alpha"], direction_norm)
-            if not control.get("moved", True) and settings["max_first_step"] is not None and direction_norm > 0:
+            if not control["moved"] and settings["max_first_step"] is not None and direction_norm > 0:
                 norm = math.sqrt(sum(dot(group, group) for group in params))
                 if norm > 0:
                     longest = max(settings["max_first_step"] * norm, settings["min_step_norm"])
@@ -336,7 +398,7 @@ class ELRA(torch.optim.Optimizer):
         self._descend(params, directions, factors)
         control["step_size"] = alpha * scale
         control["step_norm"] = alpha * scale * direction_norm
-        control["moved"] = control.get("moved", True) or control["step_norm"] > 0
+        control["moved"] = control["moved"] or control["step_norm"] > 0
         control["previous_loss"] = loss
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         control["previous_slope"] = slope if scale > 0 else None
@@ -357,18 +419,29 @@ class ELRA(torch.optim.Optimizer):
             gradients.append([p.grad for p in used])
         return params, gradients
 
-    def _slope_along_last_direction(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> float:
-        """Return ⟨G_t, u_{t-1}⟩, each group weighted by its share in the last step."""
-        step_size, total = self._control["step_size"], 0.0
-        for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
-            pairs = [
-                (g, self.state[p]["previous_direction"])
-                for p, g in zip(group_params, group_gradients, strict=True)
-                if "previous_direction" in self.state.get(p, ())
-            ]
-            if pairs and step_size > 0:
-                total += group["step_size"] / step_size * dot([g for g, _ in pairs], [u for _, u in pairs])
-        return total
+    @property
+    def _memory(self) -> GradientMemory:
+        """The memory layout; made when it is first needed, as neither copying nor unpickling an optimizer makes one."""
+        settings = self.param_groups[0]
+        made = self.__dict__.get("_made_memory")
+        if type(made) is not MEMORIES[settings["memory"]]:
+            made = self._made_memory = MEMORIES[settings["memory"]](
+                copies=settings["capturable"], foreach=settings["foreach"]
+            )
+        return made
+
+    def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        return [self.state[p] for p in params]
+
+    def _forget_what_was_overwritten(self) -> None:
+        """Where a kept gradient was changed by somebody else, the last step is unknown."""
+        if any(self._memory.overwritten(self._states(g["params"]), g["params"]) for g in self.param_groups):
+            self.state.clear()
+            self._control["previous_slope"] = None
+
+    def _rounding_seed(self) -> int | None:
+        """Random numbers for stochastic rounding: the same on every process, others in every update."""
+        return self._control["updates"] if self.param_groups[0]["stochastic_rounding"] else None
 
     def _descend(self, params: list[list[Tensor]], directions: list[list[Tensor]], factors: list[float]) -> None:
         """x ← (1 - d)·x - α·factor·u, and remember u."""
@@ -379,26 +452,16 @@ class ELRA(torch.optim.Optimizer):
             for p in group["params"]:
                 if p not in used:  # it does not move, so there is nothing of it to take back
                     self.state.pop(p, None)
-            group["step_size"] = step_size = self.alpha * factor
-            if not group_params:
-                continue
-            if factor != 0:
-                if group["weight_decay"] != 0:
-                    torch._foreach_mul_(group_params, 1 - group["weight_decay"])
-                torch._foreach_add_(group_params, group_directions, alpha=-step_size)
-            kept = []
-            for p in group_params:
-                state = self.state[p]
-                if "previous_direction" not in state:
-                    state["previous_direction"] = torch.empty_like(p, memory_format=torch.preserve_format)
-                kept.append(state["previous_direction"])
-            torch._foreach_copy_(kept, group_directions)
+            group["step_size"], group["step_factor"] = self.alpha * factor, factor
+            group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
+            self._memory.advance(
+                self._states(group_params), group_params, group_directions, group, self._rounding_seed()
+            )
 
     def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
         """Go back to x_{t-1} and step again along the old direction with α·factor.
 
-        x_{t-1} - α'u = x_t + (α - α')u, whatever the weight decay was, so one addition does both. The floor under the
-        step norm does not apply here: it would undo the restart.
+        The floor under the step norm does not apply here: it would undo the restart.
         """
         control, settings = self._control, self.param_groups[0]
         control["restarts"] += 1
@@ -408,24 +471,107 @@ class ELRA(torch.optim.Optimizer):
             control["non_finite"] += 1
             if control["alpha"] <= low:
                 control["tries_at_lower_bound"] += 1
-            if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
-                raise RuntimeError(
-                    f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning "
-                    f"rate at its lower bound {low:g} (lr_bounds): the cause is not the step. Look for NaN or inf in "
-                    "the data, in the loss or in the starting weights."
-                )
+            _check_tries(control, settings["lr_bounds"])
         self._set_alpha(max(control["alpha"] * factor, low))
         if control["previous_slope"] is None:  # no step behind us: stay, only more careful
             return
         for group, group_factor in zip(self.param_groups, factors, strict=True):
             new_step_size = self.alpha * group_factor
-            params = [p for p in group["params"] if "previous_direction" in self.state.get(p, ())]
-            if params:
-                kept = [self.state[p]["previous_direction"] for p in params]
-                torch._foreach_add_(params, kept, alpha=group["step_size"] - new_step_size)
-            group["step_size"] = new_step_size
+            params = group["params"]
+            self._memory.retrace(self._states(params), params, group, new_step_size, self._rounding_seed())
+            group["step_size"], group["step_factor"] = new_step_size, group_factor
         control["step_size"] = self.alpha * max(factors)
         control["step_norm"] = control["step_size"] * control["direction_norm"]
+
+    # ---- the update, decided on the device ----
+
+    def _takes_kernels(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> bool:
+        """Whether this update can be made in kernels; the first one never can.
+
+        Raises:
+            ConfigurationError: ``fused=True``, and they never will.
+            RuntimeError: a CUDA graph is being captured, and this update is not for kernels.
+        """
+        settings = self.param_groups[0]
+        if settings["fused"] is False:
+            return False
+        used = [p for group in params for p in group]
+        if not used or (settings["fused"] is None and not all(p.is_cuda for p in used)):
+            return False
+        reason = self._why_no_kernels(used)
+        if reason is not None and settings["fused"]:
+            raise ConfigurationError(f"fused=True cannot be done: {reason}. Leave fused out.")
+        known = self._memory.knows
+        ready = (
+            reason is None
+            and settings["control"]["moved"]
+            and all(known(self.state[p]) == (p.grad is not None) for g in self.param_groups for p in g["params"])
+            and all(
+                is_dense(p) and p.stride() == g.stride() == self.state[p][self._memory.key].stride()
+                for p, g in zip(used, (g for group in gradients for g in group), strict=True)
+            )
+        )
+        if not ready and used[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"ELRA cannot be captured in a CUDA graph now: {reason or 'it has no last step yet'}. Make two updates "
+                "before the capture, with ELRA(..., capturable=True)."
+            )
+        return ready
+
+    def _why_no_kernels(self, used: list[Tensor]) -> str | None:
+        settings = self.param_groups[0]
+        if self.direction is not gradient_direction:
+            return "the direction is not the gradient"
+        if settings["memory"] != "gradient":
+            return f"memory={settings['memory']!r} has no kernels"
+        if settings["restart_window"] is not None:
+            return f"restart_window={settings['restart_window']} has no kernels"
+        try:
+            from hf_elra.optim import fused
+        except ImportError as error:
+            return f"Triton is missing ({error})"
+        return fused.why_not(used)
+
+    def _update_with_kernels(
+        self,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        loss: Tensor | float | None,
+    ) -> None:
+        from hf_elra.optim.fused import FusedUpdate, Launch
+
+        settings, memory = self.param_groups[0], self._memory
+        control = settings["control"]
+        kernels = self.__dict__.get("_kernels")
+        if kernels is None:
+            kernels = self._kernels = FusedUpdate()
+        device = next(p for group in params for p in group).device
+        if not kernels.in_force:
+            kernels.push(control, device)
+        control["updates"] += 1
+        weights, last_weights = _shares(factors), _shares([group["step_factor"] for group in self.param_groups])
+        launches = []
+        for group, group_params, group_gradients, weight, last_weight, factor in zip(
+            self.param_groups, params, gradients, weights, last_weights, factors, strict=True
+        ):
+            lots: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+            for p, g in zip(group_params, group_gradients, strict=True):
+                if p.numel() > 0:
+                    lots.setdefault((p.dtype, memory.must_copy(g)), []).append((p, g))
+            for (_, copy), pairs in lots.items():
+                ps, gs = [p for p, _ in pairs], [g for _, g in pairs]
+                kept = memory.tensors(self._states(ps), ps, writable=copy)
+                launches.append(
+                    Launch(ps, gs, kept, copy, weight, last_weight, factor, group["step_factor"], group["weight_decay"])
+                )
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernels.update(launches, loss, max(factors), settings, control["updates"])
+        for launch in launches:
+            if not launch.copy:
+                memory.adopt(self._states(launch.params), launch.params, launch.gradients)
+        for group, factor in zip(self.param_groups, factors, strict=True):
+            group["step_factor"], group["step_decay"] = factor, group["weight_decay"] if factor != 0 else 0.0
 
     def _set_alpha(self, alpha: float) -> None:
         self._control["alpha"] = alpha
@@ -453,6 +599,22 @@ class ELRA(torch.optim.Optimizer):
                     f"params: ELRA does not support complex parameters (one of shape {tuple(p.shape)} is {p.dtype}); "
                     "optimise torch.view_as_real(parameter) instead."
                 )
+
+
+def _shares(factors: list[float]) -> list[float]:
+    """Every group's part in a step, of the largest."""
+    scale = max(factors)
+    return [factor / scale if scale > 0 else 0.0 for factor in factors]
+
+
+def _check_tries(control: dict[str, Any], lr_bounds: tuple[float, float]) -> None:
+    """Raise a RuntimeError if shorter steps have not helped against loss or gradients that are not finite."""
+    if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
+        raise RuntimeError(
+            f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning rate at "
+            f"its lower bound {lr_bounds[0]:g} (lr_bounds): the cause is not the step. Look for NaN or inf in the "
+            "data, in the loss or in the starting weights."
+        )
 
 
 def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
@@ -500,9 +662,21 @@ def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
         raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. (1e-8, 1e6).")
     if not bounds[0] <= settings["lr"] <= bounds[1]:
         raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
-    if not isinstance(settings["soft_restart"], bool):
-        raise ConfigurationError(f"soft_restart={settings['soft_restart']!r} must be True or False.")
-    for name, valid in (("step_rule", tuple(STEP_RULES)), ("restart_formula", RESTART_FORMULAS)):
+    for name, more in (
+        ("soft_restart", ()),
+        ("stochastic_rounding", ()),
+        ("capturable", ()),
+        ("foreach", (None,)),
+        ("fused", (None,)),
+    ):
+        if not isinstance(settings[name], bool) and settings[name] not in more:
+            alternative = " (or None, to choose)" if more else ""
+            raise ConfigurationError(f"{name}={settings[name]!r} must be True or False{alternative}.")
+    for name, valid in (
+        ("step_rule", tuple(STEP_RULES)),
+        ("restart_formula", RESTART_FORMULAS),
+        ("memory", tuple(MEMORIES)),
+    ):
         value = settings[name]
         if value not in valid:
             raise ConfigurationError(

@@ -10,10 +10,15 @@ import signal
 import time
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
 
 from hf_elra.control import ControlCycle, LossStatistics
+
+LOSSES_ON_DEVICE = 1000
+"""So many losses are collected before they are fetched; a loss fetched alone would make the host wait for the GPU."""
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -42,11 +47,13 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.tokens = 0
         self.samples_before = self.updates_before = 0  # where a run was resumed
         self.cycle_losses: list[Any] = [0, 0.0, 0.0]  # count, mean, squared deviations
+        self._waiting: list[Any] = []  # losses that are still on the device
         self.full_batch = 0  # samples in a whole micro-batch of data of unknown length, as far as seen
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
+        self._take_in()
         attributes = {
             "samples": self.samples,
             "tokens": self.tokens,
@@ -65,22 +72,31 @@ class ElraCallback(TrainerCallback, ExportableState):
         return saved["attributes"] if saved else {}
 
     def count(self, samples: int, tokens: int, loss: Any) -> None:
-        """Add one update: samples and tokens over all processes, its mean loss."""
+        """Add one update: samples and tokens over all processes, its mean loss, which may stay on its device."""
         self.samples += samples
         self.tokens += tokens
         control = self.trainer.batch_control
         if control is None or control.mode == "off":  # nobody asks for the cycle's losses
             return
-        if math.isfinite(value := float(loss)):
-            statistics = LossStatistics(*self.cycle_losses)
-            statistics.add(value)
-            self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
+        self._waiting.append(loss)
+        if len(self._waiting) >= LOSSES_ON_DEVICE:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Fetch the losses that wait, all at once, and add the finite ones to the running cycle's."""
+        losses, self._waiting = self._waiting, []
+        tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
+        statistics = LossStatistics(*self.cycle_losses)
+        for value in torch.stack(losses).tolist() if tensors else map(float, losses):
+            if math.isfinite(value):
+                statistics.add(value)
+        self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)
         self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
         self.samples_before, self.updates_before = self.samples, state.global_step
-        self.cycle_losses = saved.get("cycle_losses", [0, 0.0, 0.0])
+        self.cycle_losses, self._waiting = saved.get("cycle_losses", [0, 0.0, 0.0]), []
         self.full_batch = saved.get("full_batch", 0)
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._cycle.completed = 0
@@ -95,6 +111,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         cycle_is_over = self._advance(state)
         self.trainer.sample_point(state.global_step, cycle_is_over)
         if cycle_is_over:
+            self._take_in()
             optimizer = unwrap_optimizer(kwargs["optimizer"])
             if hasattr(optimizer, "end_cycle"):
                 optimizer.end_cycle()

@@ -37,3 +37,14 @@ def test_step(tmp_path):
     timed = {entry["optimizer"] for entry in entries if "seconds_per_update" in entry}
     assert timed == state.keys()
     assert all(name in output for name in timed)
+
+
+def test_training(tmp_path):
+    file = tmp_path / "training.jsonl"
+    words = ["--output", str(file), "--preset", "tiny", "--batches", "2", "--rounds", "1", "--updates", "1"]
+    code, output, error = finish("benchmark_training.py", *words)
+    assert code == 0, error
+    timed = {entry["case"]: entry["seconds"] for entry in measurements(file)}
+    assert len(timed) == 5
+    assert all(len(seconds) == 1 for seconds in timed.values())
+    assert all(name in output for name in timed)

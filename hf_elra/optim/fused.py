@@ -1,0 +1,506 @@
+"""ELRA's update in Triton kernels: nothing waits for the host, and every number is moved as seldom as possible.
+
+Three kinds of kernels make an update. ``products_kernel`` reads every gradient and the one before it once and writes
+partial sums of ⟨G_t, G_t⟩ and ⟨G_t, G_{t-1}⟩; ``control_kernel``, a single program, adds these up in a fixed order and
+makes all decisions of ``elra.py`` on a vector of numbers that stays on the device; ``update_kernel`` reads these and
+takes the step, or takes the last one back. Tensors are found through tables of their addresses, so that one launch
+serves all tensors of a type in a parameter group.
+
+The numbers are copied to the host when somebody asks for them (:meth:`FusedUpdate.pull`). Which parameters can be
+updated like this is said by :func:`why_not`; for others ``elra.py`` does the same with plain tensor operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_elra.optim.guards import ENOUGH_LOSSES, MAX_CONSECUTIVE_RESTARTS, NON_FINITE_BACKOFF
+
+BLOCK = 1024  # numbers of a vector operation
+PIECE = 16 * BLOCK  # numbers of a tensor that one program handles
+KEPT_TABLES = 64  # small tables that stay on the device
+BYTES_FOR_CAPTURES = 2**20
+
+NAMES = (
+    "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
+    "restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound",
+    "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
+    "restarted", "alpha_before", "had_previous",
+)  # fmt: skip
+"""What the vector of numbers holds, in this order; NaN says that a number is not known."""
+
+_ALPHA = tl.constexpr(0)
+_STEP_SIZE = tl.constexpr(1)
+_PREVIOUS_SLOPE = tl.constexpr(2)
+_PREVIOUS_LOSS = tl.constexpr(3)
+_GRADIENT_NORM = tl.constexpr(4)
+_DIRECTION_NORM = tl.constexpr(5)
+_STEP_NORM = tl.constexpr(6)
+_COSINE = tl.constexpr(7)
+_RESTARTS = tl.constexpr(8)
+_NON_FINITE = tl.constexpr(9)
+_CONSECUTIVE = tl.constexpr(10)
+_TRIES = tl.constexpr(11)
+_INITIAL_LOSS = tl.constexpr(12)
+_COUNT = tl.constexpr(13)
+_MEAN = tl.constexpr(14)
+_SQUARES = tl.constexpr(15)
+_LAST_MEAN = tl.constexpr(16)
+_LAST_STD = tl.constexpr(17)
+_RESTARTED = tl.constexpr(18)
+_ALPHA_BEFORE = tl.constexpr(19)
+_HAD_PREVIOUS = tl.constexpr(20)
+
+_ENOUGH = tl.constexpr(ENOUGH_LOSSES)
+_MOST_RESTARTS = tl.constexpr(MAX_CONSECUTIVE_RESTARTS)
+_BACKOFF = tl.constexpr(NON_FINITE_BACKOFF)
+
+
+@triton.jit
+def products_kernel(
+    gradients, kept, sizes, tensors, starts, shares, partials,
+    TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write four partial sums of one piece of one tensor, float64: G², w·G², w²·G² and v·⟨G, u⟩.
+
+    Args:
+        gradients, kept: tables of addresses, int64, one a tensor.
+        sizes: numbers in every tensor.
+        tensors, starts: of every program, its tensor and the first number of its piece.
+        shares: of the group, float64, see :meth:`Launch.shares`.
+        partials: (programs, 4).
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(tensors + program)
+    size = tl.load(sizes + tensor)
+    start = tl.load(starts + program)
+    g = tl.load(gradients + tensor).to(tl.pointer_type(TYPE))
+    u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
+    squares = tl.zeros([BLOCK], WIDE)
+    products = tl.zeros([BLOCK], WIDE)
+    for offset in range(0, PIECE, BLOCK):
+        index = start + offset + tl.arange(0, BLOCK)
+        inside = index < size
+        a = tl.load(g + index, mask=inside, other=0.0).to(WIDE)
+        b = tl.load(u + index, mask=inside, other=0.0).to(WIDE)
+        squares += a * a
+        products += a * b
+    square = tl.sum(squares, 0).to(tl.float64)
+    product = tl.sum(products, 0).to(tl.float64)
+    w = tl.load(shares)
+    v = tl.load(shares + 1)
+    target = partials + 4 * program
+    tl.store(target, square)
+    tl.store(target + 1, w * square)
+    tl.store(target + 2, w * w * square)
+    tl.store(target + 3, tl.where(v == 0, 0.0, v * product))
+
+
+@triton.jit
+def control_kernel(
+    numbers, partials, count, loss_address, settings,
+    HAS_LOSS: tl.constexpr, SOFT: tl.constexpr, HAS_RATIO: tl.constexpr, DERIVED: tl.constexpr, BB2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Decide: what ``ELRA._update`` does with numbers, in one program and in float64.
+
+    Args:
+        numbers: the vector of :data:`NAMES`, read and written.
+        partials: (count, 4), what ``products_kernel`` wrote.
+        loss_address: the loss, one number.
+        settings: float64: noise_correction, max_growth, lowest and highest α, min_step_norm, max_step_norm,
+            restart_sigma, initial_restart_ratio, largest factor of a scheduler.
+    """
+    row = tl.arange(0, BLOCK)
+    gg = tl.zeros([BLOCK], tl.float64)
+    wg = tl.zeros([BLOCK], tl.float64)
+    wwg = tl.zeros([BLOCK], tl.float64)
+    gu = tl.zeros([BLOCK], tl.float64)
+    start = 0
+    while start < count:  # the interpreter of older Tritons cannot count to a number that is no constant
+        inside = start + row < count
+        at = partials + 4 * (start + row)
+        gg += tl.load(at, mask=inside, other=0.0)
+        wg += tl.load(at + 1, mask=inside, other=0.0)
+        wwg += tl.load(at + 2, mask=inside, other=0.0)
+        gu += tl.load(at + 3, mask=inside, other=0.0)
+        start += BLOCK
+    square = tl.sum(gg, 0)
+    slope = tl.sum(wg, 0)
+    norm = tl.sqrt(tl.sum(wwg, 0))
+    current = tl.sum(gu, 0)
+
+    noise_correction = tl.load(settings)
+    max_growth = tl.load(settings + 1)
+    lowest = tl.load(settings + 2)
+    highest_alpha = tl.load(settings + 3)
+    min_norm = tl.load(settings + 4)
+    max_norm = tl.load(settings + 5)
+    sigma = tl.load(settings + 6)
+    ratio = tl.load(settings + 7)
+    factor = tl.load(settings + 8)
+
+    alpha = tl.load(numbers + _ALPHA)
+    step_size = tl.load(numbers + _STEP_SIZE)
+    previous_slope = tl.load(numbers + _PREVIOUS_SLOPE)
+    previous_loss = tl.load(numbers + _PREVIOUS_LOSS)
+    known = previous_slope == previous_slope
+    in_a_row = tl.load(numbers + _CONSECUTIVE)
+    tries = tl.load(numbers + _TRIES)
+    nan = tl.full([], float("nan"), tl.float64)
+    loss = tl.load(loss_address).to(tl.float64) if HAS_LOSS else nan
+    finite = square - square == 0
+    if HAS_LOSS:
+        finite = finite & (loss - loss == 0)
+
+    # Is the loss too high? (RestartGuard)
+    too_high = square != square
+    if HAS_LOSS:
+        initial = tl.load(numbers + _INITIAL_LOSS)
+        number = tl.load(numbers + _COUNT)
+        mean = tl.load(numbers + _MEAN)
+        squares = tl.load(numbers + _SQUARES)
+        last_mean = tl.load(numbers + _LAST_MEAN)
+        last_std = tl.load(numbers + _LAST_STD)
+        limit = tl.full([], float("inf"), tl.float64)
+        if HAS_RATIO:
+            first_limit = initial + (ratio - 1) * tl.abs(initial)
+            running = mean + sigma * tl.sqrt(squares / tl.maximum(number, 1.0))
+            first_limit = tl.where(number >= _ENOUGH, tl.maximum(first_limit, running), first_limit)
+            limit = tl.where((initial == initial) & (initial != 0), first_limit, limit)
+        limit = tl.where(last_mean == last_mean, last_mean + sigma * last_std, limit)
+        counted = tl.minimum(loss, limit)
+        delta = counted - mean
+        new_mean = mean + delta / (number + 1)
+        tl.store(numbers + _INITIAL_LOSS, tl.where(finite & (initial != initial), counted, initial))
+        tl.store(numbers + _COUNT, tl.where(finite, number + 1, number))
+        tl.store(numbers + _MEAN, tl.where(finite, new_mean, mean))
+        tl.store(numbers + _SQUARES, tl.where(finite, squares + delta * (counted - new_mean), squares))
+        if SOFT:
+            too_high = finite & known & (loss > limit) & (in_a_row < _MOST_RESTARTS)
+    restarted = too_high | (finite == 0)
+
+    # The step after a restart
+    decrease = step_size * (previous_slope if DERIVED else tl.sqrt(previous_slope))
+    increase = tl.maximum(loss - previous_loss, 0.0)
+    shrink = 0.5 * decrease / (increase + decrease)
+    shrink = tl.where((previous_loss == previous_loss) & (decrease > 0), shrink, 0.5)
+    shrink = tl.where(finite, shrink, _BACKOFF)
+    shorter = tl.maximum(alpha * shrink, lowest)
+
+    # The step without one: eq. (4) and its guards
+    curvature = previous_slope - current
+    if BB2:
+        change = square - 2 * current + previous_slope
+        best = curvature / tl.where(change > 0, change, 1.0)
+        convex = (curvature > 0) & (change > 0)
+    else:
+        best = previous_slope / tl.where(curvature > 0, curvature, 1.0)
+        convex = curvature > 0
+    correction = 1 + noise_correction / (1 + step_size * step_size)
+    most = max_growth * alpha
+    proposal = tl.where(convex, tl.minimum(step_size * best * correction, most), most)
+    proposal = tl.where(known & (previous_slope > 0), proposal, tl.minimum(alpha, most))
+    moving = norm > 0
+    divisor = tl.where(moving, norm, 1.0)
+    proposal = tl.where(moving & (min_norm > 0), tl.maximum(proposal, min_norm / divisor), proposal)
+    proposal = tl.minimum(tl.maximum(proposal, lowest), highest_alpha)
+    proposal = tl.where(moving & (proposal * norm > max_norm), max_norm / divisor, proposal)
+
+    new_alpha = tl.where(restarted, shorter, proposal)
+    stays = restarted & (known == 0)  # nothing to take back: no step
+    new_step_size = tl.where(stays, step_size, new_alpha * factor)
+    old_norm = tl.load(numbers + _DIRECTION_NORM)
+    new_norm = tl.where(restarted, old_norm, norm)
+    both = tl.sqrt(square) * old_norm
+    cosine = tl.where(both > 0, current / tl.where(both > 0, both, 1.0), 0.0)
+    tl.store(numbers + _COSINE, tl.where(known & (restarted == 0), cosine, tl.load(numbers + _COSINE)))
+    tl.store(numbers + _ALPHA_BEFORE, alpha)
+    tl.store(numbers + _ALPHA, new_alpha)
+    tl.store(numbers + _STEP_SIZE, new_step_size)
+    tl.store(numbers + _STEP_NORM, tl.where(stays, tl.load(numbers + _STEP_NORM), new_step_size * new_norm))
+    tl.store(numbers + _GRADIENT_NORM, tl.sqrt(square))
+    tl.store(numbers + _DIRECTION_NORM, new_norm)
+    kept_slope = tl.where(factor > 0, slope, nan)
+    tl.store(numbers + _PREVIOUS_SLOPE, tl.where(restarted, previous_slope, kept_slope))
+    tl.store(numbers + _PREVIOUS_LOSS, tl.where(restarted, previous_loss, loss))
+    tl.store(numbers + _RESTARTED, restarted.to(tl.float64))
+    tl.store(numbers + _HAD_PREVIOUS, known.to(tl.float64))
+    tl.store(numbers + _RESTARTS, tl.load(numbers + _RESTARTS) + restarted.to(tl.float64))
+    tl.store(numbers + _NON_FINITE, tl.load(numbers + _NON_FINITE) + (finite == 0).to(tl.float64))
+    tl.store(numbers + _CONSECUTIVE, tl.where(restarted, in_a_row + 1, 0.0))
+    at_bound = (finite == 0) & (alpha <= lowest)
+    tl.store(numbers + _TRIES, tl.where(restarted, tries + at_bound.to(tl.float64), 0.0))
+
+
+@triton.jit
+def update_kernel(
+    params, gradients, kept, sizes, tensors, starts, shares, numbers, seed,
+    COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Take the step, x ← (1 - d)·x - α·factor·G, or the last one back, in one piece of one tensor.
+
+    With ``COPY`` the gradient is copied to where ``kept`` points. Without, the host keeps the gradient tensor itself as
+    the new G_{t-1}; after a restart that must be the old one, which is then written there.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(tensors + program)
+    size = tl.load(sizes + tensor)
+    start = tl.load(starts + program)
+    p = tl.load(params + tensor).to(tl.pointer_type(TYPE))
+    g = tl.load(gradients + tensor).to(tl.pointer_type(TYPE))
+    u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
+    restarted = tl.load(numbers + _RESTARTED) != 0
+    known = tl.load(numbers + _HAD_PREVIOUS) != 0
+    now = tl.load(numbers + _ALPHA) * tl.load(shares + 2)
+    before = tl.load(numbers + _ALPHA_BEFORE) * tl.load(shares + 3)
+    if restarted:
+        back = tl.where(known, before - now, 0.0).to(WIDE)
+        for offset in range(0, PIECE, BLOCK):
+            index = start + offset + tl.arange(0, BLOCK)
+            inside = index < size
+            old = tl.load(u + index, mask=inside, other=0.0)
+            old = tl.where(known, old, 0.0)
+            x = tl.load(p + index, mask=inside, other=0.0).to(WIDE) + back * old.to(WIDE)
+            if ROUND:
+                x = _round_stochastically(x, seed, index, tensor)
+            tl.store(p + index, x.to(TYPE), mask=inside)
+            if not COPY:
+                tl.store(g + index, old, mask=inside)
+    else:
+        step = now.to(WIDE)
+        rest = tl.load(shares + 4).to(WIDE)
+        for offset in range(0, PIECE, BLOCK):
+            index = start + offset + tl.arange(0, BLOCK)
+            inside = index < size
+            new = tl.load(g + index, mask=inside, other=0.0)
+            x = rest * tl.load(p + index, mask=inside, other=0.0).to(WIDE) - step * new.to(WIDE)
+            if ROUND:
+                x = _round_stochastically(x, seed, index, tensor)
+            tl.store(p + index, x.to(TYPE), mask=inside)
+            if COPY:
+                tl.store(u + index, new, mask=inside)
+
+
+@triton.jit
+def _round_stochastically(x, seed, index, tensor):
+    """float32 that bfloat16 holds exactly; see ``tensors.stochastically_rounded``."""
+    noise = tl.randint(seed + tensor * 7919, index.to(tl.int32)) & 0xFFFF
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + noise.to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(x - x == 0, rounded, x)
+
+
+# ---- the host's part ----
+
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Launch(NamedTuple):
+    """Tensors that one launch of a kernel serves: of one parameter group and one type.
+
+    Attributes:
+        params, gradients, kept: of equal shapes and strides, each one piece of memory.
+        copy: the gradients are copied to ``kept``; otherwise the gradient tensors themselves are kept afterwards.
+        weight, last_weight: the group's share in this step and in the last one.
+        factor, last_factor: what a scheduler multiplies α by, now and in the last update.
+        decay: weight decay.
+    """
+
+    params: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    copy: bool
+    weight: float
+    last_weight: float
+    factor: float
+    last_factor: float
+    decay: float
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What kernels know of the group; weight decay as the factor it is, which is 1 where nothing moves."""
+        rest = 1 - self.decay if self.factor != 0 else 1.0
+        return self.weight, self.last_weight, self.factor, self.last_factor, rest
+
+
+def why_not(params: Sequence[Tensor]) -> str | None:
+    """Return why these parameters cannot be updated by kernels; None if they can."""
+    devices = {p.device for p in params}
+    if len(devices) != 1:
+        return f"parameters lie on several devices ({', '.join(sorted(map(str, devices)))})"
+    (device,) = devices
+    if device.type != "cuda" and isinstance(products_kernel, triton.JITFunction):  # not Triton's interpreter
+        return f"parameters lie on {device}, and the kernels are for CUDA"
+    for p in params:
+        if isinstance(p, DTensor):
+            return "parameters are DTensors"
+        if p.dtype not in _TYPES:
+            return f"a parameter is of type {p.dtype}"
+    return None
+
+
+class FusedUpdate:
+    """Launches the kernels and holds the numbers on the device."""
+
+    def __init__(self) -> None:
+        self.numbers: Tensor | None = None
+        self.in_force = False  # the numbers on the device are those that count, not the host's
+        self.was_read = False  # ... and the host has a copy of them
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._for_captures: Tensor | None = None
+        self._captured = 0  # bytes of it
+
+    def push(self, control: dict[str, Any], device: torch.device) -> None:
+        """Copy the host's numbers to the device."""
+        memory = control["memory"]
+        values = dict.fromkeys(NAMES)
+        values.update({name: control[name] for name in NAMES[:12]})
+        values["initial_loss"] = memory["initial_loss"]
+        values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
+        if memory["last_cycle"] is not None:
+            values["last_mean"], values["last_std"] = memory["last_cycle"]
+        row = [math.nan if value is None else float(value) for value in values.values()]
+        self.numbers = torch.tensor(row, dtype=torch.float64).to(device)
+        self.in_force = self.was_read = True
+
+    def pull(self, control: dict[str, Any]) -> None:
+        """Copy the device's numbers to the host; this waits for the device."""
+        assert self.numbers is not None
+        self.was_read = True
+        row = self.numbers.tolist()
+        found: dict[str, Any] = {
+            name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
+        }
+        for name in ("restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound"):
+            found[name] = int(found[name])
+        for name in NAMES[:12]:
+            control[name] = found[name]
+        if control["gradient_norm"] is None and control["updates"] > 0:
+            control["gradient_norm"] = math.nan
+        memory = control["memory"]
+        memory["initial_loss"] = found["initial_loss"]
+        memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
+        known = found["last_mean"] is not None
+        memory["last_cycle"] = [found["last_mean"], found["last_std"]] if known else None
+
+    def update(
+        self, launches: Sequence[Launch], loss: Tensor | float | None, scale: float, settings: dict[str, Any], seed: int
+    ) -> None:
+        """Queue one update.
+
+        Args:
+            launches: all tensors.
+            loss: of this update; a tensor on the device is not waited for.
+            scale: the largest factor.
+            settings: of the optimizer.
+            seed: of stochastic rounding.
+        """
+        device = launches[0].params[0].device
+        assert self.numbers is not None
+        self.was_read = False
+        pieces = [self._pieces(launch.params) for launch in launches]
+        tables = [self._table([launch.params, launch.gradients, launch.kept]) for launch in launches]
+        programs = [len(tensors) for _, tensors, _ in pieces]
+        partials = self._cached(
+            ("partials", sum(programs), device),
+            lambda: torch.empty(sum(programs), 4, dtype=torch.float64, device=device),
+        )
+        shares = [self._row("shares", launch.shares, device) for launch in launches]
+        first = 0
+        for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
+            kind, wide = _kinds(launch.params[0].dtype)
+            products_kernel[(number,)](
+                table[1], table[2], *piece, share, partials[first:],
+                TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
+            )  # fmt: skip
+            first += number
+        given = self.numbers if loss is None else loss
+        if not isinstance(given, Tensor) or given.device != device:
+            given = torch.full((), float(given), dtype=torch.float64, device=device)
+        control_kernel[(1,)](
+            self.numbers, partials, sum(programs), given, self._settings(settings, scale, device),
+            HAS_LOSS=loss is not None, SOFT=settings["soft_restart"],
+            HAS_RATIO=settings["initial_restart_ratio"] is not None,
+            DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2", BLOCK=BLOCK,
+        )  # fmt: skip
+        for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
+            kind, wide = _kinds(launch.params[0].dtype)
+            update_kernel[(number,)](
+                table[0], table[1], table[2], *piece, share, self.numbers, seed,
+                COPY=launch.copy, ROUND=settings["stochastic_rounding"] and launch.params[0].dtype == torch.bfloat16,
+                TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
+            )  # fmt: skip
+
+    # ---- small tables on the device, made once ----
+
+    def _cached(self, key: Hashable, make: Any) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+            while len(self._kept) > KEPT_TABLES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _pieces(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sizes of tensors, and of every program its tensor and where its piece begins."""
+        sizes = tuple(p.numel() for p in params)
+        device = params[0].device
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            pieces = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, PIECE)]
+            tensors, starts = zip(*pieces, strict=True)
+            return tuple(self._upload(row, torch.int64, device) for row in (sizes, tensors, starts))  # type: ignore[return-value]
+
+        return self._cached(("pieces", sizes, device), make)
+
+    def _table(self, rows: list[Sequence[Tensor]]) -> Tensor:
+        """Addresses of tensors, (rows, tensors)."""
+        addresses = tuple(tuple(tensor.data_ptr() for tensor in row) for row in rows)
+        device = rows[0][0].device
+        return self._cached(("table", addresses, device), lambda: self._upload(addresses, torch.int64, device))
+
+    def _row(self, name: str, row: tuple[float, ...], device: torch.device) -> Tensor:
+        return self._cached((name, row, device), lambda: self._upload(row, torch.float64, device))
+
+    def _settings(self, settings: dict[str, Any], scale: float, device: torch.device) -> Tensor:
+        longest, ratio = settings["max_step_norm"], settings["initial_restart_ratio"]
+        row = (
+            settings["noise_correction"], settings["max_growth"], *settings["lr_bounds"], settings["min_step_norm"],
+            math.inf if longest is None else longest, settings["restart_sigma"], 0.0 if ratio is None else ratio, scale,
+        )  # fmt: skip
+        return self._row("settings", row, device)
+
+    def _upload(self, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Copy numbers to the device without waiting for it."""
+        source = torch.tensor(values, dtype=dtype)
+        if device.type != "cuda":
+            return source.to(device)
+        if not torch.cuda.is_current_stream_capturing():
+            if self._for_captures is None:
+                self._for_captures = torch.empty(BYTES_FOR_CAPTURES, dtype=torch.uint8, pin_memory=True)
+            return source.pin_memory().to(device, non_blocking=True)
+        # A captured copy is made again at every replay, from memory that cannot be pinned during the capture.
+        end = self._captured + source.numel() * source.element_size()
+        if self._for_captures is None or end > BYTES_FOR_CAPTURES:
+            raise RuntimeError(
+                f"ELRA needs more than {BYTES_FOR_CAPTURES} bytes for the addresses of tensors in CUDA graphs."
+            )
+        pinned = self._for_captures[self._captured : end].view(dtype).view(source.shape)
+        self._captured = end
+        return pinned.copy_(source).to(device, non_blocking=True)
+
+
+def _kinds(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The type of numbers in memory, and the one to compute in."""
+    return _TYPES[dtype], tl.float64 if dtype == torch.float64 else tl.float32

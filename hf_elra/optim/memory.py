@@ -1,0 +1,294 @@
+"""Memory layouts: what is kept of the last update, and where. One vector beside parameters and gradients, not two.
+
+A layout knows how to keep a step's direction u_{t-1}, to give it back, and to take the step back. Sums and updates are
+those of ``tensors.py``; when a step is taken back is decided in ``elra.py``.
+
+==========  ===================================  =================================================================
+layout      keeps                                exact
+==========  ===================================  =================================================================
+gradient    u_{t-1}, the gradient tensor itself  scalar products in any type; the way back to the last rounding of x
+point       x_{t-1}                              the way back to x_{t-1} in any type; products of what rounding left
+                                                 of the step
+offload     u_{t-1}, in host memory              as ``gradient``
+==========  ===================================  =================================================================
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_elra.optim.tensors import descend, local
+
+
+class GradientMemory:
+    """Keeps the last direction. A gradient is not copied where the tensor itself can be kept.
+
+    After ``zero_grad()`` (which sets gradients to None) nobody else uses it. Where somebody does, e.g. because the
+    gradient lies in a bucket of DistributedDataParallel, it is copied; where it turns out that a kept gradient was
+    overwritten, the last step is forgotten once, with a warning, and from then on all are copied.
+
+    Args:
+        copies: always copy.
+        foreach: as for ``tensors.descend``.
+    """
+
+    key = "previous_direction"
+
+    def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
+        self.copies, self.foreach = copies, foreach
+        self._versions: dict[Tensor, tuple[Any, int]] = {}
+
+    def knows(self, state: dict[str, Any]) -> bool:
+        """Whether a parameter's state holds the last step."""
+        return self.key in state
+
+    def directions(
+        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
+    ) -> Iterator[Tensor | None]:
+        """Yield u_{t-1} of every parameter, None for those that did not move."""
+        for state in states:
+            yield state.get(self.key)
+
+    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+        """Whether a kept gradient was changed since; then all are copied from now on."""
+        for state, p in zip(states, params, strict=True):
+            kept = state.get(self.key)
+            reference, version = self._versions.get(p, (lambda: None, 0))
+            if kept is not None and reference() is kept and local(kept)._version != version:
+                self._copy_from_now_on()
+                return True
+        return False
+
+    def _copy_from_now_on(self) -> None:
+        self.copies = True
+        self._versions.clear()
+        warnings.warn(
+            "A gradient that ELRA had kept was changed after step(), as by zero_grad(set_to_none=False) or by adding "
+            "to an old gradient. The last step is forgotten, and gradients are copied from now on; let zero_grad() set "
+            "them to None to save that.",
+            stacklevel=6,
+        )
+
+    def advance(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        group: dict[str, Any],
+        rounding_seed: int | None,
+    ) -> None:
+        """Take the step that ``group`` tells (``step_size``, ``step_decay``), and keep it."""
+        self._descend(params, directions, group, rounding_seed)
+        self._keep(states, params, directions)
+
+    def _descend(
+        self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any], rounding_seed: int | None
+    ) -> None:
+        if group["step_size"] != 0 or group["step_decay"] != 0:
+            descend(
+                params, directions, group["step_size"], group["step_decay"],
+                foreach=self.foreach, rounding_seed=rounding_seed,
+            )  # fmt: skip
+
+    def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        triples = list(zip(states, params, directions, strict=True))
+        for copy in (False, True):
+            lot = [triple for triple in triples if self.must_copy(triple[2]) == copy]
+            if not lot:
+                continue
+            chosen, ps, us = zip(*lot, strict=True)
+            if copy:
+                targets = self.tensors(chosen, ps, writable=True)
+                torch._foreach_copy_([local(t) for t in targets], [local(u) for u in us])
+            else:
+                self.adopt(chosen, ps, us)
+
+    def must_copy(self, direction: Tensor) -> bool:
+        """Whether a direction cannot be kept as it is: it may be written to, being part of a larger piece of memory."""
+        own = local(direction)
+        return self.copies or own._is_view() or own.untyped_storage().nbytes() > own.numel() * own.element_size()
+
+    def adopt(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """Keep these tensors themselves."""
+        for state, p, u in zip(states, params, directions, strict=True):
+            state[self.key] = u
+            self._versions[p] = (weakref.ref(u), local(u)._version)
+
+    def tensors(
+        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], *, writable: bool = False
+    ) -> list[Tensor]:
+        """The kept tensors; with ``writable`` none that somebody else gave us, but copies of these or new ones."""
+        kept = []
+        for state, p in zip(states, params, strict=True):
+            if writable and self._versions.pop(p, None) is not None:
+                state[self.key] = state[self.key].clone()
+            if self.key not in state:
+                state[self.key] = torch.empty_like(p, memory_format=torch.preserve_format)
+            kept.append(state[self.key])
+        return kept
+
+    def finish(self) -> None:
+        """Wait until all that is kept is where it belongs."""
+
+    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+        """Copy what is kept of gradients that are about to be zeroed in place."""
+        for state, p in zip(states, params, strict=True):
+            if p.grad is not None and state.get(self.key) is p.grad:
+                state[self.key] = state[self.key].clone()
+                self._versions.pop(p, None)
+
+    def retrace(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        group: dict[str, Any],
+        new_step_size: float,
+        rounding_seed: int | None,
+    ) -> None:
+        """Go back to x_{t-1} and step from there with ``new_step_size`` instead of ``group["step_size"]``.
+
+        x_{t-1} - α'u = x_t + (α - α')u, whatever the weight decay was, so one addition does both.
+        """
+        pairs = [(p, u) for p, u in zip(params, self.directions(states, params, group), strict=True) if u is not None]
+        back = new_step_size - group["step_size"]
+        for p, u in pairs:
+            descend([p], [u.to(p.device)], back, 0.0, foreach=self.foreach, rounding_seed=rounding_seed)
+
+
+class PointMemory(GradientMemory):
+    """Keeps the last point x_{t-1} (ELRA, section 3.6), so that the way back is exact in any type.
+
+    The direction is the step that was really taken, ((1 - d)·x_{t-1} - x_t)/α: in float64 that of the gradient to
+    rounding, in bfloat16 what rounding left of it.
+    """
+
+    key = "previous_point"
+
+    def directions(
+        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
+    ) -> Iterator[Tensor | None]:
+        """Yield u_{t-1}, made one at a time."""
+        for state, p in zip(states, params, strict=True):
+            if self.key not in state or group["step_size"] == 0:
+                yield None
+                continue
+            x, start = local(p), self._start(state, group)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            yield (start.to(wide) - x.to(wide)).div_(group["step_size"])
+
+    def _start(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        kept = local(state[self.key])
+        return kept * (1 - group["step_decay"]) if group["step_decay"] != 0 else kept
+
+    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+        """Never: the point is a copy."""
+        return False
+
+    def advance(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        group: dict[str, Any],
+        rounding_seed: int | None,
+    ) -> None:
+        """Keep the point, then step."""
+        if params:
+            torch._foreach_copy_([local(x) for x in self.tensors(states, params)], [local(p) for p in params])
+        self._descend(params, directions, group, rounding_seed)
+
+    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+        """Nothing: no gradient is kept."""
+
+    def retrace(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        group: dict[str, Any],
+        new_step_size: float,
+        rounding_seed: int | None,
+    ) -> None:
+        """x ← (1 - d)·x_{t-1} - new_step_size·u."""
+        for state, p, u in zip(states, params, self.directions(states, params, group), strict=True):
+            if u is None:
+                continue
+            x = local(p)
+            x.copy_(local(state[self.key]))
+            descend([x], [u], new_step_size, group["step_decay"], foreach=False, rounding_seed=rounding_seed)
+
+
+class OffloadMemory(GradientMemory):
+    """Keeps the last direction in host memory, pinned for a GPU: beside the model it holds nothing there.
+
+    It is brought back one parameter at a time, the next one on its way while one is used, and it is written while the
+    next forward pass runs.
+    """
+
+    def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
+        super().__init__(copies=True, foreach=foreach)
+        self._streams: dict[torch.device, Any] = {}
+
+    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+        """Never: what is kept is a copy."""
+        return False
+
+    def finish(self) -> None:
+        """Wait for what is on its way to the host."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def _stream(self, device: torch.device) -> Any:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def directions(
+        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
+    ) -> Iterator[Tensor | None]:
+        """Yield u_{t-1} on the parameters' device, the next one on its way."""
+        waiting: Tensor | None = None
+        for index, (state, p) in enumerate(zip(states, params, strict=True)):
+            current = waiting if index else self._fetch(state, p)
+            if local(p).is_cuda:
+                torch.cuda.current_stream(p.device).wait_stream(self._stream(p.device))
+                if current is not None:
+                    current.record_stream(torch.cuda.current_stream(p.device))
+            waiting = self._fetch(states[index + 1], params[index + 1]) if index + 1 < len(params) else None
+            yield current
+
+    def _fetch(self, state: dict[str, Any], p: Tensor) -> Tensor | None:
+        kept = state.get(self.key)
+        if kept is None or not local(p).is_cuda:
+            return kept
+        with torch.cuda.stream(self._stream(p.device)):
+            return kept.to(p.device, non_blocking=True)
+
+    def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        for state, p, u in zip(states, params, directions, strict=True):
+            x, source = local(p), local(u)
+            kept = state.get(self.key)
+            if kept is None or kept.device.type != "cpu" or isinstance(kept, DTensor):
+                kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                state[self.key] = kept
+            if not x.is_cuda:
+                kept.copy_(source)
+                continue
+            stream = self._stream(x.device)
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(stream):
+                kept.copy_(source, non_blocking=True)
+            source.record_stream(stream)
+
+
+MEMORIES: dict[str, type[GradientMemory]] = {
+    "gradient": GradientMemory,
+    "point": PointMemory,
+    "offload": OffloadMemory,
+}

@@ -1,0 +1,180 @@
+"""Sums and updates over lists of tensors, on any device: the plain paths, which are always right.
+
+``foreach`` or single tensors, shards of DTensors, memory order: all of that is decided here. What is summed, and what a
+step is, is decided in ``elra.py``; the CUDA kernels that do the same without the host are in ``fused.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+PIECE = 2**17
+"""Numbers of a tensor that are taken at once on a CPU: so many of two tensors stay in a core's cache between uses."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this process: a DTensor's own shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views of equally shaped tensors as vectors whose elements belong together; copies where no view can do that."""
+    if is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors):
+        return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
+    return tuple(t.reshape(-1) for t in tensors)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills one piece of memory without gaps, row by row or with channels last."""
+    return tensor.is_contiguous() or any(
+        tensor.dim() == dimensions and tensor.is_contiguous(memory_format=order)
+        for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d))
+    )
+
+
+def squares_and_products(lefts: Sequence[Tensor], rights: Iterable[Tensor | None]) -> tuple[float, float]:
+    """Return Σ⟨l, l⟩ and Σ⟨l, r⟩ over pairs of equal shapes; a pair without ``r`` counts in the first sum only.
+
+    Each product is taken in the tensors' own precision but at least float32, sums over tensors in float64. On a CPU
+    both products are taken piece by piece, so that every number comes from memory once. Of DTensors the shards are
+    multiplied and the sums are added up over the mesh.
+
+    Args:
+        lefts: tensors, or DTensors that are sharded or replicated.
+        rights: as many; may be made one at a time.
+    """
+    sums: dict[Any, list[Any]] = {}
+    for left, right in zip(lefts, rights, strict=True):
+        square, product = _square_and_product(local(left), None if right is None else local(right))
+        totals = sums.setdefault(_shard_groups(left), [[], []])
+        totals[0].append(square)
+        totals[1].append(product)
+    result = [0.0, 0.0]
+    for groups, totals in sums.items():
+        numbers = _add_up(totals)
+        for group in groups:
+            told = torch.tensor(numbers, dtype=torch.float64, device=_device_of(group))
+            dist.all_reduce(told, group=group)
+            numbers = told.tolist()
+        result = [total + number for total, number in zip(result, numbers, strict=True)]
+    return result[0], result[1]
+
+
+def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
+    """Return Σ⟨l, r⟩; see :func:`squares_and_products`."""
+    return squares_and_products(lefts, rights)[1]
+
+
+def _square_and_product(left: Tensor, right: Tensor | None) -> tuple[Any, Any]:
+    """⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that nothing waits for the device."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if right is None:
+        (x,) = flat(left)
+        x = x.to(wide)
+        square = torch.dot(x, x).double()
+        return (square.item(), 0.0) if x.device.type == "cpu" else (square, torch.zeros_like(square))
+    x, y = flat(left, right.to(left.device))
+    if x.device.type != "cpu":
+        x, y = x.to(wide), y.to(wide)
+        return torch.dot(x, x).double(), torch.dot(x, y).double()
+    squares = products = 0.0
+    for start in range(0, x.numel(), PIECE):
+        a, b = x[start : start + PIECE].to(wide), y[start : start + PIECE].to(wide)
+        squares += torch.dot(a, a).item()
+        products += torch.dot(a, b).item()
+    return squares, products
+
+
+def _add_up(totals: list[list[Any]]) -> list[float]:
+    if any(isinstance(value, Tensor) for value in totals[0]):
+        device = next(value.device for value in totals[0] if isinstance(value, Tensor))
+        return torch.stack(
+            [
+                torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values]).sum()
+                for values in totals
+            ]
+        ).tolist()
+    return [sum(values) for values in totals]
+
+
+def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which a tensor is split."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise RuntimeError(
+            f"ELRA cannot use a gradient that is still to be summed over processes (placements {tensor.placements}); "
+            "redistribute it first."
+        )
+    mesh = tensor.device_mesh
+    return tuple(
+        mesh.get_group(dimension)
+        for dimension, placement in enumerate(tensor.placements)
+        if isinstance(placement, Shard) and mesh.size(dimension) > 1
+    )
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    backend = dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in str(backend) else torch.device("cpu")
+
+
+def descend(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    step_size: float,
+    decay: float,
+    *,
+    foreach: bool | None,
+    rounding_seed: int | None = None,
+) -> None:
+    """x ← (1 - decay)·x - step_size·u for all pairs, in place.
+
+    Args:
+        params, directions: of equal shapes and types.
+        step_size: of this update.
+        decay: weight decay of this update, not scaled by the step.
+        foreach: False for one tensor at a time.
+        rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
+    """
+    xs, us = [local(p) for p in params], [local(u) for u in directions]
+    if rounding_seed is not None:
+        low = [index for index, x in enumerate(xs) if x.dtype == torch.bfloat16]
+        generator: dict[torch.device, torch.Generator] = {}
+        for index in low:
+            x, u = xs[index], us[index]
+            if x.device not in generator:
+                generator[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+            wide = (1 - decay) * x.float() - step_size * u.float()
+            x.copy_(stochastically_rounded(wide, generator[x.device]))
+        rest = [index for index in range(len(xs)) if index not in set(low)]
+        xs, us = [xs[index] for index in rest], [us[index] for index in rest]
+    if not xs:
+        return
+    if foreach is False:
+        for x, u in zip(xs, us, strict=True):
+            if decay != 0:
+                x.mul_(1 - decay)
+            x.add_(u, alpha=-step_size)
+        return
+    if decay != 0:
+        torch._foreach_mul_(xs, 1 - decay)
+    torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16, up or down with probabilities that make the result right on average.
+
+    bfloat16 is the upper half of a float32: a random number added to the lower half carries into the upper one just
+    often enough. What is not finite stays as it is.
+    """
+    bits = values.view(torch.int32)
+    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = ((bits + noise) & -(2**16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

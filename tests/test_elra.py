@@ -586,3 +586,25 @@ def test_parameters_of_zero_have_no_norm_to_crop_the_first_step_by():
     x.grad = torch.ones(2)
     optimizer.step(loss=1.0)
     assert x.tolist() == [-0.5, -0.5]
+
+
+def test_in_a_compiled_training_step(caplog):
+    """The step is left out of the compiled graphs: same path, nothing compiled for every parameter."""
+
+    def training_step(model, optimizer, inputs):
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        optimizer.zero_grad()
+
+    ends = []
+    for way in (training_step, torch.compile(training_step, backend="eager")):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(n, n + 1) for n in range(2, 14)))
+        optimizer = ELRA(model.parameters())
+        for number in range(6):
+            way(model, optimizer, torch.randn(4, 2, generator=torch.Generator().manual_seed(number)))
+        ends.append((optimizer.alpha, [p.detach().clone() for p in model.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    assert all(map(torch.equal, ends[0][1], ends[1][1]))
+    assert "recompile_limit" not in caplog.text

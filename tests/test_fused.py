@@ -252,3 +252,25 @@ def test_parameters_on_a_cpu_are_refused_outside_the_interpreter():
         [sys.executable, "-c", program], env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True
     )
     assert "fused=True cannot be done: parameters lie on cpu, and the kernels are for CUDA. Leave" in done.stderr
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_kernels_that_do_not_work_are_replaced_unless_they_were_asked_for(pieces, monkeypatch, asked):
+    (plain, first), (fast, second) = networks()
+    train(plain, first, 1)
+    train(fast, second, 1)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("PTXAS error: no such thing")
+
+    monkeypatch.setattr(fused, "control_kernel", {(1,): broken})
+    if asked:
+        with pytest.raises(RuntimeError, match="PTXAS"):
+            train(fast, second, 1)
+        return
+    second.param_groups[0]["fused"] = None
+    monkeypatch.setattr(ELRA, "_takes_kernels", lambda self, *_: self is second and "_kernel_error" not in vars(self))
+    with pytest.warns(UserWarning, match="without its Triton kernels, which is slower: RuntimeError: PTXAS error"):
+        train(fast, second, 3, seed=1)
+    train(plain, first, 3, seed=1)
+    same(plain, fast)

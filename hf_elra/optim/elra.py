@@ -30,7 +30,7 @@ from hf_elra.optim.guards import (
 )
 from hf_elra.optim.memory import MEMORIES, GradientMemory
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
-from hf_elra.optim.tensors import dot, is_dense, squares_and_products
+from hf_elra.optim.tensors import dot, is_dense
 
 PER_GROUP = ("lr", "weight_decay")
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
@@ -263,6 +263,7 @@ class ELRA(torch.optim.Optimizer):
                 self._memory.release_gradients(self._states(group["params"]), group["params"])
         super().zero_grad(set_to_none)
 
+    @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
@@ -294,9 +295,9 @@ class ELRA(torch.optim.Optimizer):
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
         factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
-        if self._takes_kernels(params, gradients):
-            self._update_with_kernels(params, gradients, factors, observed)
-        else:
+        if not (
+            self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, observed)
+        ):
             self._update(params, gradients, factors, None if observed is None else float(observed))
         return loss
 
@@ -335,8 +336,7 @@ class ELRA(torch.optim.Optimizer):
         for weight, group, group_params, gradient, direction in zip(
             weights, self.param_groups, params, gradients, directions, strict=True
         ):
-            last = self._memory.directions(self._states(group_params), group_params, group)
-            square, product = squares_and_products(gradient, last)
+            square, product = self._memory.products(self._states(group_params), group_params, gradient, group)
             if control["step_size"] > 0:
                 current_slope += group["step_size"] / control["step_size"] * product
             same = direction is gradient
@@ -431,6 +431,11 @@ class ELRA(torch.optim.Optimizer):
         return made
 
     def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """States to be read; those of parameters without one are empty and belong to nobody."""
+        return [self.state.get(p, {}) for p in params]
+
+    def _own_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """States to be written."""
         return [self.state[p] for p in params]
 
     def _forget_what_was_overwritten(self) -> None:
@@ -455,7 +460,7 @@ class ELRA(torch.optim.Optimizer):
             group["step_size"], group["step_factor"] = self.alpha * factor, factor
             group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
             self._memory.advance(
-                self._states(group_params), group_params, group_directions, group, self._rounding_seed()
+                self._own_states(group_params), group_params, group_directions, group, self._rounding_seed()
             )
 
     def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
@@ -505,9 +510,11 @@ class ELRA(torch.optim.Optimizer):
         ready = (
             reason is None
             and settings["control"]["moved"]
-            and all(known(self.state[p]) == (p.grad is not None) for g in self.param_groups for p in g["params"])
             and all(
-                is_dense(p) and p.stride() == g.stride() == self.state[p][self._memory.key].stride()
+                known(self.state.get(p, {})) == (p.grad is not None) for g in self.param_groups for p in g["params"]
+            )
+            and all(
+                p.dtype == g.dtype and is_dense(p) and p.stride() == g.stride() == self._kept(p).stride()
                 for p, g in zip(used, (g for group in gradients for g in group), strict=True)
             )
         )
@@ -526,11 +533,16 @@ class ELRA(torch.optim.Optimizer):
             return f"memory={settings['memory']!r} has no kernels"
         if settings["restart_window"] is not None:
             return f"restart_window={settings['restart_window']} has no kernels"
+        if (error := self.__dict__.get("_kernel_error")) is not None:
+            return f"Triton failed ({error})"
         try:
             from hf_elra.optim import fused
         except ImportError as error:
             return f"Triton is missing ({error})"
         return fused.why_not(used)
+
+    def _kept(self, p: Tensor) -> Tensor:
+        return self.state[p][self._memory.key]
 
     def _update_with_kernels(
         self,
@@ -538,7 +550,8 @@ class ELRA(torch.optim.Optimizer):
         gradients: list[list[Tensor]],
         factors: list[float],
         loss: Tensor | float | None,
-    ) -> None:
+    ) -> bool:
+        """Queue the update; False if kernels turn out not to work on this machine, and nothing was done."""
         from hf_elra.optim.fused import FusedUpdate, Launch
 
         settings, memory = self.param_groups[0], self._memory
@@ -549,7 +562,6 @@ class ELRA(torch.optim.Optimizer):
         device = next(p for group in params for p in group).device
         if not kernels.in_force:
             kernels.push(control, device)
-        control["updates"] += 1
         weights, last_weights = _shares(factors), _shares([group["step_factor"] for group in self.param_groups])
         launches = []
         for group, group_params, group_gradients, weight, last_weight, factor in zip(
@@ -561,17 +573,33 @@ class ELRA(torch.optim.Optimizer):
                     lots.setdefault((p.dtype, memory.must_copy(g)), []).append((p, g))
             for (_, copy), pairs in lots.items():
                 ps, gs = [p for p, _ in pairs], [g for _, g in pairs]
-                kept = memory.tensors(self._states(ps), ps, writable=copy)
+                kept = memory.tensors(self._own_states(ps), ps, writable=copy)
                 launches.append(
                     Launch(ps, gs, kept, copy, weight, last_weight, factor, group["step_factor"], group["weight_decay"])
                 )
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernels.update(launches, loss, max(factors), settings, control["updates"])
+            try:
+                kernels.update(launches, loss, max(factors), settings, control["updates"] + 1)
+            except Exception as error:
+                # A kernel that cannot be compiled or launched has not changed any parameter.
+                if settings["fused"] or kernels.has_worked:
+                    raise
+                self._kernel_error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                kernels.in_force = False
+                warnings.warn(
+                    f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
+                    "fused=False does so from the start.",
+                    stacklevel=4,
+                )
+                return False
+        kernels.has_worked = True
+        control["updates"] += 1
         for launch in launches:
             if not launch.copy:
-                memory.adopt(self._states(launch.params), launch.params, launch.gradients)
+                memory.adopt(self._own_states(launch.params), launch.params, launch.gradients)
         for group, factor in zip(self.param_groups, factors, strict=True):
             group["step_factor"], group["step_decay"] = factor, group["weight_decay"] if factor != 0 else 0.0
+        return True
 
     def _set_alpha(self, alpha: float) -> None:
         self._control["alpha"] = alpha

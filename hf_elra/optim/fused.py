@@ -357,6 +357,7 @@ class FusedUpdate:
         self.numbers: Tensor | None = None
         self.in_force = False  # the numbers on the device are those that count, not the host's
         self.was_read = False  # ... and the host has a copy of them
+        self.has_worked = False
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._for_captures: Tensor | None = None
         self._captured = 0  # bytes of it

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_elra.optim.tensors import descend, local
+from hf_elra.optim.tensors import descend, local, squares_and_products
 
 
 class GradientMemory:
@@ -55,6 +55,16 @@ class GradientMemory:
         """Yield u_{t-1} of every parameter, None for those that did not move."""
         for state in states:
             yield state.get(self.key)
+
+    def products(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: dict[str, Any],
+    ) -> tuple[float, float]:
+        """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩ over these parameters."""
+        return squares_and_products(gradients, self.directions(states, params, group))
 
     def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
         """Whether a kept gradient was changed since; then all are copied from now on."""
@@ -98,11 +108,10 @@ class GradientMemory:
             )  # fmt: skip
 
     def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
-        triples = list(zip(states, params, directions, strict=True))
-        for copy in (False, True):
-            lot = [triple for triple in triples if self.must_copy(triple[2]) == copy]
-            if not lot:
-                continue
+        lots: dict[bool, list[tuple[dict[str, Any], Tensor, Tensor]]] = {}
+        for state, p, u in zip(states, params, directions, strict=True):
+            lots.setdefault(self.must_copy(u), []).append((state, p, u))
+        for copy, lot in lots.items():
             chosen, ps, us = zip(*lot, strict=True)
             if copy:
                 targets = self.tensors(chosen, ps, writable=True)
@@ -182,6 +191,19 @@ class PointMemory(GradientMemory):
             x, start = local(p), self._start(state, group)
             wide = torch.promote_types(x.dtype, torch.float32)
             yield (start.to(wide) - x.to(wide)).div_(group["step_size"])
+
+    def products(
+        self,
+        states: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: dict[str, Any],
+    ) -> tuple[float, float]:
+        """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩, the latter from differences of points (ELRA, section 3.6)."""
+        step_size, rest = group["step_size"], 1 - group["step_decay"]
+        kept = [state.get(self.key) if step_size != 0 else None for state in states]
+        square, product = squares_and_products(gradients, kept, scale=rest, minus=params)
+        return square, product / step_size if step_size != 0 else 0.0
 
     def _start(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         kept = local(state[self.key])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-PIECE = 2**17
+PIECE = 2**18
 """Numbers of a tensor that are taken at once on a CPU: so many of two tensors stay in a core's cache between uses."""
 
 
@@ -23,11 +23,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+def flat(*tensors: Tensor) -> list[Tensor]:
     """Views of equally shaped tensors as vectors whose elements belong together; copies where no view can do that."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
     if is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors):
-        return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-    return tuple(t.reshape(-1) for t in tensors)
+        return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+    return [t.reshape(-1) for t in tensors]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -38,7 +40,13 @@ def is_dense(tensor: Tensor) -> bool:
     )
 
 
-def squares_and_products(lefts: Sequence[Tensor], rights: Iterable[Tensor | None]) -> tuple[float, float]:
+def squares_and_products(
+    lefts: Sequence[Tensor],
+    rights: Iterable[Tensor | None],
+    *,
+    scale: float = 1.0,
+    minus: Sequence[Tensor] | None = None,
+) -> tuple[float, float]:
     """Return Σ⟨l, l⟩ and Σ⟨l, r⟩ over pairs of equal shapes; a pair without ``r`` counts in the first sum only.
 
     Each product is taken in the tensors' own precision but at least float32, sums over tensors in float64. On a CPU
@@ -48,11 +56,13 @@ def squares_and_products(lefts: Sequence[Tensor], rights: Iterable[Tensor | None
     Args:
         lefts: tensors, or DTensors that are sharded or replicated.
         rights: as many; may be made one at a time.
+        scale, minus: with ``minus``, which is as long, r is scale·r - m.
     """
-    sums: dict[Any, list[Any]] = {}
-    for left, right in zip(lefts, rights, strict=True):
-        square, product = _square_and_product(local(left), None if right is None else local(right))
+    sums: dict[Any, list[list[Any]]] = {}
+    for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        less = minus[index] if minus is not None and right is not None else None
         totals = sums.setdefault(_shard_groups(left), [[], []])
+        square, product = _square_and_product(local(left), _local(right), scale, _local(less))
         totals[0].append(square)
         totals[1].append(product)
     result = [0.0, 0.0]
@@ -66,29 +76,45 @@ def squares_and_products(lefts: Sequence[Tensor], rights: Iterable[Tensor | None
     return result[0], result[1]
 
 
+def _local(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else local(tensor)
+
+
 def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
     """Return Σ⟨l, r⟩; see :func:`squares_and_products`."""
     return squares_and_products(lefts, rights)[1]
 
 
-def _square_and_product(left: Tensor, right: Tensor | None) -> tuple[Any, Any]:
+def _square_and_product(left: Tensor, right: Tensor | None, scale: float, minus: Tensor | None) -> tuple[Any, Any]:
     """⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that nothing waits for the device."""
-    wide = torch.promote_types(left.dtype, torch.float32)
-    if right is None:
-        (x,) = flat(left)
-        x = x.to(wide)
-        square = torch.dot(x, x).double()
-        return (square.item(), 0.0) if x.device.type == "cpu" else (square, torch.zeros_like(square))
-    x, y = flat(left, right.to(left.device))
+    others = [t if t.device == left.device else t.to(left.device) for t in (right, minus) if t is not None]
+    x, *rest = flat(left, *others)
+    wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
     if x.device.type != "cpu":
-        x, y = x.to(wide), y.to(wide)
-        return torch.dot(x, x).double(), torch.dot(x, y).double()
+        square, product = _products_of_piece(x, rest, scale, wide)
+        return square.double(), 0.0 if product is None else product.double()
     squares = products = 0.0
     for start in range(0, x.numel(), PIECE):
-        a, b = x[start : start + PIECE].to(wide), y[start : start + PIECE].to(wide)
-        squares += torch.dot(a, a).item()
-        products += torch.dot(a, b).item()
+        if x.numel() > PIECE:
+            parts = [v[start : start + PIECE] for v in (x, *rest)]
+            square, product = _products_of_piece(parts[0], parts[1:], scale, wide)
+        else:
+            square, product = _products_of_piece(x, rest, scale, wide)
+        squares += square.item()
+        products += 0.0 if product is None else product.item()
     return squares, products
+
+
+def _products_of_piece(x: Tensor, rest: list[Tensor], scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    if x.dtype != wide:
+        x = x.to(wide)
+    square = torch.dot(x, x)
+    if not rest:
+        return square, None
+    y = rest[0] if rest[0].dtype == wide else rest[0].to(wide)
+    if len(rest) == 2:
+        y = torch.sub(y if scale == 1 else scale * y, rest[1].to(wide))
+    return square, torch.dot(x, y)
 
 
 def _add_up(totals: list[list[Any]]) -> list[float]:

@@ -274,3 +274,64 @@ def test_kernels_that_do_not_work_are_replaced_unless_they_were_asked_for(pieces
         train(fast, second, 3, seed=1)
     train(plain, first, 3, seed=1)
     same(plain, fast)
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@needs_gpu
+def test_an_update_does_not_wait_for_the_gpu():
+    (_, _), (model, optimizer) = networks()
+    train(model, optimizer, 3)
+    inputs = torch.randn(4, 2, 4, 4, device=DEVICE)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step(loss=loss.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_captured_in_a_cuda_graph():
+    (plain, first), (fast, second) = networks(capturable=True)
+    inputs = torch.randn(4, 2, 4, 4, device=DEVICE)
+
+    def training_step(model, optimizer):
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            second.zero_grad()
+            training_step(fast, second)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    second.zero_grad()
+    with torch.cuda.graph(graph):
+        training_step(fast, second)
+    for _ in range(5):
+        graph.replay()
+    for _ in range(8):
+        first.zero_grad()
+        training_step(plain, first)
+    assert first.alpha == pytest.approx(second.alpha, rel=1e-3)
+    same(plain, fast, rtol=1e-4, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("memory", ["point", "offload"])
+def test_other_memory_layouts_on_a_gpu(memory):
+    (plain, first), _ = networks()
+    (other, second), _ = networks(memory=memory)
+    train(plain, first, 12, spike_at=(5, 8))
+    train(other, second, 12, spike_at=(5, 8))
+    assert first.restarts == second.restarts >= 2
+    same(plain, other, rtol=1e-3, atol=1e-5)
+    if memory == "offload":
+        assert all(s["previous_direction"].device.type == "cpu" for s in second.state.values())

@@ -105,7 +105,7 @@ def products_kernel(
     tl.store(target + 3, tl.where(v == 0, 0.0, v * product))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def control_kernel(
     numbers, partials, count, loss_address, settings,
     HAS_LOSS: tl.constexpr, SOFT: tl.constexpr, HAS_RATIO: tl.constexpr, DERIVED: tl.constexpr, BB2: tl.constexpr,
@@ -242,7 +242,7 @@ def control_kernel(
     tl.store(numbers + _TRIES, tl.where(restarted, tries + at_bound.to(tl.float64), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])  # which is another one in every update
 def update_kernel(
     params, gradients, kept, sizes, tensors, starts, shares, numbers, seed,
     COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,

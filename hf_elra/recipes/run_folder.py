@@ -12,9 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_elra.errors import ConfigurationError
+from hf_elra.trainer.checkpoints import last_whole_checkpoint
 
 SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
@@ -58,7 +57,7 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
     finished = (path / METRICS).is_file()
     before = read_json(path / SETTINGS)
     changed = {name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
-    checkpoint = get_last_checkpoint(folder)
+    checkpoint = last_whole_checkpoint(folder)
     if resume and finished and overwrite and not changed:
         raise AlreadyFinished(
             f"output_dir={folder!r} holds this run, finished. To train again, remove the folder or pass --overwrite "

@@ -19,10 +19,12 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
+from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
 from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
+from hf_elra.trainer.checkpoints import last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,17 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """The loss-aware optimizer inside Accelerate's wrapper, or None."""
         optimizer = unwrap_optimizer(self.optimizer)
         return optimizer if hasattr(optimizer, "observe_loss") else None
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train; ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ConfigurationError(
+                    f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} holds no whole checkpoint; "
+                    "leave it out to begin anew."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- the loss ----
 

@@ -1,0 +1,73 @@
+"""Which checkpoint of a folder can be resumed: the newest one that was written to its end.
+
+A process that is killed while it saves leaves a checkpoint that is cut short. Files are not loaded here, only checked:
+that they are all there and as long as they say themselves. What is in a checkpoint is the Trainer's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"  # the Trainer writes it last
+PICKLED = (".pt", ".pth", ".bin")  # torch.save's zip files
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest checkpoint in ``folder`` that is whole, or None; those passed over are named in a warning."""
+    path = Path(folder)
+    numbered = []
+    for candidate in path.iterdir() if path.is_dir() else ():
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", candidate.name)
+        if match is not None and candidate.is_dir():
+            numbered.append((int(match[1]), candidate))
+    for _, candidate in sorted(numbered, reverse=True):
+        damage = damage_of(candidate)
+        if damage is None:
+            return str(candidate)
+        logger.warning("%s is not whole (%s); an older checkpoint is looked for.", candidate, damage)
+    return None
+
+
+def damage_of(checkpoint: str | Path) -> str | None:
+    """Return what is wrong with a checkpoint: a file that is missing or cut short; None if it is whole."""
+    path = Path(checkpoint)
+    try:
+        json.loads((path / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{STATE} is missing"
+    except ValueError:
+        return f"{STATE} is cut short"
+    for file in sorted(path.rglob("*")):
+        if file.suffix == ".safetensors" and not _whole_safetensors(file):
+            return f"{file.relative_to(path)} is cut short"
+        # The end of a zip file says where everything in it lies.
+        if file.suffix in PICKLED and not zipfile.is_zipfile(file):
+            return f"{file.relative_to(path)} is cut short"
+    return None
+
+
+def _whole_safetensors(file: Path) -> bool:
+    """Whether a file is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            return False
+        (length,) = struct.unpack("<Q", start)
+        if length > size - 8:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)

@@ -1,0 +1,57 @@
+"""hf_elra.trainer.checkpoints: checkpoints that were cut short while they were written."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.trainer.checkpoints import damage_of, last_whole_checkpoint
+from tests.conftest import token_rows, trainer, weights
+
+
+def trained(folder, model=None, resume=None):
+    run = trainer(folder, model, token_rows(32), max_steps=6, save_strategy="steps", save_steps=2)
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+def cut(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_was_cut_short_is_found(tmp_path, share):
+    trained(tmp_path / "run")
+    whole = tmp_path / "run" / "checkpoint-6"
+    assert damage_of(whole) is None
+    for file in sorted(whole.iterdir()):
+        if file.suffix in (".safetensors", ".pt", ".pth") or file.name == "trainer_state.json":
+            copy = tmp_path / "copy"
+            shutil.copytree(whole, copy)
+            cut(copy / file.name, share)
+            assert damage_of(copy) == f"{file.name} is cut short"
+            shutil.rmtree(copy)
+
+
+def test_training_goes_on_from_the_one_before(tmp_path, caplog):
+    through = trained(tmp_path / "through")
+    trained(tmp_path / "cut")
+    cut(tmp_path / "cut" / "checkpoint-6" / "optimizer.pt", 0.7)
+    (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        again = trained(tmp_path / "cut", resume=True)
+    assert "checkpoint-6 is not whole (optimizer.pt is cut short)" in caplog.text
+    assert "checkpoint-4 is not whole (trainer_state.json is missing)" in caplog.text
+    assert torch.equal(weights(through.model), weights(again.model))
+
+
+def test_folders_without_checkpoints(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    assert last_whole_checkpoint(tmp_path) is None
+    with pytest.raises(ConfigurationError, match="holds no whole checkpoint; leave it out"):
+        trained(tmp_path / "empty", resume=True)

@@ -69,7 +69,7 @@ def test_zeroing_in_place_through_the_optimizer_changes_nothing():
 
 def test_an_overwritten_gradient_is_noticed_and_copied_from_then_on():
     params, optimizer = problem()
-    with pytest.warns(UserWarning, match="was changed after step"):
+    with pytest.warns(UserWarning, match="is in use after step"):
         train(params, optimizer, 2, zero=accumulating_zero(params))
     others, other = problem(capturable=True)  # which always copies
     with torch.no_grad():
@@ -166,3 +166,100 @@ def test_stochastic_rounding_keeps_small_steps_and_is_the_same_everywhere():
         nearest.grad = torch.ones_like(nearest)
         optimizer.step(loss=1.0)
     assert torch.equal(nearest, torch.ones_like(nearest))  # what the option is for
+
+
+def test_gradients_that_always_lie_in_the_same_memory_are_noticed():
+    """As those of torch.cuda.make_graphed_callables, which writes to them without a trace."""
+    params, optimizer = problem()
+    others, other = problem()
+    buffers = [torch.zeros_like(p) for p in params]
+    warned = []
+    for number in range(6):
+        loss = loss_of(params, number)
+        for p, buffer, gradient in zip(params, buffers, torch.autograd.grad(loss, params), strict=True):
+            buffer.numpy()[...] = gradient.numpy()
+            p.grad = torch.from_numpy(buffer.numpy())  # another tensor, the same memory
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step(loss=loss)
+        warned.append(len(caught))
+        if number == 1:  # here the last step was forgotten
+            with torch.no_grad():
+                for p, q in zip(params, others, strict=True):
+                    q.copy_(p)
+            other = ELRA(others, capturable=True)
+            for q, p in zip(others, params, strict=True):
+                q.grad = p.grad.clone()
+            other.load_state_dict(optimizer.state_dict())
+        elif number > 1:
+            for q, p in zip(others, params, strict=True):
+                q.grad = p.grad.clone()
+            other.step(loss=loss)
+            assert all(map(torch.equal, params, others))
+    assert warned == [0, 1, 0, 0, 0, 0]
+
+
+def test_a_layout_may_change_on_resume_and_the_way_to_update_stays_the_users():
+    params, optimizer = problem()
+    train(params, optimizer, 4)
+    for memory in ("point", "offload"):
+        others, other = problem(memory=memory, foreach=False, stochastic_rounding=True)
+        other.load_state_dict(optimizer.state_dict())
+        settings = other.param_groups[0]
+        assert (settings["memory"], settings["foreach"], settings["stochastic_rounding"]) == (memory, False, True)
+        assert other.alpha == optimizer.alpha
+        train(others, other, 2, first=4)
+        assert all(KEY[memory] in other.state[p] for p in others)
+
+
+def test_a_gradient_that_belongs_to_a_graph_is_copied():
+    params, optimizer = problem()
+    loss = loss_of(params)
+    loss.backward(create_graph=True)
+    optimizer.step(loss=loss.detach())
+    assert not any(optimizer.state[p]["previous_direction"].requires_grad for p in params)
+    for p in params:
+        p.grad = None
+
+
+def test_a_parameter_that_comes_and_goes_and_then_gets_a_part_of_a_buffer():
+    (x, y), optimizer = problem()
+    train([x, y], optimizer, 2)
+    x.grad, y.grad = None, torch.ones_like(y)
+    optimizer.step(loss=1.0)
+    x.grad = torch.ones(12, dtype=torch.float64)[:6]
+    optimizer.step(loss=1.0)
+    assert torch.isfinite(x).all()
+
+
+def test_a_restart_under_a_factor_of_zero_leaves_alpha_alone_afterwards():
+    params, optimizer = problem()
+    train(params, optimizer, 1)
+    lr = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.zero_grad()
+    loss = loss_of(params, 1)
+    loss.backward()
+    optimizer.step(loss=1e9)
+    assert optimizer.restarts == 1
+    alpha = optimizer.alpha
+    for group, value in zip(optimizer.param_groups, lr, strict=True):
+        group["lr"] = value
+    train(params, optimizer, 1)
+    assert optimizer.alpha >= alpha
+
+
+@pytest.mark.parametrize("memory", ["gradient", "point"])
+def test_bfloat16_with_weight_decay_learns(memory):
+    torch.manual_seed(0)
+    x = torch.nn.Parameter(torch.randn(200).bfloat16())
+    optimizer = ELRA([x], memory=memory, weight_decay=3e-4, stochastic_rounding=True)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (x.float() ** 2).sum()
+        loss.backward()
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 100

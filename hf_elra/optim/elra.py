@@ -2,18 +2,17 @@
 
 The class decides. What it does with the numbers is put together from pieces that live next door: a direction
 (``directions.py``), a step-size rule (``step_size.py``), guards on the step and on the loss (``guards.py``), a memory
-of the last step (``memory.py``), sums and updates of tensors (``tensors.py``). ``fused.py`` makes the same update on a
-GPU, without the host. ``reference.py`` is the same method in plain float64, equation by equation; tests hold all of
-them against it at every step.
+of the last step (``memory.py``), sums and updates of tensors (``tensors.py``). ``on_device.py`` and ``fused.py`` make
+the same update on a GPU, without the host. ``reference.py`` is the same method in plain float64, equation by equation;
+tests hold all of them against it at every step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +27,13 @@ from hf_elra.optim.guards import (
     StepGuards,
     new_restart_memory,
 )
-from hf_elra.optim.memory import MEMORIES, GradientMemory
+from hf_elra.optim.memory import MEMORIES
+from hf_elra.optim.on_device import UpdatesOnDevice, shares
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
-from hf_elra.optim.tensors import dot, is_dense
+from hf_elra.optim.tensors import dot
 
 PER_GROUP = ("lr", "weight_decay")
+_HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
 
@@ -66,7 +67,7 @@ def elra_alpha(
     return guards.apply(proposal, alpha, direction_norm)
 
 
-class ELRA(torch.optim.Optimizer):
+class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
     r"""Exponential Learning Rate Adaption: momentum-free descent whose one learning rate α finds itself.
 
     x_{t+1} = x_t - α_t·G_t, where α_t comes from the scalar products of neighbouring gradients over *all* parameters of
@@ -104,20 +105,22 @@ class ELRA(torch.optim.Optimizer):
         memory (str): what is kept of the last step, one number per parameter: ``"gradient"`` keeps the old gradient
             tensor itself, ``"point"`` the last point (exact retraces in any type), ``"offload"`` the gradient in host
             memory. See ``memory.py``. Default: ``"gradient"``.
-        fused (bool, optional): True to make the whole update in Triton kernels, with nothing that waits for the host;
-            None to do so where it can be done: on one CUDA device, with ``memory="gradient"``. Default: None.
+        fused (bool, optional): True to make updates in Triton kernels, with nothing that waits for the host; None to do
+            so where it can be done: on one CUDA device, with ``memory="gradient"``. The first update, and one in which
+            other parameters have a gradient than before, is made without them. Default: None.
         foreach (bool, optional): where kernels are not used, False for one tensor at a time. Default: None, all
             together.
         capturable (bool): gradients are copied instead of kept, so that :meth:`step` can be captured in a CUDA graph,
-            which needs kernels, and at least two updates before. A graph keeps the ``lr`` of the groups as it was at
-            its capture. Default: False.
+            which needs kernels, and at least two updates before. A graph keeps the settings of all groups, the ``lr``
+            of a scheduler among them, as they were at its capture. For gradients that lie in the static memory of
+            somebody else's graph too. Default: False.
         stochastic_rounding (bool): round bfloat16 parameters up or down at random, right on average, so that steps
             below their precision are not lost. The same on every process and in a resumed run. Default: False.
 
     Raises:
         ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite with α at
-            its lower bound.
+            its lower bound (with kernels: from :attr:`metrics`, as nothing is known before it is read).
 
     The learning rate in force is :attr:`alpha` and every group's ``"alpha"``. A scheduler that writes ``group["lr"]``
     acts as a factor: the step taken is α·lr/initial_lr, and the next α is computed from the step really taken. A factor
@@ -225,13 +228,32 @@ class ELRA(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or saved state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        if (kernels := self.__dict__.get("_kernels")) is not None:
-            kernels.in_force = False
+        if self._kernels is not None:
+            self._kernels.in_force = False
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts that into the defaults here
                     group.setdefault(name, value)
         self.param_groups[0]["control"].setdefault("moved", True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.
+
+        Where the saved memory layout keeps something else, the last step is forgotten.
+        """
+        own = {name: self.param_groups[0][name] for name in _HOW}
+        key = self._memory.key
+        super().load_state_dict(state_dict)
+        self._made_memory = None
+        for group in self.param_groups:
+            group.update(own)
+        if any(key not in state for state in self.state.values() if state):
+            self.state.clear()
+            self._control["previous_slope"] = None
+        if own["memory"] == "offload":
+            for state in self.state.values():
+                state[key] = state[key].cpu()
+        self._renew_numbers_on_device()
 
     # ---- what a training loop calls ----
 
@@ -255,6 +277,7 @@ class ELRA(torch.optim.Optimizer):
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
         RestartGuard.end_cycle(self._control["memory"])
+        self._renew_numbers_on_device()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
@@ -276,6 +299,8 @@ class ELRA(torch.optim.Optimizer):
 
         Returns:
             What the closure returned, else ``loss``.
+
+        With kernels a restart leaves the direction of the step that is tried again in ``p.grad``.
         """
         if closure is not None and loss is not None:
             raise ConfigurationError("step() got both closure and loss; give one of them.")
@@ -303,32 +328,13 @@ class ELRA(torch.optim.Optimizer):
 
     # ---- the update, decided on the host ----
 
-    def _numbers(self) -> dict[str, Any]:
-        """What :meth:`_control` holds, to be read."""
-        control = self.param_groups[0]["control"]
-        kernels = self.__dict__.get("_kernels")
-        if kernels is not None and kernels.in_force and not kernels.was_read:
-            kernels.pull(control)
-            for group in self.param_groups:
-                group["alpha"] = control["alpha"]
-                group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
-        return control
-
-    @property
-    def _control(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors, about to be changed on the host."""
-        control = self._numbers()
-        if (kernels := self.__dict__.get("_kernels")) is not None:
-            kernels.in_force = False
-        return control
-
     def _update(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
         control, settings = self._control, self.param_groups[0]
         control["updates"] += 1
         scale = max(factors)
-        weights = _shares(factors)
+        weights = shares(factors)
         directions = [self.direction(group) for group in gradients]
         # Products along the new direction (weighted as it will be stepped) and along the last one. Where the direction
         # is the gradient itself, one product serves for all three.
@@ -419,25 +425,6 @@ class ELRA(torch.optim.Optimizer):
             gradients.append([p.grad for p in used])
         return params, gradients
 
-    @property
-    def _memory(self) -> GradientMemory:
-        """The memory layout; made when it is first needed, as neither copying nor unpickling an optimizer makes one."""
-        settings = self.param_groups[0]
-        made = self.__dict__.get("_made_memory")
-        if type(made) is not MEMORIES[settings["memory"]]:
-            made = self._made_memory = MEMORIES[settings["memory"]](
-                copies=settings["capturable"], foreach=settings["foreach"]
-            )
-        return made
-
-    def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """States to be read; those of parameters without one are empty and belong to nobody."""
-        return [self.state.get(p, {}) for p in params]
-
-    def _own_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """States to be written."""
-        return [self.state[p] for p in params]
-
     def _forget_what_was_overwritten(self) -> None:
         """Where a kept gradient was changed by somebody else, the last step is unknown."""
         if any(self._memory.overwritten(self._states(g["params"]), g["params"]) for g in self.param_groups):
@@ -487,119 +474,8 @@ class ELRA(torch.optim.Optimizer):
             group["step_size"], group["step_factor"] = new_step_size, group_factor
         control["step_size"] = self.alpha * max(factors)
         control["step_norm"] = control["step_size"] * control["direction_norm"]
-
-    # ---- the update, decided on the device ----
-
-    def _takes_kernels(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> bool:
-        """Whether this update can be made in kernels; the first one never can.
-
-        Raises:
-            ConfigurationError: ``fused=True``, and they never will.
-            RuntimeError: a CUDA graph is being captured, and this update is not for kernels.
-        """
-        settings = self.param_groups[0]
-        if settings["fused"] is False:
-            return False
-        used = [p for group in params for p in group]
-        if not used or (settings["fused"] is None and not all(p.is_cuda for p in used)):
-            return False
-        reason = self._why_no_kernels(used)
-        if reason is not None and settings["fused"]:
-            raise ConfigurationError(f"fused=True cannot be done: {reason}. Leave fused out.")
-        known = self._memory.knows
-        ready = (
-            reason is None
-            and settings["control"]["moved"]
-            and all(
-                known(self.state.get(p, {})) == (p.grad is not None) for g in self.param_groups for p in g["params"]
-            )
-            and all(
-                p.dtype == g.dtype and is_dense(p) and p.stride() == g.stride() == self._kept(p).stride()
-                for p, g in zip(used, (g for group in gradients for g in group), strict=True)
-            )
-        )
-        if not ready and used[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"ELRA cannot be captured in a CUDA graph now: {reason or 'it has no last step yet'}. Make two updates "
-                "before the capture, with ELRA(..., capturable=True)."
-            )
-        return ready
-
-    def _why_no_kernels(self, used: list[Tensor]) -> str | None:
-        settings = self.param_groups[0]
-        if self.direction is not gradient_direction:
-            return "the direction is not the gradient"
-        if settings["memory"] != "gradient":
-            return f"memory={settings['memory']!r} has no kernels"
-        if settings["restart_window"] is not None:
-            return f"restart_window={settings['restart_window']} has no kernels"
-        if (error := self.__dict__.get("_kernel_error")) is not None:
-            return f"Triton failed ({error})"
-        try:
-            from hf_elra.optim import fused
-        except ImportError as error:
-            return f"Triton is missing ({error})"
-        return fused.why_not(used)
-
-    def _kept(self, p: Tensor) -> Tensor:
-        return self.state[p][self._memory.key]
-
-    def _update_with_kernels(
-        self,
-        params: list[list[Tensor]],
-        gradients: list[list[Tensor]],
-        factors: list[float],
-        loss: Tensor | float | None,
-    ) -> bool:
-        """Queue the update; False if kernels turn out not to work on this machine, and nothing was done."""
-        from hf_elra.optim.fused import FusedUpdate, Launch
-
-        settings, memory = self.param_groups[0], self._memory
-        control = settings["control"]
-        kernels = self.__dict__.get("_kernels")
-        if kernels is None:
-            kernels = self._kernels = FusedUpdate()
-        device = next(p for group in params for p in group).device
-        if not kernels.in_force:
-            kernels.push(control, device)
-        weights, last_weights = _shares(factors), _shares([group["step_factor"] for group in self.param_groups])
-        launches = []
-        for group, group_params, group_gradients, weight, last_weight, factor in zip(
-            self.param_groups, params, gradients, weights, last_weights, factors, strict=True
-        ):
-            lots: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-            for p, g in zip(group_params, group_gradients, strict=True):
-                if p.numel() > 0:
-                    lots.setdefault((p.dtype, memory.must_copy(g)), []).append((p, g))
-            for (_, copy), pairs in lots.items():
-                ps, gs = [p for p, _ in pairs], [g for _, g in pairs]
-                kept = memory.tensors(self._own_states(ps), ps, writable=copy)
-                launches.append(
-                    Launch(ps, gs, kept, copy, weight, last_weight, factor, group["step_factor"], group["weight_decay"])
-                )
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            try:
-                kernels.update(launches, loss, max(factors), settings, control["updates"] + 1)
-            except Exception as error:
-                # A kernel that cannot be compiled or launched has not changed any parameter.
-                if settings["fused"] or kernels.has_worked:
-                    raise
-                self._kernel_error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-                kernels.in_force = False
-                warnings.warn(
-                    f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
-                    "fused=False does so from the start.",
-                    stacklevel=4,
-                )
-                return False
-        kernels.has_worked = True
-        control["updates"] += 1
-        for launch in launches:
-            if not launch.copy:
-                memory.adopt(self._own_states(launch.params), launch.params, launch.gradients)
-        for group, factor in zip(self.param_groups, factors, strict=True):
-            group["step_factor"], group["step_decay"] = factor, group["weight_decay"] if factor != 0 else 0.0
-        return True
+        if control["step_size"] == 0:  # back where the last step began, and nothing moves
+            control["previous_slope"] = None
 
     def _set_alpha(self, alpha: float) -> None:
         self._control["alpha"] = alpha
@@ -627,12 +503,6 @@ class ELRA(torch.optim.Optimizer):
                     f"params: ELRA does not support complex parameters (one of shape {tuple(p.shape)} is {p.dtype}); "
                     "optimise torch.view_as_real(parameter) instead."
                 )
-
-
-def _shares(factors: list[float]) -> list[float]:
-    """Every group's part in a step, of the largest."""
-    scale = max(factors)
-    return [factor / scale if scale > 0 else 0.0 for factor in factors]
 
 
 def _check_tries(control: dict[str, Any], lr_bounds: tuple[float, float]) -> None:

@@ -34,7 +34,7 @@ NAMES = (
     "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
     "restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound",
     "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
-    "restarted", "alpha_before", "had_previous",
+    "restarted", "alpha_before", "had_previous", "updates",
 )  # fmt: skip
 """What the vector of numbers holds, in this order; NaN says that a number is not known."""
 
@@ -59,6 +59,7 @@ _LAST_STD = tl.constexpr(17)
 _RESTARTED = tl.constexpr(18)
 _ALPHA_BEFORE = tl.constexpr(19)
 _HAD_PREVIOUS = tl.constexpr(20)
+_UPDATES = tl.constexpr(21)
 
 _ENOUGH = tl.constexpr(ENOUGH_LOSSES)
 _MOST_RESTARTS = tl.constexpr(MAX_CONSECUTIVE_RESTARTS)
@@ -230,8 +231,9 @@ def control_kernel(
     tl.store(numbers + _STEP_NORM, tl.where(stays, tl.load(numbers + _STEP_NORM), new_step_size * new_norm))
     tl.store(numbers + _GRADIENT_NORM, tl.sqrt(square))
     tl.store(numbers + _DIRECTION_NORM, new_norm)
-    kept_slope = tl.where(factor > 0, slope, nan)
-    tl.store(numbers + _PREVIOUS_SLOPE, tl.where(restarted, previous_slope, kept_slope))
+    # Where nothing moves there is nothing to take back and nothing to learn from.
+    tl.store(numbers + _PREVIOUS_SLOPE, tl.where(factor > 0, tl.where(restarted, previous_slope, slope), nan))
+    tl.store(numbers + _UPDATES, tl.load(numbers + _UPDATES) + 1)
     tl.store(numbers + _PREVIOUS_LOSS, tl.where(restarted, previous_loss, loss))
     tl.store(numbers + _RESTARTED, restarted.to(tl.float64))
     tl.store(numbers + _HAD_PREVIOUS, known.to(tl.float64))
@@ -242,9 +244,9 @@ def control_kernel(
     tl.store(numbers + _TRIES, tl.where(restarted, tries + at_bound.to(tl.float64), 0.0))
 
 
-@triton.jit(do_not_specialize=["seed"])  # which is another one in every update
+@triton.jit
 def update_kernel(
-    params, gradients, kept, sizes, tensors, starts, shares, numbers, seed,
+    params, gradients, kept, sizes, tensors, starts, shares, numbers,
     COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -262,6 +264,7 @@ def update_kernel(
     u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
     restarted = tl.load(numbers + _RESTARTED) != 0
     known = tl.load(numbers + _HAD_PREVIOUS) != 0
+    seed = tl.load(numbers + _UPDATES).to(tl.int32)  # of stochastic rounding: another one in every update
     now = tl.load(numbers + _ALPHA) * tl.load(shares + 2)
     before = tl.load(numbers + _ALPHA_BEFORE) * tl.load(shares + 3)
     if restarted:
@@ -357,7 +360,9 @@ class FusedUpdate:
         self.numbers: Tensor | None = None
         self.in_force = False  # the numbers on the device are those that count, not the host's
         self.was_read = False  # ... and the host has a copy of them
+        self.has_moved = False  # the update that is being queued has changed parameters
         self.has_worked = False
+        self._of_graphs: list[Any] = []  # what captured CUDA graphs use lives as long as this
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._for_captures: Tensor | None = None
         self._captured = 0  # bytes of it
@@ -366,13 +371,16 @@ class FusedUpdate:
         """Copy the host's numbers to the device."""
         memory = control["memory"]
         values = dict.fromkeys(NAMES)
-        values.update({name: control[name] for name in NAMES[:12]})
+        values.update({name: control[name] for name in (*NAMES[:12], "updates")})
         values["initial_loss"] = memory["initial_loss"]
         values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
         if memory["last_cycle"] is not None:
             values["last_mean"], values["last_std"] = memory["last_cycle"]
         row = [math.nan if value is None else float(value) for value in values.values()]
-        self.numbers = torch.tensor(row, dtype=torch.float64).to(device)
+        told = torch.tensor(row, dtype=torch.float64)
+        if self.numbers is None or self.numbers.device != device:
+            self.numbers = torch.empty_like(told, device=device)
+        self.numbers.copy_(told)  # in place: a captured CUDA graph goes on with this very tensor
         self.in_force = self.was_read = True
 
     def pull(self, control: dict[str, Any]) -> None:
@@ -383,9 +391,9 @@ class FusedUpdate:
         found: dict[str, Any] = {
             name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
         }
-        for name in ("restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound"):
+        for name in ("restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound", "updates"):
             found[name] = int(found[name])
-        for name in NAMES[:12]:
+        for name in (*NAMES[:12], "updates"):
             control[name] = found[name]
         if control["gradient_norm"] is None and control["updates"] > 0:
             control["gradient_norm"] = math.nan
@@ -396,7 +404,7 @@ class FusedUpdate:
         memory["last_cycle"] = [found["last_mean"], found["last_std"]] if known else None
 
     def update(
-        self, launches: Sequence[Launch], loss: Tensor | float | None, scale: float, settings: dict[str, Any], seed: int
+        self, launches: Sequence[Launch], loss: Tensor | float | None, scale: float, settings: dict[str, Any]
     ) -> None:
         """Queue one update.
 
@@ -405,11 +413,10 @@ class FusedUpdate:
             loss: of this update; a tensor on the device is not waited for.
             scale: the largest factor.
             settings: of the optimizer.
-            seed: of stochastic rounding.
         """
         device = launches[0].params[0].device
         assert self.numbers is not None
-        self.was_read = False
+        self.was_read = self.has_moved = False
         pieces = [self._pieces(launch.params) for launch in launches]
         tables = [self._table([launch.params, launch.gradients, launch.kept]) for launch in launches]
         programs = [len(tensors) for _, tensors, _ in pieces]
@@ -438,14 +445,18 @@ class FusedUpdate:
         for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
             kind, wide = _kinds(launch.params[0].dtype)
             update_kernel[(number,)](
-                table[0], table[1], table[2], *piece, share, self.numbers, seed,
+                table[0], table[1], table[2], *piece, share, self.numbers,
                 COPY=launch.copy, ROUND=settings["stochastic_rounding"] and launch.params[0].dtype == torch.bfloat16,
                 TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
+            self.has_moved = True
 
     # ---- small tables on the device, made once ----
 
     def _cached(self, key: Hashable, make: Any) -> Any:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._of_graphs.append(make())  # its contents come with the graph's replay, and stay in use
+            return self._of_graphs[-1]
         if key not in self._kept:
             self._kept[key] = make()
             while len(self._kept) > KEPT_TABLES:

@@ -7,8 +7,8 @@ those of ``tensors.py``; when a step is taken back is decided in ``elra.py``.
 layout      keeps                                exact
 ==========  ===================================  =================================================================
 gradient    u_{t-1}, the gradient tensor itself  scalar products in any type; the way back to the last rounding of x
-point       x_{t-1}                              the way back to x_{t-1} in any type; products of what rounding left
-                                                 of the step
+point       x_{t-1}, after weight decay          the way back to x_{t-1} in any type; products of what rounding left
+                                                 of the step, so that bfloat16 needs stochastic rounding
 offload     u_{t-1}, in host memory              as ``gradient``
 ==========  ===================================  =================================================================
 """
@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_elra.optim.tensors import descend, local, squares_and_products
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim.tensors import decay_weights, descend, local, squares_and_products
 
 
 class GradientMemory:
     """Keeps the last direction. A gradient is not copied where the tensor itself can be kept.
 
     After ``zero_grad()`` (which sets gradients to None) nobody else uses it. Where somebody does, e.g. because the
-    gradient lies in a bucket of DistributedDataParallel, it is copied; where it turns out that a kept gradient was
-    overwritten, the last step is forgotten once, with a warning, and from then on all are copied.
+    gradient lies in a bucket of DistributedDataParallel, it is copied. Where it turns out that a kept gradient was
+    written to, or that the next one lies in the same memory, the last step is forgotten once, with a warning, and from
+    then on all are copied.
 
     Args:
         copies: always copy.
@@ -43,7 +45,8 @@ class GradientMemory:
 
     def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
         self.copies, self.foreach = copies, foreach
-        self._versions: dict[Tensor, tuple[Any, int]] = {}
+        # Of gradients that were kept as they are, by the id of their parameter: a weak reference, and the version.
+        self._versions: dict[int, tuple[Any, int]] = {}
 
     def knows(self, state: dict[str, Any]) -> bool:
         """Whether a parameter's state holds the last step."""
@@ -67,22 +70,34 @@ class GradientMemory:
         return squares_and_products(gradients, self.directions(states, params, group))
 
     def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
-        """Whether a kept gradient was changed since; then all are copied from now on."""
+        """Whether a kept gradient was changed since, or may be; then all are copied from now on."""
         for state, p in zip(states, params, strict=True):
             kept = state.get(self.key)
-            reference, version = self._versions.get(p, (lambda: None, 0))
-            if kept is not None and reference() is kept and local(kept)._version != version:
+            if kept is not None and self._is_used_by_others(p, kept):
                 self._copy_from_now_on()
                 return True
         return False
+
+    def _is_used_by_others(self, p: Tensor, kept: Tensor) -> bool:
+        """Whether ``kept``, once the gradient of ``p``, was written to or lies where the new gradient lies."""
+        reference, version = self._versions.get(id(p), (lambda: None, 0))
+        if reference() is not kept:
+            return False
+        old, new = local(kept), None if p.grad is None else local(p.grad)
+        if old._version != version:
+            return True
+        if new is None or old.numel() == 0 or old.data_ptr() != new.data_ptr():
+            return False
+        # The very same tensor, untouched: step() was called twice. On a GPU a CUDA graph may have written to it unseen.
+        return p.grad is not kept or old.is_cuda
 
     def _copy_from_now_on(self) -> None:
         self.copies = True
         self._versions.clear()
         warnings.warn(
-            "A gradient that ELRA had kept was changed after step(), as by zero_grad(set_to_none=False) or by adding "
-            "to an old gradient. The last step is forgotten, and gradients are copied from now on; let zero_grad() set "
-            "them to None to save that.",
+            "A gradient that ELRA had kept is in use after step(): by zero_grad(set_to_none=False), by gradients that "
+            "always lie in the same memory, or by a second step() with the same ones. The last step is forgotten, and "
+            "gradients are copied from now on. Let zero_grad() set them to None, or pass capturable=True.",
             stacklevel=6,
         )
 
@@ -120,15 +135,14 @@ class GradientMemory:
                 self.adopt(chosen, ps, us)
 
     def must_copy(self, direction: Tensor) -> bool:
-        """Whether a direction cannot be kept as it is: it may be written to, being part of a larger piece of memory."""
-        own = local(direction)
-        return self.copies or own._is_view() or own.untyped_storage().nbytes() > own.numel() * own.element_size()
+        """Whether a direction cannot be kept as it is: part of a larger piece of memory, or of an autograd graph."""
+        return self.copies or local(direction).requires_grad or _is_part(direction)
 
     def adopt(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
         """Keep these tensors themselves."""
         for state, p, u in zip(states, params, directions, strict=True):
             state[self.key] = u
-            self._versions[p] = (weakref.ref(u), local(u)._version)
+            self._versions[id(p)] = (weakref.ref(u), local(u)._version)
 
     def tensors(
         self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], *, writable: bool = False
@@ -136,7 +150,7 @@ class GradientMemory:
         """The kept tensors; with ``writable`` none that somebody else gave us, but copies of these or new ones."""
         kept = []
         for state, p in zip(states, params, strict=True):
-            if writable and self._versions.pop(p, None) is not None:
+            if writable and self._versions.pop(id(p), None) is not None and self.key in state:
                 state[self.key] = state[self.key].clone()
             if self.key not in state:
                 state[self.key] = torch.empty_like(p, memory_format=torch.preserve_format)
@@ -151,7 +165,7 @@ class GradientMemory:
         for state, p in zip(states, params, strict=True):
             if p.grad is not None and state.get(self.key) is p.grad:
                 state[self.key] = state[self.key].clone()
-                self._versions.pop(p, None)
+                self._versions.pop(id(p), None)
 
     def retrace(
         self,
@@ -174,8 +188,9 @@ class GradientMemory:
 class PointMemory(GradientMemory):
     """Keeps the last point x_{t-1} (ELRA, section 3.6), so that the way back is exact in any type.
 
-    The direction is the step that was really taken, ((1 - d)·x_{t-1} - x_t)/α: in float64 that of the gradient to
-    rounding, in bfloat16 what rounding left of it.
+    Weight decay comes first and the decayed point is kept. The direction is the step that was really taken,
+    (x_{t-1} - x_t)/α: in float64 that of the gradient to rounding, in bfloat16 what rounding left of it. Where that is
+    nothing, nothing is learnt, so that bfloat16 parameters need stochastic rounding.
     """
 
     key = "previous_point"
@@ -188,7 +203,7 @@ class PointMemory(GradientMemory):
             if self.key not in state or group["step_size"] == 0:
                 yield None
                 continue
-            x, start = local(p), self._start(state, group)
+            x, start = local(p), local(state[self.key])
             wide = torch.promote_types(x.dtype, torch.float32)
             yield (start.to(wide) - x.to(wide)).div_(group["step_size"])
 
@@ -200,14 +215,10 @@ class PointMemory(GradientMemory):
         group: dict[str, Any],
     ) -> tuple[float, float]:
         """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩, the latter from differences of points (ELRA, section 3.6)."""
-        step_size, rest = group["step_size"], 1 - group["step_decay"]
+        step_size = group["step_size"]
         kept = [state.get(self.key) if step_size != 0 else None for state in states]
-        square, product = squares_and_products(gradients, kept, scale=rest, minus=params)
+        square, product = squares_and_products(gradients, kept, minus=params)
         return square, product / step_size if step_size != 0 else 0.0
-
-    def _start(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        kept = local(state[self.key])
-        return kept * (1 - group["step_decay"]) if group["step_decay"] != 0 else kept
 
     def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
         """Never: the point is a copy."""
@@ -221,10 +232,14 @@ class PointMemory(GradientMemory):
         group: dict[str, Any],
         rounding_seed: int | None,
     ) -> None:
-        """Keep the point, then step."""
-        if params:
-            torch._foreach_copy_([local(x) for x in self.tensors(states, params)], [local(p) for p in params])
-        self._descend(params, directions, group, rounding_seed)
+        """Decay, keep the point, then step."""
+        if not params:
+            return
+        if group["step_decay"] != 0:
+            decay_weights(params, group["step_decay"], foreach=self.foreach, rounding_seed=rounding_seed)
+        torch._foreach_copy_([local(x) for x in self.tensors(states, params)], [local(p) for p in params])
+        if group["step_size"] != 0:
+            descend(params, directions, group["step_size"], 0.0, foreach=self.foreach, rounding_seed=rounding_seed)
 
     def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
         """Nothing: no gradient is kept."""
@@ -237,34 +252,49 @@ class PointMemory(GradientMemory):
         new_step_size: float,
         rounding_seed: int | None,
     ) -> None:
-        """x ← (1 - d)·x_{t-1} - new_step_size·u."""
+        """x ← x_{t-1} - new_step_size·u."""
         for state, p, u in zip(states, params, self.directions(states, params, group), strict=True):
             if u is None:
                 continue
             x = local(p)
             x.copy_(local(state[self.key]))
-            descend([x], [u], new_step_size, group["step_decay"], foreach=False, rounding_seed=rounding_seed)
+            descend([x], [u], new_step_size, 0.0, foreach=False, rounding_seed=rounding_seed)
 
 
 class OffloadMemory(GradientMemory):
     """Keeps the last direction in host memory, pinned for a GPU: beside the model it holds nothing there.
 
     It is brought back one parameter at a time, the next one on its way while one is used, and it is written while the
-    next forward pass runs.
+    next forward pass runs. Gradients that always lie in the same memory are waited for instead. Not for sharded
+    parameters, whose state must be sharded like them.
     """
 
     def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
         super().__init__(copies=True, foreach=foreach)
         self._streams: dict[torch.device, Any] = {}
+        self._waits = False
 
     def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
-        """Never: what is kept is a copy."""
+        """Whether a gradient was written to while it was on its way; then these ways are waited for from now on."""
+        for p in params:
+            reference, _ = self._versions.get(id(p), (lambda: None, 0))
+            source = reference()
+            if source is not None and not self._waits and self._is_used_by_others(p, source):
+                self._waits = True
+                self._copy_from_now_on()
+                return True
         return False
 
     def finish(self) -> None:
         """Wait for what is on its way to the host."""
         for stream in self._streams.values():
             stream.synchronize()
+
+    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+        """Let zeroing in place come after the copies that are on their way."""
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+        self._versions.clear()
 
     def _stream(self, device: torch.device) -> Any:
         if device not in self._streams:
@@ -278,7 +308,7 @@ class OffloadMemory(GradientMemory):
         waiting: Tensor | None = None
         for index, (state, p) in enumerate(zip(states, params, strict=True)):
             current = waiting if index else self._fetch(state, p)
-            if local(p).is_cuda:
+            if p.is_cuda:
                 torch.cuda.current_stream(p.device).wait_stream(self._stream(p.device))
                 if current is not None:
                     current.record_stream(torch.cuda.current_stream(p.device))
@@ -287,26 +317,39 @@ class OffloadMemory(GradientMemory):
 
     def _fetch(self, state: dict[str, Any], p: Tensor) -> Tensor | None:
         kept = state.get(self.key)
-        if kept is None or not local(p).is_cuda:
+        if kept is None or not p.is_cuda:
             return kept
         with torch.cuda.stream(self._stream(p.device)):
             return kept.to(p.device, non_blocking=True)
 
     def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
         for state, p, u in zip(states, params, directions, strict=True):
-            x, source = local(p), local(u)
+            if isinstance(p, DTensor):
+                raise ConfigurationError(
+                    "memory='offload' cannot be used with sharded parameters (DTensor, as from FSDP2), whose state "
+                    "must be sharded like them. Use memory='gradient' or 'point'."
+                )
             kept = state.get(self.key)
-            if kept is None or kept.device.type != "cpu" or isinstance(kept, DTensor):
-                kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-                state[self.key] = kept
-            if not x.is_cuda:
-                kept.copy_(source)
+            if kept is None or kept.device.type != "cpu":
+                state[self.key] = kept = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda)
+            if not p.is_cuda:
+                kept.copy_(u)
                 continue
-            stream = self._stream(x.device)
-            stream.wait_stream(torch.cuda.current_stream(x.device))
+            stream, main = self._stream(p.device), torch.cuda.current_stream(p.device)
+            stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                kept.copy_(source, non_blocking=True)
-            source.record_stream(stream)
+                kept.copy_(u, non_blocking=True)
+            u.record_stream(stream)
+            if self._waits or _is_part(u):
+                main.wait_stream(stream)
+            else:
+                self._versions[id(p)] = (weakref.ref(u), u._version)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor is part of a larger piece of memory, which somebody else may write to."""
+    own = local(tensor)
+    return own._is_view() or own.untyped_storage().nbytes() > own.numel() * own.element_size()
 
 
 MEMORIES: dict[str, type[GradientMemory]] = {

@@ -27,24 +27,30 @@ def flat(*tensors: Tensor) -> list[Tensor]:
     """Views of equally shaped tensors as vectors whose elements belong together; copies where no view can do that."""
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
-    if is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors):
+    if is_dense(tensors[0]) and all(layout(t) == layout(tensors[0]) for t in tensors):
         return [t.as_strided((t.numel(),), (1,)) for t in tensors]
     return [t.reshape(-1) for t in tensors]
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills one piece of memory without gaps, row by row or with channels last."""
-    return tensor.is_contiguous() or any(
-        tensor.dim() == dimensions and tensor.is_contiguous(memory_format=order)
-        for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d))
-    )
+    """Whether a tensor fills one piece of memory without gaps, in whatever order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(layout(tensor)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of every dimension that has more than one element: equal ones belong together in memory."""
+    return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def squares_and_products(
     lefts: Sequence[Tensor],
     rights: Iterable[Tensor | None],
     *,
-    scale: float = 1.0,
     minus: Sequence[Tensor] | None = None,
 ) -> tuple[float, float]:
     """Return Σ⟨l, l⟩ and Σ⟨l, r⟩ over pairs of equal shapes; a pair without ``r`` counts in the first sum only.
@@ -56,13 +62,13 @@ def squares_and_products(
     Args:
         lefts: tensors, or DTensors that are sharded or replicated.
         rights: as many; may be made one at a time.
-        scale, minus: with ``minus``, which is as long, r is scale·r - m.
+        minus: as many; r - m then takes the place of r.
     """
     sums: dict[Any, list[list[Any]]] = {}
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         less = minus[index] if minus is not None and right is not None else None
         totals = sums.setdefault(_shard_groups(left), [[], []])
-        square, product = _square_and_product(local(left), _local(right), scale, _local(less))
+        square, product = _square_and_product(local(left), _local(right), _local(less))
         totals[0].append(square)
         totals[1].append(product)
     result = [0.0, 0.0]
@@ -85,27 +91,27 @@ def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
     return squares_and_products(lefts, rights)[1]
 
 
-def _square_and_product(left: Tensor, right: Tensor | None, scale: float, minus: Tensor | None) -> tuple[Any, Any]:
+def _square_and_product(left: Tensor, right: Tensor | None, minus: Tensor | None) -> tuple[Any, Any]:
     """⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that nothing waits for the device."""
     others = [t if t.device == left.device else t.to(left.device) for t in (right, minus) if t is not None]
     x, *rest = flat(left, *others)
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
     if x.device.type != "cpu":
-        square, product = _products_of_piece(x, rest, scale, wide)
+        square, product = _products_of_piece(x, rest, wide)
         return square.double(), 0.0 if product is None else product.double()
     squares = products = 0.0
     for start in range(0, x.numel(), PIECE):
         if x.numel() > PIECE:
             parts = [v[start : start + PIECE] for v in (x, *rest)]
-            square, product = _products_of_piece(parts[0], parts[1:], scale, wide)
+            square, product = _products_of_piece(parts[0], parts[1:], wide)
         else:
-            square, product = _products_of_piece(x, rest, scale, wide)
+            square, product = _products_of_piece(x, rest, wide)
         squares += square.item()
         products += 0.0 if product is None else product.item()
     return squares, products
 
 
-def _products_of_piece(x: Tensor, rest: list[Tensor], scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _products_of_piece(x: Tensor, rest: list[Tensor], wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if x.dtype != wide:
         x = x.to(wide)
     square = torch.dot(x, x)
@@ -113,7 +119,7 @@ def _products_of_piece(x: Tensor, rest: list[Tensor], scale: float, wide: torch.
         return square, None
     y = rest[0] if rest[0].dtype == wide else rest[0].to(wide)
     if len(rest) == 2:
-        y = torch.sub(y if scale == 1 else scale * y, rest[1].to(wide))
+        y = y - rest[1].to(wide)
     return square, torch.dot(x, y)
 
 
@@ -192,6 +198,23 @@ def descend(
     if decay != 0:
         torch._foreach_mul_(xs, 1 - decay)
     torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def decay_weights(
+    params: Sequence[Tensor], decay: float, *, foreach: bool | None, rounding_seed: int | None = None
+) -> None:
+    """x ← (1 - decay)·x, in place; arguments as for :func:`descend`."""
+    xs = [local(p) for p in params]
+    if rounding_seed is not None:
+        for x in [x for x in xs if x.dtype == torch.bfloat16]:
+            generator = torch.Generator(x.device).manual_seed(rounding_seed)
+            x.copy_(stochastically_rounded((1 - decay) * x.float(), generator))
+        xs = [x for x in xs if x.dtype != torch.bfloat16]
+    if foreach is False:
+        for x in xs:
+            x.mul_(1 - decay)
+    elif xs:
+        torch._foreach_mul_(xs, 1 - decay)
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,214 @@
+"""Which updates ELRA makes in the kernels of ``fused.py``, and how its numbers get to the device and back.
+
+A mixin of ``ELRA``, which makes all other updates itself. Numbers live on the host, in ``param_groups[0]["control"]``,
+until the first update in kernels; from then on those on the device count, until something is changed on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim.directions import Direction, gradient_direction
+from hf_elra.optim.memory import MEMORIES, GradientMemory
+from hf_elra.optim.tensors import is_dense, layout
+
+if TYPE_CHECKING:
+    from hf_elra.optim.fused import FusedUpdate, Launch
+
+
+class UpdatesOnDevice:
+    """What ELRA keeps where, and its update in kernels."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    direction: Direction
+    _made_memory: GradientMemory | None = None
+    _kernels: FusedUpdate | None = None
+    _kernel_error: str | None = None
+
+    # ---- numbers ----
+
+    def _numbers(self) -> dict[str, Any]:
+        """What :attr:`_control` holds, to be read."""
+        control = self.param_groups[0]["control"]
+        kernels = self._kernels
+        if kernels is not None and kernels.in_force and not kernels.was_read:
+            kernels.pull(control)
+            kernels.was_read = not self.param_groups[0]["capturable"]  # a CUDA graph's replay is not noticed here
+            for group in self.param_groups:
+                group["alpha"] = control["alpha"]
+                group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
+        return control
+
+    @property
+    def _control(self) -> dict[str, Any]:
+        """What the optimizer knows besides tensors, about to be changed on the host."""
+        control = self._numbers()
+        if self._kernels is not None:
+            self._kernels.in_force = False
+        return control
+
+    def _renew_numbers_on_device(self) -> None:
+        """After a change on the host: a captured CUDA graph sees only what is on the device."""
+        kernels = self._kernels
+        if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
+            kernels.push(self.param_groups[0]["control"], kernels.numbers.device)
+
+    # ---- tensors ----
+
+    @property
+    def _memory(self) -> GradientMemory:
+        """The memory layout; made when it is first needed, as neither copying nor unpickling an optimizer makes one."""
+        if self._made_memory is None:
+            settings = self.param_groups[0]
+            self._made_memory = MEMORIES[settings["memory"]](copies=settings["capturable"], foreach=settings["foreach"])
+        return self._made_memory
+
+    def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """States to be read; those of parameters without one are empty and belong to nobody."""
+        return [self.state.get(p, {}) for p in params]
+
+    def _own_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """States to be written."""
+        return [self.state[p] for p in params]
+
+    # ---- the update ----
+
+    def _takes_kernels(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> bool:
+        """Whether this update can be made in kernels; the first one never can.
+
+        Raises:
+            ConfigurationError: ``fused=True``, and they never will.
+            RuntimeError: a CUDA graph is being captured, and this update is not fit for it.
+        """
+        settings = self.param_groups[0]
+        used = [p for group in params for p in group]
+        if not used or settings["fused"] is False or (settings["fused"] is None and not all(p.is_cuda for p in used)):
+            return False
+        reason = self._why_no_kernels(used)
+        if reason is not None and settings["fused"]:
+            raise ConfigurationError(f"fused=True cannot be done: {reason}. Leave fused out.")
+        ready = (
+            reason is None
+            and settings["control"]["moved"]
+            and all(
+                self._memory.knows(self.state.get(p, {})) == (p.grad is not None)
+                for group in self.param_groups
+                for p in group["params"]
+            )
+            and all(
+                p.dtype == g.dtype and is_dense(p)
+                for p, g in zip(used, (g for group in gradients for g in group), strict=True)
+            )
+        )
+        if used[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            in_force = self._kernels is not None and self._kernels.in_force
+            if not (ready and in_force and self._memory.copies):
+                raise RuntimeError(
+                    f"ELRA cannot be captured in a CUDA graph now{f': {reason}' if reason else ''}. It needs "
+                    "capturable=True, and two updates since it was made or since anything of it was changed."
+                )
+        return ready
+
+    def _why_no_kernels(self, used: list[Tensor]) -> str | None:
+        settings = self.param_groups[0]
+        if self.direction is not gradient_direction:
+            return "the direction is not the gradient"
+        if settings["memory"] != "gradient":
+            return f"memory={settings['memory']!r} has no kernels"
+        if settings["restart_window"] is not None:
+            return f"restart_window={settings['restart_window']} has no kernels"
+        if self._kernel_error is not None:
+            return f"Triton failed ({self._kernel_error})"
+        try:
+            from hf_elra.optim import fused
+        except ImportError as error:
+            return f"Triton is missing ({error})"
+        return fused.why_not(used)
+
+    def _update_with_kernels(
+        self,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        loss: Tensor | float | None,
+    ) -> bool:
+        """Queue the update; False if kernels turn out not to work on this machine, and nothing was done."""
+        from hf_elra.optim.fused import FusedUpdate
+
+        settings = self.param_groups[0]
+        if self._kernels is None:
+            self._kernels = FusedUpdate()
+        kernels = self._kernels
+        device = next(p for group in params for p in group).device
+        if not kernels.in_force:
+            kernels.push(settings["control"], device)
+        launches = self._launches(params, gradients, factors)
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                kernels.update(launches, loss, max(factors), settings)
+        except Exception as error:
+            if settings["fused"] or kernels.has_worked or kernels.has_moved:
+                raise
+            text = (str(error).strip().splitlines() or [""])[-1]
+            self._kernel_error, kernels.in_force = f"{type(error).__name__}: {text[:200]}", False
+            warnings.warn(
+                f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
+                "fused=False does so from the start.",
+                stacklevel=4,
+            )
+            return False
+        kernels.has_worked = True
+        for launch in launches:
+            if not launch.copy:
+                self._memory.adopt(self._own_states(launch.params), launch.params, launch.gradients)
+        for group, factor in zip(self.param_groups, factors, strict=True):
+            group["step_factor"], group["step_decay"] = factor, group["weight_decay"] if factor != 0 else 0.0
+        return True
+
+    def _launches(
+        self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float]
+    ) -> list[Launch]:
+        """Sort tensors by group, by type, and by whether their gradients must be copied."""
+        from hf_elra.optim.fused import Launch
+
+        memory, seen = self._memory, set()
+        weights, last_weights = shares(factors), shares([group["step_factor"] for group in self.param_groups])
+        launches = []
+        for group, group_params, group_gradients, weight, last_weight, factor in zip(
+            self.param_groups, params, gradients, weights, last_weights, factors, strict=True
+        ):
+            lots: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+            for p, g in zip(group_params, group_gradients, strict=True):
+                if p.numel() == 0:
+                    continue
+                copy = memory.must_copy(g) or g.data_ptr() in seen  # two parameters may share a gradient
+                seen.add(g.data_ptr())
+                lots.setdefault((p.dtype, copy), []).append((p, _like(p, g)))
+                state = self.state[p]
+                state[memory.key] = _like(p, state[memory.key])
+            for (_, copy), pairs in lots.items():
+                ps, gs = [p for p, _ in pairs], [g for _, g in pairs]
+                kept = memory.tensors(self._own_states(ps), ps, writable=copy)
+                launches.append(
+                    Launch(ps, gs, kept, copy, weight, last_weight, factor, group["step_factor"], group["weight_decay"])
+                )
+        return launches
+
+
+def shares(factors: list[float]) -> list[float]:
+    """Every group's part in a step, of the largest."""
+    scale = max(factors)
+    return [factor / scale if scale > 0 else 0.0 for factor in factors]
+
+
+def _like(p: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in the memory order of ``p``: itself, or a copy."""
+    return tensor if layout(tensor) == layout(p) else torch.empty_like(p).copy_(tensor)

@@ -12,6 +12,7 @@ machine and versions. Optimizers that are not installed are named and left out. 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -32,6 +33,7 @@ from hf_elra.report.table import markdown_table
 
 BASELINE = "AdamW, fused"
 POOL = 3  # sets of gradients
+SCHEDULE_FREE = "schedule-free AdamW, foreach"  # writes to gradients: its own pool, or ELRA would have to copy them
 
 
 def shapes_of(model: str) -> list[torch.Size]:
@@ -85,7 +87,7 @@ def optimizers() -> dict[str, tuple[int, Callable[[list[Tensor]], Any]]]:
             optimizer.train()
             return optimizer
 
-        found["schedule-free AdamW, foreach"] = (7, schedule_free)
+        found[SCHEDULE_FREE] = (7, schedule_free)
     except ImportError:
         print("left out: schedule-free AdamW (pip install schedulefree)", file=sys.stderr)
     return found
@@ -148,6 +150,7 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     number = sum(shape.numel() for shape in shapes)
     params = [torch.nn.Parameter(0.02 * torch.randn(shape, device=given.device)) for shape in shapes]
     pool = [[1e-3 * torch.randn(shape, device=given.device) for shape in shapes] for _ in range(POOL)]
+    own = [[gradient.clone() for gradient in gradients] for gradients in pool]
     loss = torch.tensor(1.0, device=given.device)
     bandwidth = copy_bandwidth(number, given)
     write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
@@ -155,18 +158,20 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     built = {name: build(params) for name, (_, build) in known.items()}
     peaks: dict[str, float] = {}
     for name, optimizer in built.items():  # warm up: state is made, kernels are compiled
-        update(optimizer, params, pool, POOL, loss)
+        gradients = own if name == SCHEDULE_FREE else pool
+        update(optimizer, params, gradients, POOL, loss)
         if given.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            update(optimizer, params, pool, 1, loss)
+            update(optimizer, params, gradients, 1, loss)
             peaks[name] = torch.cuda.max_memory_allocated() - before
     seconds: dict[str, list[float]] = {name: [] for name in built}
     for turn in range(given.rounds):
         print(f"{model}: round {turn + 1} of {given.rounds}", file=sys.stderr)
         for name in list(built) if turn % 2 else list(built)[::-1]:
-            optimizer = built[name]
-            each = timed(lambda o=optimizer: update(o, params, pool, given.updates, loss), given.device) / given.updates
+            optimizer, gradients = built[name], own if name == SCHEDULE_FREE else pool
+            work = functools.partial(update, optimizer, params, gradients, given.updates, loss)
+            each = timed(work, given.device) / given.updates
             seconds[name].append(each)
             write(model=model, optimizer=name, seconds_per_update=each)
     rows = []

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_elra import ELRA
+from hf_elra.optim.tensors import squares_and_products
 from hf_elra.recipes import babyllama
 from hf_elra.recipes.image_models import ARCHITECTURES
 from hf_elra.report.environment import environment
@@ -143,6 +144,33 @@ def copy_bandwidth(number: int, given: argparse.Namespace) -> float:
     return 2 * 4 * number / statistics.median(seconds[2:])
 
 
+def measure_parts(given: argparse.Namespace, write: Callable[..., None]) -> list[list[str]]:
+    """What an update is made of, on one tensor of 15 M numbers."""
+    torch.manual_seed(0)
+    x, y, p = (torch.randn(15_000_000, device=given.device) for _ in range(3))
+    parameter = torch.nn.Parameter(p.clone())
+    parameter.grad = x
+    adamw = torch.optim.AdamW([parameter], fused=True)
+    parts: dict[str, Callable[[], Any]] = {
+        "⟨g, g⟩ and ⟨g, g_prev⟩, one after the other": lambda: (torch.dot(x, x), torch.dot(x, y)),
+        "both, as ELRA takes them": lambda: squares_and_products([x], [y]),
+        "⟨g, g_prev⟩ alone, which reads all that both need": lambda: torch.dot(x, y),
+        "p.add_(g)": lambda: p.add_(x, alpha=-1e-9),
+        "copy of g": lambda: p.copy_(x),
+        BASELINE: adamw.step,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(given.rounds + 1):
+        for name, work in parts.items():
+            each = timed(work, given.device)
+            if turn:  # the first round warms up
+                seconds[name].append(each)
+                write(part=name, numbers=x.numel(), seconds=each)
+    baseline = statistics.median(seconds[BASELINE])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return [[name, f"{1000 * value:.2f}", f"{value / baseline:.2f}"] for name, value in medians.items()]
+
+
 def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -> list[list[str]]:
     """The rows of one model."""
     torch.manual_seed(0)
@@ -213,6 +241,7 @@ def main(words: list[str]) -> int:
         packages = ("lion-pytorch", "prodigyopt", "schedulefree")
         write(command=shlex.join(["python", *sys.argv]), **environment(given.device, *packages), seed=0)
         rows = [row for model in given.models for row in measure(model, given, write)]
+        parts = measure_parts(given, write)
     header = [
         "parameters of",
         "optimizer",
@@ -224,6 +253,8 @@ def main(words: list[str]) -> int:
         "of copying speed",
     ]
     print(markdown_table(header, rows))
+    print()
+    print(markdown_table(["parts, one tensor of 15 M numbers", "ms", f"ratio to {BASELINE}"], parts))
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 PIECE = 2**18
 """Numbers of a tensor that are taken at once on a CPU: so many of two tensors stay in a core's cache between uses."""
@@ -148,7 +148,7 @@ def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
     return tuple(
         mesh.get_group(dimension)
         for dimension, placement in enumerate(tensor.placements)
-        if isinstance(placement, Shard) and mesh.size(dimension) > 1
+        if not placement.is_replicate() and mesh.size(dimension) > 1
     )
 
 

@@ -225,9 +225,9 @@ def compile(kernel, **constants):
 
 sizes = {"PIECE": fused.PIECE, "BLOCK": fused.BLOCK}
 for kind, wide in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
-    compile(fused.products_kernel, TYPE=kind, WIDE=wide, **sizes)
+    compile(fused.products_kernel, ALIGNED=True, TYPE=kind, WIDE=wide, **sizes)
     for copy in (True, False):
-        compile(fused.update_kernel, COPY=copy, ROUND=kind == tl.bfloat16, TYPE=kind, WIDE=wide, **sizes)
+        compile(fused.update_kernel, ALIGNED=copy, COPY=copy, ROUND=kind == tl.bfloat16, TYPE=kind, WIDE=wide, **sizes)
 for yes in (True, False):
     flags = dict.fromkeys(["HAS_LOSS", "SOFT", "HAS_RATIO", "DERIVED", "BB2"], yes)
     compile(fused.control_kernel, BLOCK=fused.BLOCK, **flags)

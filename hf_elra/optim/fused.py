@@ -69,9 +69,11 @@ _BACKOFF = tl.constexpr(NON_FINITE_BACKOFF)
 @triton.jit
 def products_kernel(
     gradients, kept, sizes, tensors, starts, shares, partials,
-    TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write four partial sums of one piece of one tensor, float64: G², w·G², w²·G² and v·⟨G, u⟩.
+
+    With ``ALIGNED`` addresses and sizes are multiples of 16.
 
     Args:
         gradients, kept: tables of addresses, int64, one a tensor.
@@ -86,6 +88,9 @@ def products_kernel(
     start = tl.load(starts + program)
     g = tl.load(gradients + tensor).to(tl.pointer_type(TYPE))
     u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        size, start = tl.multiple_of(size, 16), tl.multiple_of(start, 16)
+        g, u = tl.multiple_of(g, 16), tl.multiple_of(u, 16)
     squares = tl.zeros([BLOCK], WIDE)
     products = tl.zeros([BLOCK], WIDE)
     for offset in range(0, PIECE, BLOCK):
@@ -247,8 +252,8 @@ def control_kernel(
 @triton.jit
 def update_kernel(
     params, gradients, kept, sizes, tensors, starts, shares, numbers,
-    COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step, x ← (1 - d)·x - α·factor·G, or the last one back, in one piece of one tensor.
 
@@ -262,6 +267,9 @@ def update_kernel(
     p = tl.load(params + tensor).to(tl.pointer_type(TYPE))
     g = tl.load(gradients + tensor).to(tl.pointer_type(TYPE))
     u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        size, start = tl.multiple_of(size, 16), tl.multiple_of(start, 16)
+        p, g, u = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(u, 16)
     restarted = tl.load(numbers + _RESTARTED) != 0
     known = tl.load(numbers + _HAD_PREVIOUS) != 0
     seed = tl.load(numbers + _UPDATES).to(tl.int32)  # of stochastic rounding: another one in every update
@@ -314,6 +322,7 @@ class Launch(NamedTuple):
 
     Attributes:
         params, gradients, kept: of equal shapes and strides, each one piece of memory.
+        aligned: their addresses and sizes are multiples of 16, so that several numbers are moved at once.
         copy: the gradients are copied to ``kept``; otherwise the gradient tensors themselves are kept afterwards.
         weight, last_weight: the group's share in this step and in the last one.
         factor, last_factor: what a scheduler multiplies α by, now and in the last update.
@@ -323,6 +332,7 @@ class Launch(NamedTuple):
     params: Sequence[Tensor]
     gradients: Sequence[Tensor]
     kept: Sequence[Tensor]
+    aligned: bool
     copy: bool
     weight: float
     last_weight: float
@@ -430,7 +440,7 @@ class FusedUpdate:
             kind, wide = _kinds(launch.params[0].dtype)
             products_kernel[(number,)](
                 table[1], table[2], *piece, share, partials[first:],
-                TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
+                ALIGNED=launch.aligned, TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
             first += number
         given = self.numbers if loss is None else loss
@@ -444,9 +454,10 @@ class FusedUpdate:
         )  # fmt: skip
         for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
             kind, wide = _kinds(launch.params[0].dtype)
+            rounds = settings["stochastic_rounding"] and kind == tl.bfloat16
             update_kernel[(number,)](
                 table[0], table[1], table[2], *piece, share, self.numbers,
-                COPY=launch.copy, ROUND=settings["stochastic_rounding"] and launch.params[0].dtype == torch.bfloat16,
+                ALIGNED=launch.aligned, COPY=launch.copy, ROUND=rounds,
                 TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
             self.has_moved = True

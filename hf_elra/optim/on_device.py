@@ -185,21 +185,22 @@ class UpdatesOnDevice:
         for group, group_params, group_gradients, weight, last_weight, factor in zip(
             self.param_groups, params, gradients, weights, last_weights, factors, strict=True
         ):
-            lots: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+            lots: dict[Any, list[tuple[Tensor, ...]]] = {}
             for p, g in zip(group_params, group_gradients, strict=True):
                 if p.numel() == 0:
                     continue
                 copy = memory.must_copy(g) or g.data_ptr() in seen  # two parameters may share a gradient
                 seen.add(g.data_ptr())
-                lots.setdefault((p.dtype, copy), []).append((p, _like(p, g)))
                 state = self.state[p]
                 state[memory.key] = _like(p, state[memory.key])
-            for (_, copy), pairs in lots.items():
-                ps, gs = [p for p, _ in pairs], [g for _, g in pairs]
-                kept = memory.tensors(self._own_states(ps), ps, writable=copy)
-                launches.append(
-                    Launch(ps, gs, kept, copy, weight, last_weight, factor, group["step_factor"], group["weight_decay"])
-                )
+                (kept,) = memory.tensors([state], [p], writable=copy)
+                members = p, _like(p, g), kept
+                aligned = p.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in members)
+                lots.setdefault((p.dtype, aligned, copy), []).append(members)
+            for (_, aligned, copy), lot in lots.items():
+                ps, gs, us = zip(*lot, strict=True)
+                last_factor, decay = group["step_factor"], group["weight_decay"]
+                launches.append(Launch(ps, gs, us, aligned, copy, weight, last_weight, factor, last_factor, decay))
         return launches
 
 

@@ -105,6 +105,7 @@ def interrupted(folder, checkpoint=True):
     start_run(str(folder), SOME, None)
     if checkpoint:
         (folder / "checkpoint-3").mkdir()
+        (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
     return str(folder)
 
 

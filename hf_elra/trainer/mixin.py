@@ -243,8 +243,13 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return epochs, whole, examples, max_steps * batch, batch, whole * accumulation, max_steps
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Stock micro-batches of one update; an incomplete last group of an iterable data set is skipped."""
+        """Stock micro-batches of one update; an incomplete last group of an iterable data set is skipped.
+
+        None at all where a run is resumed that had reached its end: the stock Trainer makes one more update then.
+        """
         self._start_group()  # whatever an interrupted group left behind
+        if self._has_ended():
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if has_length(self.train_dataset) or not batches or not self._skips_last_batch():
             return batches, num_items
@@ -256,6 +261,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if at_the_end and (len(batches) < num_batches or sizes[-1] < seen.full_batch):
             return [], None
         return batches, num_items
+
+    def _has_ended(self) -> bool:
+        if self.batch_control is not None:
+            return not self.progress.updates_left(self.accumulation)
+        return 0 < self.state.max_steps <= self.state.global_step
 
     # ---- control cycles ----
 

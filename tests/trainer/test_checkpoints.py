@@ -55,3 +55,14 @@ def test_folders_without_checkpoints(tmp_path):
     assert last_whole_checkpoint(tmp_path) is None
     with pytest.raises(ConfigurationError, match="holds no whole checkpoint; leave it out"):
         trained(tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize("control", ["elra", "off"])
+def test_a_run_that_had_reached_its_end_makes_no_further_update(tmp_path, control):
+    given = dict(max_steps=6, save_strategy="steps", save_steps=2, elra_batch_control=control)
+    first = trainer(tmp_path, None, token_rows(80), **given)
+    first.train()
+    again = trainer(tmp_path, None, token_rows(80), **given)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert torch.equal(weights(first.model), weights(again.model))

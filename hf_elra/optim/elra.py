@@ -250,9 +250,6 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         if any(key not in state for state in self.state.values() if state):
             self.state.clear()
             self._control["previous_slope"] = None
-        if own["memory"] == "offload":
-            for state in self.state.values():
-                state[key] = state[key].cpu()
         self._renew_numbers_on_device()
 
     # ---- what a training loop calls ----
@@ -283,7 +280,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
         if not set_to_none:
             for group in self.param_groups:
-                self._memory.release_gradients(self._states(group["params"]), group["params"])
+                self._memory.release_gradients(self._part(group, group["params"]))
         super().zero_grad(set_to_none)
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
@@ -342,7 +339,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         for weight, group, group_params, gradient, direction in zip(
             weights, self.param_groups, params, gradients, directions, strict=True
         ):
-            square, product = self._memory.products(self._states(group_params), group_params, gradient, group)
+            square, product = self._memory.products(self._part(group, group_params), gradient)
             if control["step_size"] > 0:
                 current_slope += group["step_size"] / control["step_size"] * product
             same = direction is gradient
@@ -427,13 +424,9 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
 
     def _forget_what_was_overwritten(self) -> None:
         """Where a kept gradient was changed by somebody else, the last step is unknown."""
-        if any(self._memory.overwritten(self._states(g["params"]), g["params"]) for g in self.param_groups):
+        if any(self._memory.overwritten(self._part(group, group["params"])) for group in self.param_groups):
             self.state.clear()
             self._control["previous_slope"] = None
-
-    def _rounding_seed(self) -> int | None:
-        """Random numbers for stochastic rounding: the same on every process, others in every update."""
-        return self._control["updates"] if self.param_groups[0]["stochastic_rounding"] else None
 
     def _descend(self, params: list[list[Tensor]], directions: list[list[Tensor]], factors: list[float]) -> None:
         """x ← (1 - d)·x - α·factor·u, and remember u."""
@@ -446,9 +439,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
                     self.state.pop(p, None)
             group["step_size"], group["step_factor"] = self.alpha * factor, factor
             group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
-            self._memory.advance(
-                self._own_states(group_params), group_params, group_directions, group, self._rounding_seed()
-            )
+            self._memory.advance(self._part(group, group_params, to_write=True), group_directions)
 
     def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
         """Go back to x_{t-1} and step again along the old direction with α·factor.
@@ -469,8 +460,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
             return
         for group, group_factor in zip(self.param_groups, factors, strict=True):
             new_step_size = self.alpha * group_factor
-            params = group["params"]
-            self._memory.retrace(self._states(params), params, group, new_step_size, self._rounding_seed())
+            self._memory.retrace(self._part(group, group["params"]), new_step_size)
             group["step_size"], group["step_factor"] = new_step_size, group_factor
         control["step_size"] = self.alpha * max(factors)
         control["step_norm"] = control["step_size"] * control["direction_norm"]

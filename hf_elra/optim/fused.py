@@ -30,36 +30,38 @@ PIECE = 16 * BLOCK  # numbers of a tensor that one program handles
 KEPT_TABLES = 64  # small tables that stay on the device
 BYTES_FOR_CAPTURES = 2**20
 
-NAMES = (
+OF_CONTROL = (
     "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
-    "restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound",
-    "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
-    "restarted", "alpha_before", "had_previous", "updates",
+    "restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound", "updates",
 )  # fmt: skip
+COUNTS = OF_CONTROL[8:]
+OF_MEMORY = ("initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std")
+OF_UPDATE = ("restarted", "alpha_before", "had_previous")  # for the kernels that follow
+NAMES = (*OF_CONTROL, *OF_MEMORY, *OF_UPDATE)
 """What the vector of numbers holds, in this order; NaN says that a number is not known."""
 
-_ALPHA = tl.constexpr(0)
-_STEP_SIZE = tl.constexpr(1)
-_PREVIOUS_SLOPE = tl.constexpr(2)
-_PREVIOUS_LOSS = tl.constexpr(3)
-_GRADIENT_NORM = tl.constexpr(4)
-_DIRECTION_NORM = tl.constexpr(5)
-_STEP_NORM = tl.constexpr(6)
-_COSINE = tl.constexpr(7)
-_RESTARTS = tl.constexpr(8)
-_NON_FINITE = tl.constexpr(9)
-_CONSECUTIVE = tl.constexpr(10)
-_TRIES = tl.constexpr(11)
-_INITIAL_LOSS = tl.constexpr(12)
-_COUNT = tl.constexpr(13)
-_MEAN = tl.constexpr(14)
-_SQUARES = tl.constexpr(15)
-_LAST_MEAN = tl.constexpr(16)
-_LAST_STD = tl.constexpr(17)
-_RESTARTED = tl.constexpr(18)
-_ALPHA_BEFORE = tl.constexpr(19)
-_HAD_PREVIOUS = tl.constexpr(20)
-_UPDATES = tl.constexpr(21)
+_ALPHA = tl.constexpr(NAMES.index("alpha"))
+_STEP_SIZE = tl.constexpr(NAMES.index("step_size"))
+_PREVIOUS_SLOPE = tl.constexpr(NAMES.index("previous_slope"))
+_PREVIOUS_LOSS = tl.constexpr(NAMES.index("previous_loss"))
+_GRADIENT_NORM = tl.constexpr(NAMES.index("gradient_norm"))
+_DIRECTION_NORM = tl.constexpr(NAMES.index("direction_norm"))
+_STEP_NORM = tl.constexpr(NAMES.index("step_norm"))
+_COSINE = tl.constexpr(NAMES.index("cosine"))
+_RESTARTS = tl.constexpr(NAMES.index("restarts"))
+_NON_FINITE = tl.constexpr(NAMES.index("non_finite"))
+_CONSECUTIVE = tl.constexpr(NAMES.index("consecutive_restarts"))
+_TRIES = tl.constexpr(NAMES.index("tries_at_lower_bound"))
+_INITIAL_LOSS = tl.constexpr(NAMES.index("initial_loss"))
+_COUNT = tl.constexpr(NAMES.index("cycle_count"))
+_MEAN = tl.constexpr(NAMES.index("cycle_mean"))
+_SQUARES = tl.constexpr(NAMES.index("cycle_squares"))
+_LAST_MEAN = tl.constexpr(NAMES.index("last_mean"))
+_LAST_STD = tl.constexpr(NAMES.index("last_std"))
+_RESTARTED = tl.constexpr(NAMES.index("restarted"))
+_ALPHA_BEFORE = tl.constexpr(NAMES.index("alpha_before"))
+_HAD_PREVIOUS = tl.constexpr(NAMES.index("had_previous"))
+_UPDATES = tl.constexpr(NAMES.index("updates"))
 
 _ENOUGH = tl.constexpr(ENOUGH_LOSSES)
 _MOST_RESTARTS = tl.constexpr(MAX_CONSECUTIVE_RESTARTS)
@@ -381,7 +383,7 @@ class FusedUpdate:
         """Copy the host's numbers to the device."""
         memory = control["memory"]
         values = dict.fromkeys(NAMES)
-        values.update({name: control[name] for name in (*NAMES[:12], "updates")})
+        values.update({name: control[name] for name in OF_CONTROL})
         values["initial_loss"] = memory["initial_loss"]
         values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
         if memory["last_cycle"] is not None:
@@ -401,10 +403,8 @@ class FusedUpdate:
         found: dict[str, Any] = {
             name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
         }
-        for name in ("restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound", "updates"):
-            found[name] = int(found[name])
-        for name in (*NAMES[:12], "updates"):
-            control[name] = found[name]
+        for name in OF_CONTROL:
+            control[name] = int(found[name]) if name in COUNTS else found[name]
         if control["gradient_norm"] is None and control["updates"] > 0:
             control["gradient_norm"] = math.nan
         memory = control["memory"]

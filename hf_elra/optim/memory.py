@@ -18,14 +18,30 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.tensors import decay_weights, descend, local, squares_and_products
+from hf_elra.optim.tensors import descend, local, squares_and_products
+
+
+class Part(NamedTuple):
+    """The parameters of a group that take part in something.
+
+    Attributes:
+        params: the parameters.
+        states: the optimizer's state of each.
+        group: their group; of the last step ``step_size`` and ``step_decay`` are used.
+        rounding_seed: of stochastic rounding, as for ``tensors.descend``.
+    """
+
+    params: Sequence[Tensor]
+    states: Sequence[dict[str, Any]]
+    group: dict[str, Any]
+    rounding_seed: int | None = None
 
 
 class GradientMemory:
@@ -48,30 +64,18 @@ class GradientMemory:
         # Of gradients that were kept as they are, by the id of their parameter: a weak reference, and the version.
         self._versions: dict[int, tuple[Any, int]] = {}
 
-    def knows(self, state: dict[str, Any]) -> bool:
-        """Whether a parameter's state holds the last step."""
-        return self.key in state
-
-    def directions(
-        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
-    ) -> Iterator[Tensor | None]:
+    def directions(self, part: Part) -> Iterator[Tensor | None]:
         """Yield u_{t-1} of every parameter, None for those that did not move."""
-        for state in states:
+        for state in part.states:
             yield state.get(self.key)
 
-    def products(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: dict[str, Any],
-    ) -> tuple[float, float]:
+    def products(self, part: Part, gradients: Sequence[Tensor]) -> tuple[float, float]:
         """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩ over these parameters."""
-        return squares_and_products(gradients, self.directions(states, params, group))
+        return squares_and_products(gradients, self.directions(part))
 
-    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+    def overwritten(self, part: Part) -> bool:
         """Whether a kept gradient was changed since, or may be; then all are copied from now on."""
-        for state, p in zip(states, params, strict=True):
+        for state, p in zip(part.states, part.params, strict=True):
             kept = state.get(self.key)
             if kept is not None and self._is_used_by_others(p, kept):
                 self._copy_from_now_on()
@@ -101,30 +105,17 @@ class GradientMemory:
             stacklevel=6,
         )
 
-    def advance(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        group: dict[str, Any],
-        rounding_seed: int | None,
-    ) -> None:
-        """Take the step that ``group`` tells (``step_size``, ``step_decay``), and keep it."""
-        self._descend(params, directions, group, rounding_seed)
-        self._keep(states, params, directions)
+    def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
+        """Take the step that the group tells, and keep it."""
+        self._descend(part, directions, part.group["step_size"], part.group["step_decay"])
+        self._keep(part, directions)
 
-    def _descend(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any], rounding_seed: int | None
-    ) -> None:
-        if group["step_size"] != 0 or group["step_decay"] != 0:
-            descend(
-                params, directions, group["step_size"], group["step_decay"],
-                foreach=self.foreach, rounding_seed=rounding_seed,
-            )  # fmt: skip
+    def _descend(self, part: Part, directions: Sequence[Tensor], step_size: float, decay: float) -> None:
+        descend(part.params, directions, step_size, decay, foreach=self.foreach, rounding_seed=part.rounding_seed)
 
-    def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    def _keep(self, part: Part, directions: Sequence[Tensor]) -> None:
         lots: dict[bool, list[tuple[dict[str, Any], Tensor, Tensor]]] = {}
-        for state, p, u in zip(states, params, directions, strict=True):
+        for state, p, u in zip(part.states, part.params, directions, strict=True):
             lots.setdefault(self.must_copy(u), []).append((state, p, u))
         for copy, lot in lots.items():
             chosen, ps, us = zip(*lot, strict=True)
@@ -160,29 +151,22 @@ class GradientMemory:
     def finish(self) -> None:
         """Wait until all that is kept is where it belongs."""
 
-    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+    def release_gradients(self, part: Part) -> None:
         """Copy what is kept of gradients that are about to be zeroed in place."""
-        for state, p in zip(states, params, strict=True):
+        for state, p in zip(part.states, part.params, strict=True):
             if p.grad is not None and state.get(self.key) is p.grad:
                 state[self.key] = state[self.key].clone()
                 self._versions.pop(id(p), None)
 
-    def retrace(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        group: dict[str, Any],
-        new_step_size: float,
-        rounding_seed: int | None,
-    ) -> None:
-        """Go back to x_{t-1} and step from there with ``new_step_size`` instead of ``group["step_size"]``.
+    def retrace(self, part: Part, new_step_size: float) -> None:
+        """Go back to x_{t-1} and step from there with ``new_step_size`` instead of the group's.
 
         x_{t-1} - α'u = x_t + (α - α')u, whatever the weight decay was, so one addition does both.
         """
-        pairs = [(p, u) for p, u in zip(params, self.directions(states, params, group), strict=True) if u is not None]
-        back = new_step_size - group["step_size"]
-        for p, u in pairs:
-            descend([p], [u.to(p.device)], back, 0.0, foreach=self.foreach, rounding_seed=rounding_seed)
+        back = new_step_size - part.group["step_size"]
+        for p, u in zip(part.params, self.directions(part), strict=True):
+            if u is not None:
+                self._descend(part._replace(params=[p]), [u.to(p.device)], back, 0.0)
 
 
 class PointMemory(GradientMemory):
@@ -195,70 +179,47 @@ class PointMemory(GradientMemory):
 
     key = "previous_point"
 
-    def directions(
-        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
-    ) -> Iterator[Tensor | None]:
+    def directions(self, part: Part) -> Iterator[Tensor | None]:
         """Yield u_{t-1}, made one at a time."""
-        for state, p in zip(states, params, strict=True):
-            if self.key not in state or group["step_size"] == 0:
+        step_size = part.group["step_size"]
+        for state, p in zip(part.states, part.params, strict=True):
+            if self.key not in state or step_size == 0:
                 yield None
                 continue
             x, start = local(p), local(state[self.key])
             wide = torch.promote_types(x.dtype, torch.float32)
-            yield (start.to(wide) - x.to(wide)).div_(group["step_size"])
+            yield (start.to(wide) - x.to(wide)).div_(step_size)
 
-    def products(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: dict[str, Any],
-    ) -> tuple[float, float]:
+    def products(self, part: Part, gradients: Sequence[Tensor]) -> tuple[float, float]:
         """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩, the latter from differences of points (ELRA, section 3.6)."""
-        step_size = group["step_size"]
-        kept = [state.get(self.key) if step_size != 0 else None for state in states]
-        square, product = squares_and_products(gradients, kept, minus=params)
+        step_size = part.group["step_size"]
+        kept = [state.get(self.key) if step_size != 0 else None for state in part.states]
+        square, product = squares_and_products(gradients, kept, minus=part.params)
         return square, product / step_size if step_size != 0 else 0.0
 
-    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+    def overwritten(self, part: Part) -> bool:
         """Never: the point is a copy."""
         return False
 
-    def advance(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        group: dict[str, Any],
-        rounding_seed: int | None,
-    ) -> None:
+    def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
         """Decay, keep the point, then step."""
-        if not params:
+        if not part.params:
             return
-        if group["step_decay"] != 0:
-            decay_weights(params, group["step_decay"], foreach=self.foreach, rounding_seed=rounding_seed)
-        torch._foreach_copy_([local(x) for x in self.tensors(states, params)], [local(p) for p in params])
-        if group["step_size"] != 0:
-            descend(params, directions, group["step_size"], 0.0, foreach=self.foreach, rounding_seed=rounding_seed)
+        self._descend(part, directions, 0.0, part.group["step_decay"])
+        kept = self.tensors(part.states, part.params)
+        torch._foreach_copy_([local(x) for x in kept], [local(p) for p in part.params])
+        self._descend(part, directions, part.group["step_size"], 0.0)
 
-    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+    def release_gradients(self, part: Part) -> None:
         """Nothing: no gradient is kept."""
 
-    def retrace(
-        self,
-        states: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        group: dict[str, Any],
-        new_step_size: float,
-        rounding_seed: int | None,
-    ) -> None:
+    def retrace(self, part: Part, new_step_size: float) -> None:
         """x ← x_{t-1} - new_step_size·u."""
-        for state, p, u in zip(states, params, self.directions(states, params, group), strict=True):
+        for state, p, u in zip(part.states, part.params, self.directions(part), strict=True):
             if u is None:
                 continue
-            x = local(p)
-            x.copy_(local(state[self.key]))
-            descend([x], [u], new_step_size, 0.0, foreach=False, rounding_seed=rounding_seed)
+            local(p).copy_(local(state[self.key]))
+            self._descend(part._replace(params=[p]), [u], new_step_size, 0.0)
 
 
 class OffloadMemory(GradientMemory):
@@ -274,9 +235,9 @@ class OffloadMemory(GradientMemory):
         self._streams: dict[torch.device, Any] = {}
         self._waits = False
 
-    def overwritten(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+    def overwritten(self, part: Part) -> bool:
         """Whether a gradient was written to while it was on its way; then these ways are waited for from now on."""
-        for p in params:
+        for p in part.params:
             reference, _ = self._versions.get(id(p), (lambda: None, 0))
             source = reference()
             if source is not None and not self._waits and self._is_used_by_others(p, source):
@@ -290,7 +251,7 @@ class OffloadMemory(GradientMemory):
         for stream in self._streams.values():
             stream.synchronize()
 
-    def release_gradients(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+    def release_gradients(self, part: Part) -> None:
         """Let zeroing in place come after the copies that are on their way."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
@@ -301,18 +262,17 @@ class OffloadMemory(GradientMemory):
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def directions(
-        self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], group: dict[str, Any]
-    ) -> Iterator[Tensor | None]:
+    def directions(self, part: Part) -> Iterator[Tensor | None]:
         """Yield u_{t-1} on the parameters' device, the next one on its way."""
         waiting: Tensor | None = None
-        for index, (state, p) in enumerate(zip(states, params, strict=True)):
+        pairs = list(zip(part.states, part.params, strict=True))
+        for index, (state, p) in enumerate(pairs):
             current = waiting if index else self._fetch(state, p)
             if p.is_cuda:
                 torch.cuda.current_stream(p.device).wait_stream(self._stream(p.device))
                 if current is not None:
                     current.record_stream(torch.cuda.current_stream(p.device))
-            waiting = self._fetch(states[index + 1], params[index + 1]) if index + 1 < len(params) else None
+            waiting = self._fetch(*pairs[index + 1]) if index + 1 < len(pairs) else None
             yield current
 
     def _fetch(self, state: dict[str, Any], p: Tensor) -> Tensor | None:
@@ -322,15 +282,15 @@ class OffloadMemory(GradientMemory):
         with torch.cuda.stream(self._stream(p.device)):
             return kept.to(p.device, non_blocking=True)
 
-    def _keep(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
-        for state, p, u in zip(states, params, directions, strict=True):
+    def _keep(self, part: Part, directions: Sequence[Tensor]) -> None:
+        for state, p, u in zip(part.states, part.params, directions, strict=True):
             if isinstance(p, DTensor):
                 raise ConfigurationError(
                     "memory='offload' cannot be used with sharded parameters (DTensor, as from FSDP2), whose state "
                     "must be sharded like them. Use memory='gradient' or 'point'."
                 )
             kept = state.get(self.key)
-            if kept is None or kept.device.type != "cpu":
+            if kept is None or kept.device.type != "cpu" or kept.is_pinned() != p.is_cuda:  # as after loading
                 state[self.key] = kept = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda)
             if not p.is_cuda:
                 kept.copy_(u)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.directions import Direction, gradient_direction
-from hf_elra.optim.memory import MEMORIES, GradientMemory
+from hf_elra.optim.memory import MEMORIES, GradientMemory, Part
 from hf_elra.optim.tensors import is_dense, layout
 
 if TYPE_CHECKING:
@@ -71,13 +71,12 @@ class UpdatesOnDevice:
             self._made_memory = MEMORIES[settings["memory"]](copies=settings["capturable"], foreach=settings["foreach"])
         return self._made_memory
 
-    def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """States to be read; those of parameters without one are empty and belong to nobody."""
-        return [self.state.get(p, {}) for p in params]
-
-    def _own_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """States to be written."""
-        return [self.state[p] for p in params]
+    def _part(self, group: dict[str, Any], params: Sequence[Tensor], *, to_write: bool = False) -> Part:
+        """Parameters of a group with their states; where these are only read, one that is not there is not made."""
+        states = [self.state[p] if to_write else self.state.get(p, {}) for p in params]
+        settings = self.param_groups[0]
+        seed = settings["control"]["updates"] if settings["stochastic_rounding"] else None  # as on every process
+        return Part(params, states, group, seed)
 
     # ---- the update ----
 
@@ -99,7 +98,7 @@ class UpdatesOnDevice:
             reason is None
             and settings["control"]["moved"]
             and all(
-                self._memory.knows(self.state.get(p, {})) == (p.grad is not None)
+                (self._memory.key in self.state.get(p, {})) == (p.grad is not None)
                 for group in self.param_groups
                 for p in group["params"]
             )
@@ -125,13 +124,14 @@ class UpdatesOnDevice:
             return f"memory={settings['memory']!r} has no kernels"
         if settings["restart_window"] is not None:
             return f"restart_window={settings['restart_window']} has no kernels"
-        if self._kernel_error is not None:
-            return f"Triton failed ({self._kernel_error})"
-        try:
-            from hf_elra.optim import fused
-        except ImportError as error:
-            return f"Triton is missing ({error})"
-        return fused.why_not(used)
+        if self._kernel_error is None:
+            try:
+                from hf_elra.optim import fused
+
+                return fused.why_not(used)
+            except ImportError as error:  # not looked for again
+                self._kernel_error = str(error)
+        return f"Triton is missing or failed ({self._kernel_error})"
 
     def _update_with_kernels(
         self,
@@ -168,7 +168,7 @@ class UpdatesOnDevice:
         kernels.has_worked = True
         for launch in launches:
             if not launch.copy:
-                self._memory.adopt(self._own_states(launch.params), launch.params, launch.gradients)
+                self._memory.adopt([self.state[p] for p in launch.params], launch.params, launch.gradients)
         for group, factor in zip(self.param_groups, factors, strict=True):
             group["step_factor"], group["step_decay"] = factor, group["weight_decay"] if factor != 0 else 0.0
         return True

@@ -67,23 +67,20 @@ def squares_and_products(
     sums: dict[Any, list[list[Any]]] = {}
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         less = minus[index] if minus is not None and right is not None else None
-        totals = sums.setdefault(_shard_groups(left), [[], []])
-        square, product = _square_and_product(local(left), _local(right), _local(less))
+        members: list[Any] = [None if t is None else local(t) for t in (left, right, less)]
+        totals = sums.setdefault((local(left).device, _shard_groups(left)), [[], []])
+        square, product = _square_and_product(*members)
         totals[0].append(square)
         totals[1].append(product)
     result = [0.0, 0.0]
-    for groups, totals in sums.items():
-        numbers = _add_up(totals)
+    for (device, groups), totals in sums.items():
+        numbers = _add_up(totals, device)
         for group in groups:
-            told = torch.tensor(numbers, dtype=torch.float64, device=_device_of(group))
+            told = torch.tensor(numbers, dtype=torch.float64, device=device)
             dist.all_reduce(told, group=group)
             numbers = told.tolist()
         result = [total + number for total, number in zip(result, numbers, strict=True)]
     return result[0], result[1]
-
-
-def _local(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else local(tensor)
 
 
 def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
@@ -123,16 +120,12 @@ def _products_of_piece(x: Tensor, rest: list[Tensor], wide: torch.dtype) -> tupl
     return square, torch.dot(x, y)
 
 
-def _add_up(totals: list[list[Any]]) -> list[float]:
-    if any(isinstance(value, Tensor) for value in totals[0]):
-        device = next(value.device for value in totals[0] if isinstance(value, Tensor))
-        return torch.stack(
-            [
-                torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values]).sum()
-                for values in totals
-            ]
-        ).tolist()
-    return [sum(values) for values in totals]
+def _add_up(totals: list[list[Any]], device: torch.device) -> list[float]:
+    """Sums of numbers that lie on a device, or on a CPU are floats."""
+    if device.type == "cpu":
+        return [sum(values) for values in totals]
+    sums = [torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in row]).sum() for row in totals]
+    return torch.stack(sums).tolist()
 
 
 def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -152,11 +145,6 @@ def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
     )
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    backend = dist.get_backend(group)
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in str(backend) else torch.device("cpu")
-
-
 def descend(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
@@ -166,7 +154,7 @@ def descend(
     foreach: bool | None,
     rounding_seed: int | None = None,
 ) -> None:
-    """x ← (1 - decay)·x - step_size·u for all pairs, in place.
+    """x ← (1 - decay)·x - step_size·u for all pairs, in place; nothing is done that changes nothing.
 
     Args:
         params, directions: of equal shapes and types.
@@ -175,46 +163,22 @@ def descend(
         foreach: False for one tensor at a time.
         rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
     """
-    xs, us = [local(p) for p in params], [local(u) for u in directions]
-    if rounding_seed is not None:
-        low = [index for index, x in enumerate(xs) if x.dtype == torch.bfloat16]
-        generator: dict[torch.device, torch.Generator] = {}
-        for index in low:
-            x, u = xs[index], us[index]
-            if x.device not in generator:
-                generator[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+    pairs = [(local(p), local(u)) for p, u in zip(params, directions, strict=True)]
+    if rounding_seed is not None and (decay != 0 or step_size != 0):
+        generators: dict[torch.device, torch.Generator] = {}
+        for x, u in [pair for pair in pairs if pair[0].dtype == torch.bfloat16]:
+            if x.device not in generators:
+                generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
             wide = (1 - decay) * x.float() - step_size * u.float()
-            x.copy_(stochastically_rounded(wide, generator[x.device]))
-        rest = [index for index in range(len(xs)) if index not in set(low)]
-        xs, us = [xs[index] for index in rest], [us[index] for index in rest]
-    if not xs:
-        return
-    if foreach is False:
-        for x, u in zip(xs, us, strict=True):
-            if decay != 0:
-                x.mul_(1 - decay)
-            x.add_(u, alpha=-step_size)
-        return
-    if decay != 0:
-        torch._foreach_mul_(xs, 1 - decay)
-    torch._foreach_add_(xs, us, alpha=-step_size)
-
-
-def decay_weights(
-    params: Sequence[Tensor], decay: float, *, foreach: bool | None, rounding_seed: int | None = None
-) -> None:
-    """x ← (1 - decay)·x, in place; arguments as for :func:`descend`."""
-    xs = [local(p) for p in params]
-    if rounding_seed is not None:
-        for x in [x for x in xs if x.dtype == torch.bfloat16]:
-            generator = torch.Generator(x.device).manual_seed(rounding_seed)
-            x.copy_(stochastically_rounded((1 - decay) * x.float(), generator))
-        xs = [x for x in xs if x.dtype != torch.bfloat16]
-    if foreach is False:
-        for x in xs:
-            x.mul_(1 - decay)
-    elif xs:
-        torch._foreach_mul_(xs, 1 - decay)
+            x.copy_(stochastically_rounded(wide, generators[x.device]))
+        pairs = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
+    lots = [[pair] for pair in pairs] if foreach is False else [pairs] if pairs else []
+    for lot in lots:
+        xs, us = zip(*lot, strict=True)
+        if decay != 0:
+            torch._foreach_mul_(xs, 1 - decay)
+        if step_size != 0:
+            torch._foreach_add_(xs, us, alpha=-step_size)
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

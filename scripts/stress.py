@@ -49,11 +49,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, help="of the run that is killed; default: 1500, with --quick 400")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args(words)
-    given.kills = given.kills or (5 if given.quick else 20)
-    given.updates = given.updates or (400 if given.quick else 1500)
-    for name in ("kills", "updates"):
+    for name, quick, long in (("kills", 5, 20), ("updates", 400, 1500)):
+        if getattr(given, name) is None:
+            setattr(given, name, quick if given.quick else long)
         if getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)} must be at least 1")
+    if given.updates < 10 * given.kills:
+        parser.error(f"--updates {given.updates} is too few to be killed {given.kills} times; pass {10 * given.kills}")
     return given
 
 
@@ -62,8 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def run(folder: Path, updates: int) -> subprocess.Popen[bytes]:
     """Start, or go on with, the training in ``folder``."""
-    save = max(1, updates // 100)
-    flags = {**SIZES, "output_dir": folder, "max_steps": updates, "save_steps": save, "save_total_limit": 3}
+    flags = {**SIZES, "output_dir": folder, "max_steps": updates, "save_steps": 1, "save_total_limit": 3}
     words = [sys.executable, str(TRAIN), "--overwrite", "--resume"]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment_ = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,14 +72,9 @@ def run(folder: Path, updates: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environment_, stdout=log, stderr=log)
 
 
-def newest(folder: Path) -> str:
-    """The newest checkpoint."""
-    return max(checkpoints(folder), key=lambda name: int(name.split("-")[1]), default="the start")
-
-
-def checkpoints(folder: Path) -> set[str]:
-    """Names of the checkpoints that are there, whole or not."""
-    return {path.name for path in folder.glob("checkpoint-*")}
+def newest(folder: Path) -> int:
+    """Number of the newest checkpoint, whole or not; 0 without any."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
 
 
 def kill_often(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -90,19 +86,17 @@ def kill_often(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise SystemExit((folder / "through.log").read_text(encoding="utf-8"))
     kills = 0
     while not (killed / METRICS).is_file():
-        before = checkpoints(killed)
+        # After a random number of updates, each of which is saved, so that all kills fit in, and at any moment of one.
+        last = newest(killed) + random_moment.randint(1, given.updates // (given.kills + 1))
         process = run(killed, given.updates)
         if kills < given.kills:
-            # Not before it has begun to train, or no kill would ever meet a step.
-            while process.poll() is None and checkpoints(killed) == before:
-                time.sleep(0.02)
-            end = time.monotonic() + random_moment.uniform(0, 2)
-            while process.poll() is None and time.monotonic() < end:
+            while process.poll() is None and newest(killed) < last:
                 time.sleep(0.005)
+            time.sleep(random_moment.uniform(0, 0.2))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-                print(f"killed {kills} of {given.kills}, at {newest(killed)}", file=sys.stderr)
+                print(f"killed {kills} of {given.kills}, at update {newest(killed)}", file=sys.stderr)
         process.wait()
         if process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit((folder / "killed.log").read_text(encoding="utf-8"))

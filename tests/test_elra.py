@@ -44,7 +44,8 @@ def test_path_turns_with_the_coordinates(step_rule):
 
 # ---- the twin ----
 
-events = st.sampled_from(["plain"] * 6 + ["spike", "nan_loss", "inf_gradient", "zero_gradient", "end_cycle"])
+faults = ["spike", "nan_loss", "inf_gradient", "nan_gradient", "zero_gradient"]
+events = st.sampled_from(["plain"] * 6 + ["end_cycle", *faults])
 arguments = st.fixed_dictionaries(
     {
         "lr": st.sampled_from([1e-6, 1e-3, 1.0]),
@@ -95,6 +96,8 @@ def walk_beside_the_reference(arguments, sequence, seed):
             loss = math.nan
         elif event == "inf_gradient":
             gradient[3] = math.inf
+        elif event == "nan_gradient":
+            gradient.fill_(math.nan)
         elif event == "zero_gradient":
             gradient.zero_()
         elif event == "end_cycle":

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
@@ -30,7 +31,7 @@ from hf_elra.optim.guards import (
 from hf_elra.optim.memory import MEMORIES
 from hf_elra.optim.on_device import UpdatesOnDevice, shares
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
-from hf_elra.optim.tensors import dot
+from hf_elra.optim.tensors import dot, mean_over_processes
 
 PER_GROUP = ("lr", "weight_decay")
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
@@ -126,6 +127,11 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
     acts as a factor: the step taken is α·lr/initial_lr, and the next α is computed from the step really taken. A factor
     of 0 freezes the parameters and leaves α alone.
 
+    Several processes that keep the same parameters (DDP) must decide alike. They do where gradients and losses are the
+    same to the last bit. Set the attribute :attr:`process_group` (the Trainer does) and they also do on different
+    hardware, or where one of them reads a gradient that is not finite: scalar products are then averaged over it, in
+    one all-reduce an update. Of DTensors (FSDP2, tensor parallelism) the sums are taken over all shards in any case.
+
     Source: "A gradient descent optimizer with auto controlled large learning rates, dynamic batch sizes and without
     momentum" (ELRA, 2024), sections 2 and 3. State: one tensor per parameter, the last direction.
 
@@ -139,6 +145,8 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
     """
 
     direction: Direction = staticmethod(gradient_direction)
+    process_group: dist.ProcessGroup | None = None
+    """Processes whose scalar products are averaged; not part of the state."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
 
@@ -186,7 +194,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
             "non_finite": 0,
             "consecutive_restarts": 0,
             "tries_at_lower_bound": 0,
-            "memory": new_restart_memory(),
+            "memory": new_restart_memory(restart_window),
         }
 
     # ---- what a user reads ----
@@ -204,10 +212,11 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
-        (so far), ``grad_norm`` and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
+        (so far, for whatever reason), ``non_finite`` (those for a loss or gradient that was not finite), ``grad_norm``
+        and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
         control = self._numbers()
         _check_tries(control, self.param_groups[0]["lr_bounds"])
-        metrics = {"alpha": control["alpha"], "step_norm": control["step_norm"], "restarts": control["restarts"]}
+        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
         for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
             if control[key] is not None:
                 metrics[name] = control[key]
@@ -234,7 +243,9 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts that into the defaults here
                     group.setdefault(name, value)
-        self.param_groups[0]["control"].setdefault("moved", True)
+        control = self.param_groups[0]["control"]
+        control.setdefault("moved", True)
+        control["memory"]["last_cycle"] = control["memory"]["last_cycle"] or [None, None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.
@@ -307,16 +318,16 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         if loss is not None:
             self.observe_loss(loss)
         observed, self._observed_loss = self._observed_loss, None
-        if observed is None and not self._warned_no_loss:
+        params, gradients = self._gather()
+        self._forget_what_was_overwritten()
+        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
+        if observed is None and not self._warned_no_loss and max(factors) > 0:
             self._warned_no_loss = True
             warnings.warn(
                 "ELRA was not told the loss, so it cannot take back a step that went too far. Call step(closure), "
                 "step(loss=loss) or observe_loss(loss) before step(); in a Hugging Face Trainer, import hf_elra first.",
                 stacklevel=3,
             )
-        params, gradients = self._gather()
-        self._forget_what_was_overwritten()
-        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
         if not (
             self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, observed)
         ):
@@ -346,6 +357,9 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
             gradient_norm_squared += square
             slope += weight * (square if same else dot(gradient, direction))
             norm_squared += weight * weight * (square if same else dot(direction, direction))
+        gradient_norm_squared, slope, norm_squared, current_slope = self._agreed(
+            gradient_norm_squared, slope, norm_squared, current_slope
+        )
         control["gradient_norm"] = math.sqrt(gradient_norm_squared) if gradient_norm_squared >= 0 else math.nan
 
         if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
@@ -393,7 +407,8 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         else:
             alpha = guards.apply(control["alpha"], control["alpha"], direction_norm)
             if not control["moved"] and settings["max_first_step"] is not None and direction_norm > 0:
-                norm = math.sqrt(sum(dot(group, group) for group in params))
+                (square,) = self._agreed(sum(dot(group, group) for group in params))
+                norm = math.sqrt(square)
                 if norm > 0:
                     longest = max(settings["max_first_step"] * norm, settings["min_step_norm"])
                     alpha = min(alpha, longest / direction_norm)
@@ -406,6 +421,14 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         control["previous_slope"] = slope if scale > 0 else None
         control["direction_norm"] = direction_norm
+
+    def _agreed(self, *values: float) -> Sequence[float]:
+        """The same numbers, averaged over :attr:`process_group`."""
+        if self.process_group is None:
+            return values
+        device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
+        told = torch.tensor(values, dtype=torch.float64, device=device)
+        return cast(list[float], mean_over_processes(told, self.process_group).tolist())
 
     def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """Return, group by group, the parameters that have a gradient, and these gradients."""

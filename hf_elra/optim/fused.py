@@ -18,12 +18,14 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_elra.optim.guards import ENOUGH_LOSSES, MAX_CONSECUTIVE_RESTARTS, NON_FINITE_BACKOFF
+from hf_elra.optim.tensors import mean_over_processes
 
 BLOCK = 1024  # numbers of a vector operation
 PIECE = 16 * BLOCK  # numbers of a tensor that one program handles
@@ -386,8 +388,7 @@ class FusedUpdate:
         values.update({name: control[name] for name in OF_CONTROL})
         values["initial_loss"] = memory["initial_loss"]
         values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
-        if memory["last_cycle"] is not None:
-            values["last_mean"], values["last_std"] = memory["last_cycle"]
+        values["last_mean"], values["last_std"] = memory["last_cycle"]
         row = [math.nan if value is None else float(value) for value in values.values()]
         told = torch.tensor(row, dtype=torch.float64)
         if self.numbers is None or self.numbers.device != device:
@@ -410,11 +411,15 @@ class FusedUpdate:
         memory = control["memory"]
         memory["initial_loss"] = found["initial_loss"]
         memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
-        known = found["last_mean"] is not None
-        memory["last_cycle"] = [found["last_mean"], found["last_std"]] if known else None
+        memory["last_cycle"] = [found["last_mean"], found["last_std"]]
 
     def update(
-        self, launches: Sequence[Launch], loss: Tensor | float | None, scale: float, settings: dict[str, Any]
+        self,
+        launches: Sequence[Launch],
+        loss: Tensor | float | None,
+        scale: float,
+        settings: dict[str, Any],
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Queue one update.
 
@@ -423,6 +428,7 @@ class FusedUpdate:
             loss: of this update; a tensor on the device is not waited for.
             scale: the largest factor.
             settings: of the optimizer.
+            process_group: its processes decide by the mean of their numbers.
         """
         device = launches[0].params[0].device
         assert self.numbers is not None
@@ -443,6 +449,8 @@ class FusedUpdate:
                 ALIGNED=launch.aligned, TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
             first += number
+        if process_group is not None:
+            partials = mean_over_processes(partials, process_group)
         given = self.numbers if loss is None else loss
         if not isinstance(given, Tensor) or given.device != device:
             given = torch.full((), float(given), dtype=torch.float64, device=device)

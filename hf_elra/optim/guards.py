@@ -57,9 +57,14 @@ class StepGuards:
         return alpha
 
 
-def new_restart_memory() -> dict[str, Any]:
-    """The plain, serialisable memory of a :class:`RestartGuard`."""
-    return {"initial_loss": None, "window": [], "cycle": [0, 0.0, 0.0], "last_cycle": None}
+def new_restart_memory(window: int | None = None) -> dict[str, Any]:
+    """The plain, serialisable memory of a :class:`RestartGuard` with this ``window``.
+
+    Of one structure from the first update to the last: torch's distributed checkpoints merge a saved state leaf by leaf
+    into that of a new optimizer.
+    """
+    losses = None if window is None else [None] * window
+    return {"initial_loss": None, "window": losses, "cycle": [0, 0.0, 0.0], "last_cycle": [None, None]}
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,14 @@ class RestartGuard:
 
     def highest_loss(self, memory: dict[str, Any]) -> float:
         """Return the loss above which the last step is taken back; infinite while nothing is known."""
-        if self.window is not None and len(memory["window"]) > 1:
+        if self.window is not None:
             statistics = LossStatistics()
-            for loss in memory["window"]:
+            for loss in filter(lambda loss: loss is not None, memory["window"]):
                 statistics.add(loss)
-            return statistics.mean + self.sigma * statistics.std
-        if self.window is None and memory["last_cycle"] is not None:
-            mean, std = memory["last_cycle"]
+            if statistics.count > 1:
+                return statistics.mean + self.sigma * statistics.std
+        mean, std = memory["last_cycle"]
+        if self.window is None and mean is not None:
             return mean + self.sigma * std
         initial = memory["initial_loss"]
         if self.initial_ratio is None or initial is None or initial == 0:

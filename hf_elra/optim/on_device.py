@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
@@ -29,6 +30,7 @@ class UpdatesOnDevice:
     param_groups: list[dict[str, Any]]
     state: Any
     direction: Direction
+    process_group: dist.ProcessGroup | None = None
     _made_memory: GradientMemory | None = None
     _kernels: FusedUpdate | None = None
     _kernel_error: str | None = None
@@ -153,7 +155,7 @@ class UpdatesOnDevice:
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                kernels.update(launches, loss, max(factors), settings)
+                kernels.update(launches, loss, max(factors), settings, self.process_group)
         except Exception as error:
             if settings["fused"] or kernels.has_worked or kernels.has_moved:
                 raise

@@ -88,6 +88,12 @@ def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
     return squares_and_products(lefts, rights)[1]
 
 
+def mean_over_processes(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Put the mean over a group's processes in the place of ``numbers``, and return them."""
+    dist.all_reduce(numbers, group=group)
+    return numbers.div_(dist.get_world_size(group))
+
+
 def _square_and_product(left: Tensor, right: Tensor | None, minus: Tensor | None) -> tuple[Any, Any]:
     """⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that nothing waits for the device."""
     others = [t if t.device == left.device else t.to(left.device) for t in (right, minus) if t is not None]

@@ -1,7 +1,7 @@
-"""The one exception type for wrong input.
+"""The exception types for wrong input and for checkpoints that cannot be written.
 
-It lives outside every room because all of them raise it. Scripts and the launcher turn it into one line on stderr and
-exit code 2; nothing else is handled here.
+They live outside every room because all of them raise them. Scripts and the launcher turn wrong input into one line on
+stderr and exit code 2; nothing else is handled here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from collections.abc import Iterable
 
 class ConfigurationError(ValueError):
     """A setting cannot be used. The message names the setting, the value and the remedy."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written. The message says why, and from where training can go on."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

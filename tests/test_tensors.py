@@ -1,16 +1,12 @@
-"""hf_elra.optim.tensors: sums over memory orders, types and shards."""
+"""hf_elra.optim.tensors: sums over memory orders and types; shards are in trainer/test_processes.py."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from hf_elra.optim import tensors
 from hf_elra.optim.tensors import dot, flat, squares_and_products, stochastically_rounded
-from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -47,60 +43,3 @@ def test_stochastic_rounding():
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -2.0])
     assert torch.equal(stochastically_rounded(special, generator).float()[[0, 1, 3, 4]], special[[0, 1, 3, 4]])
     assert stochastically_rounded(special, generator)[2].isnan()
-
-
-SHARDED = """
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from hf_elra import ELRA
-
-dist.init_process_group("gloo")
-rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).double()
-
-for memory in ("gradient", "point"):
-    plain, sharded = network(), fully_shard(network(), mesh=mesh)
-    one = ELRA(plain.parameters(), weight_decay=1e-3)
-    other = ELRA(sharded.parameters(), weight_decay=1e-3, memory=memory)
-    for number in range(20):
-        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(number)).double()
-        for model, optimizer, part in ((plain, one, inputs), (sharded, other, inputs[4 * rank : 4 * rank + 4])):
-            optimizer.zero_grad()
-            outputs = model(part)
-            loss = (outputs**2 + outputs.sum(1, keepdim=True)).mean()
-            loss.backward()
-            told = loss.detach().clone()
-            if model is sharded:
-                dist.all_reduce(told)
-                told /= 2
-            optimizer.step(loss=told * (50 if number % 7 == 6 else 1))
-    assert one.restarts == other.restarts > 1
-    apart = max((p - q.full_tensor()).abs().max().item() for p, q in zip(plain.parameters(), sharded.parameters()))
-    if rank == 0:
-        print(memory, apart)
-try:
-    other = ELRA(sharded.parameters(), memory="offload")
-    other.step(loss=1.0)
-except ValueError as error:
-    if rank == 0:
-        print(str(error).replace(" ", "_"), "nan")
-dist.destroy_process_group()
-"""
-
-
-def test_shards_of_two_processes_walk_the_path_of_one(tmp_path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
-    assert float(found.pop("gradient")) < 1e-12
-    assert float(found.pop("point")) < 1e-8
-    assert "memory='offload'_cannot_be_used_with_sharded_parameters" in "".join(found)

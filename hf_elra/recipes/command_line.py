@@ -93,6 +93,13 @@ def recorded_settings(recipe: Any, training: ElraTrainingArguments, ignored: set
 
 
 def command_line() -> str:
-    """The command that started this process, as a user can type it in the same folder."""
+    """The command that started this process, as a user can type it in the same folder (on several machines: on each).
+
+    Whatever launcher started several processes, torchrun starts them again.
+    """
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if everywhere > 1:
+        machines = ["--nnodes", str(everywhere // here)] if everywhere > here else []
+        return shlex.join(["torchrun", *machines, "--nproc_per_node", str(here), *sys.argv])
     python = os.path.relpath(sys.executable)
     return shlex.join([sys.executable if python.startswith("..") else python, *sys.argv])

@@ -121,7 +121,7 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
     ours = optim in OPTIMIZERS
     source = value_of("--dataset", words, preset)
     defaults: dict[str, Any] = {
-        "output_dir": f"runs/{Path(source).stem or preset}" + ("" if optim == "elra" else f"-{optim}"),
+        "output_dir": f"runs/{Path(source).resolve().stem or preset}" + ("" if optim == "elra" else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "epoch",
         "save_strategy": "epoch",

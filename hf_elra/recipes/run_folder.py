@@ -43,12 +43,11 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ConfigurationError(f"output_dir={folder!r} is a file; choose another folder.")
+    if not os.access(next(p for p in (path, *path.absolute().parents) if p.exists()), os.W_OK):
+        raise ConfigurationError(f"output_dir={folder!r} cannot be written; choose another folder.")
     if not path.exists() or not any(path.iterdir()):
         if resume and not overwrite:
             raise ConfigurationError(f"output_dir={folder!r} holds nothing to resume; leave --resume out.")
-        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise ConfigurationError(f"output_dir={folder!r} cannot be written; choose another folder.")
         return None
     if not (path / SETTINGS).is_file():
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import CheckpointError, ConfigurationError
 from hf_elra.recipes.command_line import command_line, recorded_settings
 from hf_elra.recipes.run_folder import LOG, METRICS, AlreadyFinished, check_run_folder, start_run, write_json
 from hf_elra.report.environment import environment
@@ -74,7 +74,7 @@ class TrainingRun:
         """
         disable_progress_bar()  # of saving, which would cut through the lines of progress
         trainer.remove_callback(PrinterCallback)
-        self._progress.trainer = trainer
+        self._progress.trainer = self._stop.trainer = trainer
         if trainer.is_world_process_zero():
             start_run(self.folder, self.settings, self.checkpoint)
             print(headline)
@@ -160,3 +160,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except CheckpointError as error:
+        print(f"error: {error} Pass --resume for that.", file=sys.stderr)
+        sys.exit(1)

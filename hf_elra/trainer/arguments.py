@@ -256,7 +256,7 @@ def _is_one_of(model: Any, names: frozenset[str], endings: tuple[str, ...]) -> b
         model = inner
 
 
-def refuse_unusable(*, fp16: bool, deepspeed: bool) -> None:
+def refuse_unusable(*, fp16: bool, deepspeed: bool, fsdp_version: int | None = None) -> None:
     """Raise a ConfigurationError for what ELRA cannot be combined with."""
     if fp16:
         raise ConfigurationError(
@@ -268,15 +268,20 @@ def refuse_unusable(*, fp16: bool, deepspeed: bool) -> None:
             "deepspeed cannot be used with ELRA: DeepSpeed replaces the optimizer's update and never hands over the "
             "loss. Use DDP or FSDP through accelerate launch."
         )
+    if fsdp_version == 1:
+        raise ConfigurationError(
+            "fsdp_version=1 cannot be used with ELRA: its flat shards do not say over which processes scalar products "
+            "must be summed. Use FSDP2: fsdp_config={'version': 2}, or fsdp_version: 2 in Accelerate's configuration."
+        )
 
 
-def prepare_arguments(args: TrainingArguments, *, deepspeed: bool) -> None:
+def prepare_arguments(args: TrainingArguments, *, deepspeed: bool, fsdp_version: int | None = None) -> None:
     """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
 
     Raises:
         ConfigurationError: a setting rules ELRA out.
     """
-    refuse_unusable(fp16=args.fp16, deepspeed=deepspeed)
+    refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
     replaced = []
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
         if getattr(args, name) != value and not _given_by_user(args, name):

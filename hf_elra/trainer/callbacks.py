@@ -98,6 +98,8 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.samples_before, self.updates_before = self.samples, state.global_step
         self.cycle_losses, self._waiting = saved.get("cycle_losses", [0, 0.0, 0.0]), []
         self.full_batch = saved.get("full_batch", 0)
+        if (optimizer := self.trainer.elra_optimizer) is not None:
+            self.trainer.non_finite_before = optimizer.metrics["non_finite"]
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already
@@ -166,8 +168,11 @@ class DataProgressBar(ProgressCallback):
 class StopOnSignal(TrainerCallback):
     """On SIGINT (Ctrl-C) or SIGTERM finish the update, save a checkpoint and stop; a second signal stops at once.
 
-    ``received`` is the signal's number, or None. The previous handlers come back when training ends.
+    ``received`` is the signal's number, or None. The previous handlers come back when training ends. A signal to one of
+    several processes stops them all after the same update; ``trainer`` is to be set for that.
     """
+
+    trainer: Any = None
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -178,6 +183,9 @@ class StopOnSignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if args.world_size > 1:
+            told = torch.tensor([self.received or 0], device=args.device)
+            self.received = int(self.trainer.accelerator.gather(told).max()) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -1,24 +1,31 @@
 """Which checkpoint of a folder can be resumed: the newest one that was written to its end.
 
-A process that is killed while it saves leaves a checkpoint that is cut short. Files are not loaded here, only checked:
-that they are all there and as long as they say themselves. What is in a checkpoint is the Trainer's business.
+A process that is killed while it saves, or a full disk, leaves a checkpoint that is cut short. Files are not loaded
+here, only checked: that they are all there and as long as they say themselves. What is in a checkpoint is the Trainer's
+business.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_elra.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 PICKLED = (".pt", ".pth", ".bin")  # torch.save's zip files
+OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # in its errors, which do not keep the system's own
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -52,7 +59,37 @@ def damage_of(checkpoint: str | Path) -> str | None:
         # The end of a zip file says where everything in it lies.
         if file.suffix in PICKLED and not zipfile.is_zipfile(file):
             return f"{file.relative_to(path)} is cut short"
+        # torch.distributed.checkpoint writes its table of contents last.
+        if file.suffix == ".distcp" and not (file.parent / ".metadata").is_file():
+            return f"{file.parent.relative_to(path)}/.metadata is missing"
     return None
+
+
+@contextlib.contextmanager
+def explained(folder: str | Path, update: int) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is written into a :class:`CheckpointError`.
+
+    Args:
+        folder: where the checkpoints are.
+        update: the number of this one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in OF_TORCH_SAVE):
+            raise
+        before, free = last_whole_checkpoint(folder), shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{PREFIX_CHECKPOINT_DIR}-{update} could not be written into {str(folder)!r}, where {free / 2**20:,.0f} "
+            f"MiB are free: {_reason(error)}. "
+            + (f"{before} is whole: make room, then resume from it." if before else "No earlier one is there.")
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0].strip().rstrip(".")
 
 
 def _whole_safetensors(file: Path) -> bool:

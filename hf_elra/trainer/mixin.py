@@ -24,7 +24,7 @@ from hf_elra.optim import ELRA
 from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
-from hf_elra.trainer.checkpoints import last_whole_checkpoint
+from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _group_tokens = 0
     _loss_is_divided: bool | None = None
     _in_training_step = False
+    non_finite_before = 0  # restarts for that reason up to the last log
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +64,10 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.elra_settings = ElraSettings.of(self.args)
         self.elra_active = trains_with_elra(self)
         if self.elra_active:
-            prepare_arguments(self.args, deepspeed=self.is_deepspeed_enabled)
+            fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
+            prepare_arguments(
+                self.args, deepspeed=self.is_deepspeed_enabled, fsdp_version=getattr(fsdp, "fsdp_version", None)
+            )
         elif without_effect := self.elra_settings.idle_without_elra():
             logger.warning(
                 "%s has no effect with optim=%s.",
@@ -102,6 +106,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     "leave it out to begin anew."
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        """Stock, but a checkpoint that cannot be written is an error that says where training can go on."""
+        with explained(str(self.args.output_dir), self.state.global_step):
+            super()._save_checkpoint(*args, **kwargs)
 
     # ---- the loss ----
 
@@ -199,6 +208,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.elra_callback.count(samples, tokens, loss)
         if (optimizer := self.elra_optimizer) is not None:
             optimizer.observe_loss(loss)
+            if processes > 1:
+                optimizer.process_group = torch.distributed.group.WORLD
 
     # ---- the last batch of an epoch ----
 
@@ -307,7 +318,16 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """Log, with the optimizer's own numbers beside the training loss."""
         optimizer = self.elra_optimizer
         if "loss" in logs and optimizer is not None:
-            logs.update({name: value for name, value in optimizer.metrics.items() if name not in logs})
+            metrics = optimizer.metrics
+            logs.update({name: value for name, value in metrics.items() if name not in logs})
+            if (number := metrics["non_finite"] - self.non_finite_before) > 0 and self.is_world_process_zero():
+                logger.warning(
+                    "Update %d: loss or gradient was not finite in %d of the updates since the last log; ELRA took "
+                    "the step before back, or made none, and went on with a smaller learning rate.",
+                    self.state.global_step,
+                    number,
+                )
+            self.non_finite_before = metrics["non_finite"]
         if "loss" in logs and self.batch_control is not None:
             logs["batch_size"] = float((self._last_accumulation or self.accumulation) * self._samples_per_batch)
         if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size

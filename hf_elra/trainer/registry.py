@@ -66,7 +66,10 @@ def _wrap(initialise: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         arguments = given.get("args")
         if arguments is not None and uses_elra(arguments):
-            refuse_unusable(fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed))
+            fsdp = arguments.fsdp_plugin_args or {}
+            refuse_unusable(
+                fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed), fsdp_version=fsdp.get("fsdp_version")
+            )
             optimizer_arguments(arguments, given.get("model"))
         if arguments is not None and (
             uses_elra(arguments)

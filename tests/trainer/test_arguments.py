@@ -5,7 +5,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError, ElraSeq2SeqTrainingArguments, ElraTrainingArguments
 from hf_elra.optim import ELRA
-from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args
+from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args, prepare_arguments
 from tests.conftest import arguments, classifier, llama, token_rows, trainer
 
 
@@ -84,6 +84,14 @@ def test_fp16_is_refused(tmp_path, arguments_class):
 def test_deepspeed_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="DDP or FSDP"):
         arguments(tmp_path, deepspeed="ds.json")
+
+
+def test_fsdp_of_the_first_version_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="fsdp_version=1 cannot be used with ELRA.*Use FSDP2"):
+        prepare_arguments(arguments(tmp_path), deepspeed=False, fsdp_version=1)
+    given = arguments(tmp_path, fsdp=True, fsdp_config={"version": 1})
+    with pytest.raises(ConfigurationError, match="fsdp_version=1"):
+        Trainer(llama(), given, train_dataset=[])
 
 
 def test_clipping_schedule_and_decay_given_by_hand_are_kept_with_a_warning(tmp_path, caplog_warnings):

@@ -1,12 +1,16 @@
 """hf_elra.trainer.checkpoints: checkpoints that were cut short while they were written."""
 
 import logging
+import os
+import pickle
+import resource
 import shutil
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import CheckpointError, ConfigurationError
 from hf_elra.trainer.checkpoints import damage_of, last_whole_checkpoint
 from tests.conftest import token_rows, trainer, weights
 
@@ -66,3 +70,56 @@ def test_a_run_that_had_reached_its_end_makes_no_further_update(tmp_path, contro
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
     assert torch.equal(weights(first.model), weights(again.model))
+
+
+class FillDisk(TrainerCallback):
+    """From the second checkpoint on, files may not grow beyond a size: errors as on a full disk."""
+
+    def __init__(self, size):
+        self.size = size
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_save(self, *args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path, file):
+    through = trained(tmp_path / "through")
+    folder = tmp_path / "full"
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "through" / "checkpoint-4").iterdir()}
+    full = FillDisk(min(size for name, size in sizes.items() if name == file) - 1)
+    run = trainer(folder, None, token_rows(32), max_steps=6, save_strategy="steps", save_steps=2, callbacks=[full])
+    try:
+        with pytest.raises(CheckpointError) as error:
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, full.before)
+    message = str(error.value)
+    assert "checkpoint-4 could not be written into" in message
+    assert "MiB are free" in message
+    assert "checkpoint-2 is whole: make room, then resume from it." in message
+    again = trained(folder, resume=True)
+    assert torch.equal(weights(through.model), weights(again.model))
+
+
+class Payload:
+    """What a pickle may do."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_checkpoint_cannot_run_code(tmp_path, file):
+    trained(tmp_path / "run")
+    torch.save(Payload(str(tmp_path / "harm")), tmp_path / "run" / "checkpoint-6" / file)
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").write_text(
+        (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text()
+    )
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        trained(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-6"))
+    assert not (tmp_path / "harm").exists()

@@ -152,7 +152,8 @@ def test_installed_command(tmp_path):
 def test_accelerate_launch(tmp_path):
     script = write_script(tmp_path)
     result = command(
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "hf_elra.run"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("-m", "hf_elra.run"),
         *(str(script), *flags(tmp_path, "--optim", "elra", "--elra_min_step_norm", "0.2")),
     )
     assert result.returncode == 0, result.stderr

@@ -319,16 +319,22 @@ def test_a_spike_in_the_loss_is_taken_back(tmp_path):
     assert logged(run, "loss")[-1] < 1.2 * logged(run, "loss")[5]
 
 
-def test_not_a_number_is_survived(tmp_path):
+def test_not_a_number_is_survived_and_told(tmp_path, caplog_warnings):
     class Broken(ElraTrainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step in (0, 5) else loss
 
-    run = trainer(tmp_path, trainer_class=Broken, max_steps=12)
+    run = trainer(tmp_path, trainer_class=Broken, max_steps=12, logging_steps=3, save_strategy="steps", save_steps=9)
     run.train()
-    assert logged(run, "restarts")[-1] == 2
+    assert logged(run, "restarts") == logged(run, "non_finite") == [1, 2, 2, 2]
     assert torch.isfinite(weights(run.model)).all()
+    told = [r.getMessage() for r in caplog_warnings.records if "was not finite" in r.getMessage()]
+    assert [text[:9] for text in told] == ["Update 3:", "Update 6:"]
+
+    caplog_warnings.clear()
+    run.train(resume_from_checkpoint=True)
+    assert "was not finite" not in caplog_warnings.text  # that was before
 
 
 def test_an_elra_passed_in_is_told_the_loss_too(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,37 @@ def test_interrupted_run_saves_and_its_command_resumes_it(tmp_path, story):
     results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole")]
     assert results[0]["validation_loss"] == results[1]["validation_loss"]
     assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, story):
+    """Started by accelerate launch; the printed command goes on with both."""
+    words = [*SMALL, "--max_steps", "5000", "--save_steps", "5000", "--train_file", story]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", SCRIPT]
+    process = subprocess.Popen(
+        [*launch, *words, "--output_dir", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "update     15 " in line:
+            break
+    (second,) = (p.pid for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+    os.kill(second, signal.SIGTERM)
+    output = process.stdout.read()
+    assert process.wait(120) != 0
+    assert "exitcode  : 143" in output
+    command = shlex.split(re.search(r"Go on with:\n  (.+)", output)[1])
+    assert command[:3] == ["torchrun", "--nproc_per_node", "2"]
+    saved = int(re.search(r"interrupted at update ([\d,]+)", output)[1].replace(",", ""))
+    command[0:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    more = ["--max_steps", str(saved + 10)]
+    again = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"checkpoint-{saved}" in again.stdout
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["updates"] == saved + 10
+    assert metrics["tokens_seen"] == (saved + 10) * 2 * 4 * 32
 
 
 def test_stock_optimizer_from_the_same_script(tmp_path, story):

@@ -77,6 +77,16 @@ def test_every_way_to_update_walks_with_the_reference(how, arguments, sequence, 
     walk_beside_the_reference({**arguments, **how}, sequence, seed)
 
 
+STAYS_HIGH = ["plain"] * 3 + ["spike"] * 25 + ["plain"] * 2 + ["spike"] * 2
+STAYS_HIGH_AFTER_A_CYCLE = ["plain"] * 3 + ["end_cycle"] + STAYS_HIGH
+
+
+@pytest.mark.parametrize("sequence", [STAYS_HIGH, STAYS_HIGH_AFTER_A_CYCLE], ids=["first cycle", "later"])
+@pytest.mark.parametrize("how", [{}, {"memory": "point"}, {"restart_window": 7}])
+def test_accepting_what_stays_high_walks_with_the_reference(how, sequence):
+    walk_beside_the_reference(how, sequence, seed=0)
+
+
 def walk_beside_the_reference(arguments, sequence, seed):
     generator = torch.Generator().manual_seed(seed)
     curvature = torch.rand(9, generator=generator, dtype=torch.float64) * 4 - 0.5
@@ -262,10 +272,25 @@ def test_a_loss_that_stays_high_is_accepted_after_twenty_restarts():
     x.grad = torch.tensor([1.0])
     optimizer = ELRA([x])
     optimizer.step(loss=1.0)
-    for _ in range(25):
+    for _ in range(60):
         optimizer.step(loss=100.0)
-    assert 20 <= optimizer.restarts < 25
+    assert optimizer.restarts == 20  # and never again for this loss
     assert optimizer.metrics["step_norm"] > 0
+
+
+def test_a_first_batch_of_zeros_does_not_stop_training():
+    """Its low loss makes every other one too high, until the limit is lifted."""
+    x = torch.nn.Parameter(torch.full((20,), 3.0))
+    optimizer = ELRA([x])
+    losses = []
+    for number in range(100):
+        optimizer.zero_grad()
+        loss = ((0 if number == 0 else 1) * x).square().sum()
+        loss.backward()
+        optimizer.step(loss=loss + 1e-3)
+        losses.append(loss.item())
+    assert optimizer.restarts == 20
+    assert losses[-1] < losses[1] / 100
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

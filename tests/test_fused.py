@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_elra import ELRA
 from hf_elra.errors import ConfigurationError
 from tests.conftest import ROOT
-from tests.test_elra import arguments, events, walk_beside_the_reference
+from tests.test_elra import STAYS_HIGH, STAYS_HIGH_AFTER_A_CYCLE, arguments, events, walk_beside_the_reference
 
 fused = pytest.importorskip("hf_elra.optim.fused", reason="Triton is not installed; it exists for Linux only")
 
@@ -50,6 +50,13 @@ without_shrinking = (Phase.explicit, Phase.generate)  # the interpreter is slow
 def test_kernels_walk_with_the_reference(how, arguments, sequence, seed):
     with small_pieces():
         walk_beside_the_reference({**arguments, **how, "fused": True, "restart_window": None}, sequence, seed)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the walk is on the CPU; the next test compares paths on the GPU")
+@pytest.mark.parametrize("sequence", [STAYS_HIGH, STAYS_HIGH_AFTER_A_CYCLE], ids=["first cycle", "later"])
+def test_accepting_what_stays_high(sequence):
+    with small_pieces():
+        walk_beside_the_reference({"fused": True}, sequence, seed=0)
 
 
 def networks(dtype=torch.float32, **settings):

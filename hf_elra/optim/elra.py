@@ -375,13 +375,12 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         memory, can_retrace = control["memory"], control["previous_slope"] is not None
         if loss is not None:
             highest = guard.highest_loss(memory)
-            guard.record(memory, min(loss, highest))
-            if (
-                settings["soft_restart"]
-                and can_retrace
-                and loss > highest
-                and control["consecutive_restarts"] < MAX_CONSECUTIVE_RESTARTS
-            ):
+            too_high = settings["soft_restart"] and can_retrace and loss > highest
+            accepted = too_high and control["consecutive_restarts"] >= MAX_CONSECUTIVE_RESTARTS
+            guard.record(memory, loss if accepted else min(loss, highest))
+            if accepted:
+                guard.lift(memory, loss, highest)
+            elif too_high:
                 factor = guard.shrink(control["step_size"], control["previous_slope"], loss, control["previous_loss"])
                 self._restart(factor, factors, finite=True)
                 return

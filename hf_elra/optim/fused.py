@@ -188,15 +188,21 @@ def control_kernel(
             first_limit = tl.where(number >= _ENOUGH, tl.maximum(first_limit, running), first_limit)
             limit = tl.where((initial == initial) & (initial != 0), first_limit, limit)
         limit = tl.where(last_mean == last_mean, last_mean + sigma * last_std, limit)
-        counted = tl.minimum(loss, limit)
+        accepted = too_high
+        if SOFT:
+            too_high = finite & known & (loss > limit)
+            accepted = too_high & (in_a_row >= _MOST_RESTARTS)
+            too_high = too_high & (accepted == 0)
+        counted = tl.where(accepted, loss, tl.minimum(loss, limit))
         delta = counted - mean
         new_mean = mean + delta / (number + 1)
-        tl.store(numbers + _INITIAL_LOSS, tl.where(finite & (initial != initial), counted, initial))
+        lifts_first = accepted & (last_mean != last_mean)
+        initial = tl.where((finite & (initial != initial)) | lifts_first, counted, initial)
+        tl.store(numbers + _INITIAL_LOSS, initial)
+        tl.store(numbers + _LAST_MEAN, tl.where(accepted, last_mean + (loss - limit), last_mean))
         tl.store(numbers + _COUNT, tl.where(finite, number + 1, number))
         tl.store(numbers + _MEAN, tl.where(finite, new_mean, mean))
         tl.store(numbers + _SQUARES, tl.where(finite, squares + delta * (counted - new_mean), squares))
-        if SOFT:
-            too_high = finite & known & (loss > limit) & (in_a_row < _MOST_RESTARTS)
     restarted = too_high | (finite == 0)
 
     # The step after a restart

@@ -17,7 +17,9 @@ NON_FINITE_BACKOFF = 0.1
 """Factor on α when loss or gradient is not finite: no parabola can be laid through infinity."""
 
 MAX_CONSECUTIVE_RESTARTS = 20
-"""After so many restarts in a row the step cannot be the cause (each at least halves it)."""
+"""After so many restarts in a row the step cannot be the cause (each at least halves it): the point is accepted, and
+the limit that calls its loss too high is lifted. Beyond the paper: after a first batch of zeros, with its low loss,
+nearly every update would be taken back."""
 
 
 ENOUGH_LOSSES = 10
@@ -118,6 +120,15 @@ class RestartGuard:
             statistics = LossStatistics(*memory["cycle"])
             statistics.add(loss)
             memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
+
+    def lift(self, memory: dict[str, Any], loss: float, highest: float) -> None:
+        """Take a loss above ``highest`` for as good as any from now on: the step is not what made it high."""
+        if self.window is not None:
+            return  # it is in the window
+        if memory["last_cycle"][0] is not None:
+            memory["last_cycle"][0] += loss - highest
+        else:
+            memory["initial_loss"] = loss
 
     @staticmethod
     def end_cycle(memory: dict[str, Any]) -> None:

@@ -178,6 +178,7 @@ class PointMemory(GradientMemory):
     """
 
     key = "previous_point"
+    _warned = False
 
     def directions(self, part: Part) -> Iterator[Tensor | None]:
         """Yield u_{t-1}, made one at a time."""
@@ -205,6 +206,14 @@ class PointMemory(GradientMemory):
         """Decay, keep the point, then step."""
         if not part.params:
             return
+        rounded = part.rounding_seed is None and any(p.dtype == torch.bfloat16 for p in part.params)
+        if rounded and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "memory='point' finds the last step from what it did to the parameters; of bfloat16 ones rounding "
+                "leaves little of a short step. Pass stochastic_rounding=True.",
+                stacklevel=6,
+            )
         self._descend(part, directions, 0.0, part.group["step_decay"])
         kept = self.tensors(part.states, part.params)
         torch._foreach_copy_([local(x) for x in kept], [local(p) for p in part.params])

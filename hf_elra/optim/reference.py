@@ -85,11 +85,18 @@ class ReferenceELRA:
         highest = self.highest_loss()
         if self.initial_loss is None:
             self.initial_loss = loss
-        self.losses.append(min(loss, highest))
+        too_high = self.soft_restart and self.previous_x is not None and loss > highest
+        accepted = too_high and self.restarts_in_a_row >= 20
+        self.losses.append(loss if accepted else min(loss, highest))
         if self.restart_window is not None:
             self.losses = self.losses[-self.restart_window :]
 
-        if self.soft_restart and self.previous_x is not None and loss > highest and self.restarts_in_a_row < 20:
+        if accepted and self.restart_window is None:  # ours: twenty shorter steps did not help, so it was not the step
+            if self.last_cycle is None:
+                self.initial_loss = loss
+            else:
+                self.last_cycle = (self.last_cycle[0] + loss - highest, self.last_cycle[1])
+        elif too_high and not accepted:
             # Section 3.2; the derived form has ‖G‖² where the paper prints ‖G‖.
             norm = self.previous_gradient.norm().item()
             decrease = self.alpha * (norm**2 if self.restart_formula == "derived" else norm)

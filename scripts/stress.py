@@ -1,12 +1,13 @@
-"""What a run survives: kills at random moments, and faults in losses and gradients. Prints a table.
+"""What a run survives: faults, several processes, kills at random moments. Prints tables.
 
-    python scripts/stress.py --output docs/results/reliability/cpu.json
+    python scripts/stress.py --output docs/results/reliability.json
     python scripts/stress.py --quick --output runs/reliability.json
 
-Kills: a BabyLlama is trained to its end, then again while it is killed (SIGKILL) at random moments and resumed each
-time; both ends are compared bit by bit. Faults: NaN, infinities, spikes and zeros in losses and gradients, at the first
-update, in mid-run and several in a row, for every memory layout; no number that is not finite may reach weights or
-state, and training must go on to a lower loss. Exit code 1 if anything did not survive. --help lists all flags.
+Faults: NaN, infinities, spikes and zeros in losses, gradients and data, at the first update, in mid-run and several in
+a row, for every memory layout and in bfloat16; no number that is not finite may reach weights or state, and training
+must go on to a lower loss. Processes: DDP, FSDP2, HSDP and tensor parallelism beside one process. Kills: a BabyLlama is
+trained to its end, then again while it is killed (SIGKILL) at random moments and resumed each time; both ends are
+compared bit by bit. Exit code 1 if anything did not survive. --help lists all flags.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from typing import Any
 import torch
 
 from hf_elra import ELRA
-from hf_elra.recipes.run_folder import METRICS, write_json
+from hf_elra.recipes import many_processes
+from hf_elra.recipes.many_processes import apart, together
+from hf_elra.recipes.run_folder import METRICS, read_json, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
 
@@ -38,13 +41,15 @@ SIZES = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "block_size": 32, "vocab_size": 384,
     "per_device_train_batch_size": 4, "elra_control_cycle": "200sp", "logging_steps": 20, "eval_strategy": "no",
 }  # fmt: skip
+PARTS = ("faults", "processes", "kills")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON file for the results")
+    parser.add_argument("--output", required=True, help="JSON file for the results, written after every part")
     parser.add_argument("--quick", action="store_true", help="fewer kills, in a shorter run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--kills", type=int, help="default: 20, with --quick 5")
     parser.add_argument("--updates", type=int, help="of the run that is killed; default: 1500, with --quick 400")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -129,6 +134,7 @@ FAULTS: dict[str, Fault] = {
     "all gradients NaN": _in_gradient(math.nan, True),
     "all gradients zero": _in_gradient(0.0, True),
     "one element of a gradient 1e30": _in_gradient(1e30, False),
+    "a batch of zeros": lambda loss, _: loss,  # see train_with
 }
 MOMENTS = {
     "first": (0,),
@@ -138,24 +144,28 @@ MOMENTS = {
     "every tenth": tuple(range(5, 60, 10)),
 }
 LAYOUTS = ("gradient", "point", "offload")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def train_with(fault: Fault, moments: tuple[int, ...], memory: str) -> dict[str, Any]:
-    """Train a small network for 80 updates; return whether it survived, and how often ELRA went back."""
+def train_with(name: str, moments: tuple[int, ...], memory: str, dtype: str) -> dict[str, Any]:
+    """Train a small network for 120 updates; return whether it survived, and how often ELRA went back."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-    optimizer = ELRA(model.parameters(), memory=memory)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(DTYPES[dtype])
+    optimizer = ELRA(model.parameters(), memory=memory, stochastic_rounding=dtype == "bfloat16")
     params = list(model.parameters())
     finite, losses = True, []
-    for number in range(80):
+    for number in range(120):
         inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(number))
+        if number in moments and name == "a batch of zeros":
+            inputs.zero_()
         optimizer.zero_grad()
-        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        loss = (model(inputs.to(DTYPES[dtype])).float() - inputs.sum(1, keepdim=True)).square().mean()
         loss.backward()
-        losses.append(loss.item())
         told = loss.item()
+        if number not in moments or name != "a batch of zeros":
+            losses.append(told)
         if number in moments:
-            told = fault(told, [p.grad for p in params if p.grad is not None])
+            told = FAULTS[name](told, [p.grad for p in params if p.grad is not None])
         optimizer.step(loss=told)
         if number % 20 == 19:
             optimizer.end_cycle()
@@ -168,37 +178,136 @@ def train_with(fault: Fault, moments: tuple[int, ...], memory: str) -> dict[str,
 def faults() -> list[dict[str, Any]]:
     """Every fault at every moment in every layout."""
     results = []
-    for name, fault in FAULTS.items():
+    for name in FAULTS:
         for moment, updates in MOMENTS.items():
             for memory in LAYOUTS:
-                result = train_with(fault, updates, memory)
-                results.append({"fault": name, "moment": moment, "memory": memory, **result})
+                for dtype in DTYPES:
+                    result = train_with(name, updates, memory, dtype)
+                    results.append({"fault": name, "moment": moment, "memory": memory, "dtype": dtype, **result})
+    print(f"{len(results)} runs with faults", file=sys.stderr)
     return results
 
 
+def returns(memory: str, dtype: str) -> dict[str, Any]:
+    """Take 200 steps of a vector and one of them back at a time; how many of its elements are where they were?
+
+    α is at its lower bound, so that nothing is left of the step that is tried again.
+    """
+    generator = torch.Generator().manual_seed(0)
+    elements = exact = 0
+    for _ in range(200):
+        x = torch.randn(500, generator=generator).to(DTYPES[dtype]).requires_grad_()
+        optimizer = ELRA(
+            [x], lr=1e-30, lr_bounds=(1e-30, 1e-2), min_step_norm=1e-1, max_first_step=None, memory=memory,
+            stochastic_rounding=dtype == "bfloat16",
+        )  # fmt: skip
+        before = x.detach().clone()
+        x.grad = torch.randn(500, generator=generator).to(DTYPES[dtype])
+        optimizer.step(loss=1.0)
+        x.grad = torch.zeros_like(x)
+        optimizer.param_groups[0]["control"]["alpha"] = 1e-30
+        optimizer.step(loss=math.nan)
+        elements += x.numel()
+        exact += int((x == before).sum())
+    return {"memory": memory, "dtype": dtype, "elements": elements, "exact": exact}
+
+
+# ---- processes ----
+
+MESHES = (
+    ("FSDP2, 2 processes", 2, ([2], "data", "gradient")),
+    ('FSDP2, 2 processes, memory="point"', 2, ([2], "data", "point")),
+    ("tensor parallel, 2 processes", 2, ([2], "tensor", "gradient")),
+    ("HSDP, 2 x 2 processes", 4, ([2, 2], "data", "gradient")),
+)
+
+
+def processes() -> list[dict[str, Any]]:
+    """DDP in a Trainer and shards on meshes, beside one process."""
+    results: list[dict[str, Any]] = []
+    one: dict[str, Any] = {}
+    for number in (1, 2, 4):
+        found = together(many_processes.data_parallel, number, batch=8 // number)
+        one = one or found
+        distance = apart(one["weights"], found["weights"])
+        same = all(found[name] == one[name] for name in ("updates", "restarts", "non_finite", "batches"))
+        survived = same and found["differing"] == 0 and distance < 1e-5
+        if number > 1:
+            survived = survived and found["reductions"] == found["updates"]
+        del found["weights"]
+        name = f"DDP, {number} x batch {8 // number}"
+        results.append({"name": name, **found, "apart": distance, "survived": survived})
+        print(f"{name}: {'as one process' if survived else 'NOT as one process'}", file=sys.stderr)
+    for name, number, case in MESHES:
+        (found,) = together(many_processes.sharded, number, cases=[case])
+        before, after = found["restarts"]
+        survived = before == after and found["apart"] < 1e-5
+        results.append({"name": name, "updates": 20, **found, "restarts": after, "survived": survived})
+        print(f"{name}: {'as one process' if survived else 'NOT as one process'}", file=sys.stderr)
+    return results
+
+
+# ---- all of it ----
+
+
 def main(words: list[str]) -> int:
-    """Do everything; print the table."""
+    """Do everything; print the tables."""
     given = parse(words)
     path = Path(given.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("error")
-    about = {"command": shlex.join(["python", *sys.argv]), **environment("cpu"), "seed": given.seed}
-    tried = faults()
-    print(f"{len(tried)} faults tried", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        killed = kill_often(given, Path(folder))
-    write_json(path, {**about, "faults": tried, "kills": killed})
-    rows = []
-    for name in FAULTS:
-        mine = [result for result in tried if result["fault"] == name]
-        survived = sum(result["finite"] and result["learnt"] for result in mine)
-        rows.append([name, str(len(mine)), str(survived), str(sum(result["restarts"] for result in mine))])
-    whole = int(killed["weights_identical"])
-    rows.append([f"SIGKILL, {killed['kills']} times in {killed['updates']} updates", "1", str(whole), ""])
-    print(markdown_table(["fault", "runs", "survived", "restarts"], rows))
-    print(f"\ncheckpoints cut short by a kill, and passed over: {killed['checkpoints_cut_short']}")
-    print(f"weights after all kills identical to those of the run without: {'yes' if whole else 'NO'}")
-    return 0 if all(row[1] == row[2] for row in rows) else 1
+    results = {"command": shlex.join(["python", *sys.argv]), **environment("cpu"), "seed": given.seed}
+    if "faults" in given.parts:
+        results["faults"] = faults()
+        results["returns"] = [returns(memory, dtype) for memory in LAYOUTS for dtype in DTYPES]
+        write_json(path, results)
+    if "processes" in given.parts:
+        results["processes"] = processes()
+        write_json(path, results)
+    if "kills" in given.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            results["kills"] = kill_often(given, Path(folder))
+        write_json(path, results)
+    text, survived = tables(read_json(path))
+    print(text)
+    return 0 if survived else 1
+
+
+def tables(results: dict[str, Any]) -> tuple[str, bool]:
+    """The results as text, and whether everything survived."""
+    parts, survived = [], True
+    if "faults" in results:
+        rows = []
+        for name in FAULTS:
+            mine = [result for result in results["faults"] if result["fault"] == name]
+            good = sum(result["finite"] and result["learnt"] for result in mine)
+            survived = survived and good == len(mine)
+            rows.append([name, str(len(mine)), str(good), str(sum(result["restarts"] for result in mine))])
+        parts.append(markdown_table(["fault", "runs", "survived", "restarts"], rows))
+        rows = [[f'"{r["memory"]}"', r["dtype"], f"{r['exact']:,} of {r['elements']:,}"] for r in results["returns"]]
+        survived = survived and all(r["exact"] == r["elements"] for r in results["returns"] if r["memory"] == "point")
+        parts.append(markdown_table(["memory", "parameters", "elements back at the very same value"], rows))
+    if "processes" in results:
+        rows = []
+        for r in results["processes"]:
+            survived = survived and r["survived"]
+            rows.append(
+                [
+                    r["name"], str(r["updates"]), str(r["restarts"]), str(r.get("reductions") or ""),
+                    str(r.get("differing", "")), f"{r['apart']:.1e}", "yes" if r["survived"] else "NO",
+                ]
+            )  # fmt: skip
+        heads = ["processes", "updates", "restarts", "reductions of gradients", "updates after which ranks differ"]
+        parts.append(markdown_table([*heads, "from one process", "as one process"], rows))
+    if "kills" in results:
+        killed = results["kills"]
+        survived = survived and killed["weights_identical"]
+        parts.append(
+            f"{killed['updates']} updates, killed {killed['kills']} times (SIGKILL) and resumed: weights identical to "
+            f"those of the run without: {'yes' if killed['weights_identical'] else 'NO'}; checkpoints that a kill cut "
+            f"short, and that were passed over: {killed['checkpoints_cut_short']}"
+        )
+    return "\n\n".join(parts), survived
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""scripts/stress.py: kills and faults are survived, and the table says what was tried."""
+"""scripts/stress.py, in a shorter form; its part about processes is in test_processes.py."""
 
 import json
 
@@ -7,14 +7,21 @@ from tests.conftest import finish
 
 def test_kills_and_faults(tmp_path):
     file = tmp_path / "stress.json"
-    code, output, error = finish("stress.py", "--output", str(file), "--kills", "1", "--updates", "60")
+    words = ["--parts", "faults", "kills", "--kills", "1", "--updates", "60"]
+    code, output, error = finish("stress.py", "--output", str(file), *words)
     assert code == 0, error + output
     results = json.loads(file.read_text())
     assert results["kills"]["kills"] == 1
     assert results["kills"]["weights_identical"] is True
-    assert len(results["faults"]) == 8 * 5 * 3
+    assert len(results["faults"]) == 9 * 5 * 3 * 2
     assert all(result["finite"] and result["learnt"] for result in results["faults"])
     # What is not finite is always taken back.
     counted = [r["restarts"] for r in results["faults"] if r["fault"] == "loss NaN" and r["moment"] == "three in a row"]
     assert min(counted) >= 3
-    assert "weights after all kills identical to those of the run without: yes" in output
+    assert "(SIGKILL) and resumed: weights identical to those of the run without: yes" in output
+
+
+def test_wrong_input(tmp_path):
+    code, _, error = finish("stress.py", "--output", str(tmp_path / "x.json"), "--kills", "20", "--updates", "100")
+    assert code == 2
+    assert "--updates 100 is too few to be killed 20 times; pass 200" in error

@@ -1,6 +1,7 @@
 # make train   set up a virtual environment and train a BabyLlama (resumes an interrupted run)
 # make test    set it up and run the tests
 # make lint    ruff and mypy
+# make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="--max_steps 500" passes flags to the training script.
 
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: train test lint setup clean
+.PHONY: train test lint audit setup clean
 
 train: setup
 	$(PY) scripts/train_babyllama.py --resume --overwrite $(ARGS)
@@ -25,6 +26,11 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+audit: setup
+	@$(VENV)-audit/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)-audit
+	@$(VENV)-audit/bin/python -m pip install -q pip-audit
+	$(VENV)-audit/bin/pip-audit --progress-spinner off --skip-editable --path $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 setup: $(STAMP)
 
@@ -47,4 +53,4 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

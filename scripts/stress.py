@@ -234,9 +234,9 @@ def processes() -> list[dict[str, Any]]:
         survived = same and found["differing"] == 0 and distance < 1e-5
         if number > 1:
             survived = survived and found["reductions"] == found["updates"]
-        del found["weights"]
         name = f"DDP, {number} x batch {8 // number}"
-        results.append({"name": name, **found, "apart": distance, "survived": survived})
+        told = {key: value for key, value in found.items() if key != "weights"}
+        results.append({"name": name, **told, "apart": distance, "survived": survived})
         print(f"{name}: {'as one process' if survived else 'NOT as one process'}", file=sys.stderr)
     for name, number, case in MESHES:
         (found,) = together(many_processes.sharded, number, cases=[case])

@@ -69,7 +69,9 @@ def answer(functions: dict[str, Callable[..., Any]]) -> None:
     if int(os.environ["RANK"]) == 0:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that ends in the usual way
 
 
 def flat_weights(model: nn.Module) -> Tensor:
@@ -101,7 +103,7 @@ class _Watch(TrainerCallback):
         if args.process_index == 0:
             next(self.trainer.model.parameters()).register_hook(self.break_gradient)
 
-    def reduce(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, group, bucket):  # type: ignore[no-untyped-def]  # DDP does not understand postponed annotations
         self.reductions += bucket.is_last()
         return allreduce_hook(group, bucket)
 

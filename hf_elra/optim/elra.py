@@ -10,13 +10,9 @@ tests hold all of them against it at every step.
 from __future__ import annotations
 
 import math
-import numbers
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
@@ -28,10 +24,11 @@ from hf_elra.optim.guards import (
     StepGuards,
     new_restart_memory,
 )
+from hf_elra.optim.loss_aware import LossAwareOptimizer, refuse_complex, shares
 from hf_elra.optim.memory import MEMORIES
-from hf_elra.optim.on_device import UpdatesOnDevice, shares
+from hf_elra.optim.on_device import UpdatesOnDevice
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
-from hf_elra.optim.tensors import dot, mean_over_processes
+from hf_elra.optim.tensors import dot
 
 PER_GROUP = ("lr", "weight_decay")
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
@@ -68,7 +65,7 @@ def elra_alpha(
     return guards.apply(proposal, alpha, direction_norm)
 
 
-class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
+class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     r"""Exponential Learning Rate Adaption: momentum-free descent whose one learning rate α finds itself.
 
     x_{t+1} = x_t - α_t·G_t, where α_t comes from the scalar products of neighbouring gradients over *all* parameters of
@@ -145,10 +142,6 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
     """
 
     direction: Direction = staticmethod(gradient_direction)
-    process_group: dist.ProcessGroup | None = None
-    """Processes whose scalar products are averaged; not part of the state."""
-    _observed_loss: Tensor | float | None = None
-    _warned_no_loss = False
 
     def __init__(
         self,
@@ -265,23 +258,6 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
 
     # ---- what a training loop calls ----
 
-    def observe_loss(self, loss: Tensor | float) -> None:
-        """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
-
-        Args:
-            loss (Tensor with one element, or float): on several processes the same value on every one of them.
-        """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ConfigurationError(
-                    f"loss must be one number but has shape {tuple(loss.shape)}; reduce it first, e.g. loss.mean()."
-                )
-            self._observed_loss = loss.detach()
-        elif isinstance(loss, numbers.Real):
-            self._observed_loss = float(loss)
-        else:
-            raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
-
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
         RestartGuard.end_cycle(self._control["memory"])
@@ -294,45 +270,12 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
                 self._memory.release_gradients(self._part(group, group["params"]))
         super().zero_grad(set_to_none)
 
-    @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
-    ) -> Tensor | float | None:
-        """Make one update.
-
-        Args:
-            closure (callable, optional): computes loss and gradients and returns the loss; called once.
-            loss (Tensor or float, optional): the loss, if gradients are there already. Not together with ``closure``.
-
-        Returns:
-            What the closure returned, else ``loss``.
-
-        With kernels a restart leaves the direction of the step that is tried again in ``p.grad``.
-        """
-        if closure is not None and loss is not None:
-            raise ConfigurationError("step() got both closure and loss; give one of them.")
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if loss is not None:
-            self.observe_loss(loss)
-        observed, self._observed_loss = self._observed_loss, None
+    def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
+        """Update; with kernels a restart leaves the direction of the step that is tried again in ``p.grad``."""
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
-        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
-        if observed is None and not self._warned_no_loss and max(factors) > 0:
-            self._warned_no_loss = True
-            warnings.warn(
-                "ELRA was not told the loss, so it cannot take back a step that went too far. Call step(closure), "
-                "step(loss=loss) or observe_loss(loss) before step(); in a Hugging Face Trainer, import hf_elra first.",
-                stacklevel=3,
-            )
-        if not (
-            self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, observed)
-        ):
-            self._update(params, gradients, factors, None if observed is None else float(observed))
-        return loss
+        if not (self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, loss)):
+            self._update(params, gradients, factors, None if loss is None else float(loss))
 
     # ---- the update, decided on the host ----
 
@@ -421,29 +364,6 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         control["previous_slope"] = slope if scale > 0 else None
         control["direction_norm"] = direction_norm
 
-    def _agreed(self, *values: float) -> Sequence[float]:
-        """The same numbers, averaged over :attr:`process_group`."""
-        if self.process_group is None:
-            return values
-        device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
-        told = torch.tensor(values, dtype=torch.float64, device=device)
-        return cast(list[float], mean_over_processes(told, self.process_group).tolist())
-
-    def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        """Return, group by group, the parameters that have a gradient, and these gradients."""
-        params, gradients = [], []
-        for group in self.param_groups:
-            used = [p for p in group["params"] if p.grad is not None]
-            for p in used:
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"ELRA does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
-                        "build the embedding with sparse=False."
-                    )
-            params.append(used)
-            gradients.append([p.grad for p in used])
-        return params, gradients
-
     def _forget_what_was_overwritten(self) -> None:
         """Where a kept gradient was changed by somebody else, the last step is unknown."""
         if any(self._memory.overwritten(self._part(group, group["params"])) for group in self.param_groups):
@@ -509,12 +429,7 @@ class ELRA(UpdatesOnDevice, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["alpha"] = self.param_groups[0]["alpha"]
-        for p in group["params"]:
-            if p.is_complex():
-                raise ConfigurationError(
-                    f"params: ELRA does not support complex parameters (one of shape {tuple(p.shape)} is {p.dtype}); "
-                    "optimise torch.view_as_real(parameter) instead."
-                )
+        refuse_complex(group["params"])
 
 
 def _check_tries(control: dict[str, Any], lr_bounds: tuple[float, float]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.directions import Direction, gradient_direction
+from hf_elra.optim.loss_aware import shares
 from hf_elra.optim.memory import MEMORIES, GradientMemory, Part
 from hf_elra.optim.tensors import is_dense, layout
 
@@ -204,12 +205,6 @@ class UpdatesOnDevice:
                 last_factor, decay = group["step_factor"], group["weight_decay"]
                 launches.append(Launch(ps, gs, us, aligned, copy, weight, last_weight, factor, last_factor, decay))
         return launches
-
-
-def shares(factors: list[float]) -> list[float]:
-    """Every group's part in a step, of the largest."""
-    scale = max(factors)
-    return [factor / scale if scale > 0 else 0.0 for factor in factors]
 
 
 def _like(p: Tensor, tensor: Tensor) -> Tensor:

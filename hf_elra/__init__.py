@@ -6,7 +6,7 @@ that saved ones load; nothing else changes.
 
 import hf_elra.recipes.image_models  # noqa: F401 - registers the models
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA
+from hf_elra.optim import ELRA, ELRASpectral, tables_of
 from hf_elra.trainer import (
     ElraSeq2SeqTrainer,
     ElraSeq2SeqTrainingArguments,
@@ -21,12 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ELRA",
     "ConfigurationError",
+    "ELRASpectral",
     "ElraSeq2SeqTrainer",
     "ElraSeq2SeqTrainingArguments",
     "ElraTrainer",
     "ElraTrainerMixin",
     "ElraTrainingArguments",
     "register",
+    "tables_of",
 ]
 
 register()

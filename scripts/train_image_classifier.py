@@ -64,7 +64,7 @@ def main(words: list[str]) -> None:
             "test_accuracy": accuracies[-1],
             "best_test_accuracy": max(accuracies),
             "test_loss": evaluations[-1]["eval_loss"],
-            "boosted": training.elra_boost,
+            "boosted": training.mean_of_points(training) != "off",
             "dataset": data.name,
         },
     )

@@ -47,3 +47,50 @@ def bb2(line: LineMeasurement) -> float:
 
 
 STEP_RULES: dict[str, StepRule] = {"bb1": bb1, "bb2": bb2}
+
+
+class FallingGain:
+    """Search for a step size from the sign and size of one ratio, then follow it ever more slowly.
+
+    r = ⟨G_t, u_{t-1}⟩/⟨G_{t-1}, u_{t-1}⟩ says how far along its line the last step went: near 1 it was much too short,
+    below 0 the line's minimum lies behind. log α += max(gain, c/k)·clip(r/σ, -1, 1) for the k-th ratio: the gain begins
+    at ln 10, so that α changes tenfold an update, and halves whenever r changes its sign, which is a bisection in
+    log α; what is left of it afterwards falls as c/k, as stochastic approximation has it (H. Robbins and S. Monro,
+    1951; H. Kesten, 1958: smaller gains after changes of sign).
+
+    All that it remembers is in ``memory``, plain numbers for a checkpoint.
+
+    Args:
+        sigma: ratios beyond ± this move α at full gain.
+        constant: c.
+    """
+
+    def __init__(self, sigma: float, constant: float) -> None:
+        self.sigma, self.constant = sigma, constant
+
+    @staticmethod
+    def new_memory() -> dict[str, float]:
+        """What is remembered: the gain of the search, the last sign, and how many ratios were seen."""
+        return {"gain": math.log(10), "sign": 0, "count": 0}
+
+    def factor(self, memory: dict[str, float], ratio: float) -> float:
+        """Take in a ratio; return what α is to be multiplied by."""
+        memory["count"] += 1
+        sign = 1 if ratio > 0 else -1
+        if memory["sign"] == -sign:
+            memory["gain"] /= 2
+        memory["sign"] = sign
+        gain = max(memory["gain"], self.constant / memory["count"])
+        return math.exp(gain * min(max(ratio / self.sigma, -1.0), 1.0))
+
+    @staticmethod
+    def end_search(memory: dict[str, float]) -> None:
+        """From now on only the falling gain counts."""
+        memory["gain"] = 0.0
+
+    @staticmethod
+    def restarted(memory: dict[str, float]) -> None:
+        """A step was taken back: α was too large, and the search shall not come back to it at full gain."""
+        if memory["sign"] > 0:
+            memory["gain"] = min(memory["gain"], math.log(10) / 2)
+        memory["sign"] = -1

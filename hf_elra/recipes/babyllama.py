@@ -16,7 +16,6 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.recipes.command_line import choose, choose_optimizer, parse
 from hf_elra.recipes.text_data import PYTHON_DOCS
 from hf_elra.trainer import ElraTrainingArguments
-from hf_elra.trainer.arguments import OPTIMIZERS
 
 # Every name below is a flag of the script; a flag given by the user wins.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,12 +57,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _TINY = PRESETS["tiny"]
 NOT_OF_THE_TRAJECTORY = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
+_NOT_OF = {"elra": (), "elra_spectral": ("elra_min_step_norm",)}  # other optimizers: all of these
 _ELRA_ONLY = ("elra_min_step_norm", "elra_control_cycle")
 
 # Sensible settings by optimizer family, for comparison runs from the same script. The first that fits a name counts.
 _SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0}
 _ADAMW = {**_SCHEDULED, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "elra_spectral": {"per_device_train_batch_size": {"tiny": 8, "15m": 16}},
     "elra": {"per_device_train_batch_size": {"tiny": 4, "15m": 16}},  # it grows
     "schedule_free": {"lr_scheduler_type": "constant", "learning_rate": 3e-3, "adam_beta1": 0.9, "adam_beta2": 0.95},
     "adamw": {**_ADAMW, "learning_rate": {"tiny": 3e-3, "15m": 5e-4}},  # llama2.c's, at its batch of 512: 5e-4
@@ -141,7 +142,7 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_steps": PRESETS[preset]["eval_steps"],
-        **{name: value for name, value in PRESETS[preset].items() if optim in OPTIMIZERS or name not in _ELRA_ONLY},
+        **{name: value for name, value in PRESETS[preset].items() if name not in _NOT_OF.get(optim, _ELRA_ONLY)},
         **{name: pick(value, preset) for name, value in settings_for(optim).items()},
     }
     return parse(BabyLlamaArguments, words, defaults)

@@ -26,7 +26,6 @@ from hf_elra.recipes.image_models import (
     SmallImageProcessor,
 )
 from hf_elra.trainer import ElraTrainingArguments
-from hf_elra.trainer.arguments import OPTIMIZERS
 
 # Network, augmentation, image size, first batch, control cycle and epochs of section 4.2; digits is ours.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # At a constant rate, as the paper runs them for comparison: batch 256, no accumulation.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "elra_spectral": {},
     "adam": {"learning_rate": 1e-3},
     "lion": {"learning_rate": 1e-4},
     "sgd": {
@@ -118,7 +118,7 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "digits", PRESETS)
     optim = choose_optimizer(words)
-    ours = optim in OPTIMIZERS
+    ours = optim == "elra"
     source = value_of("--dataset", words, preset)
     defaults: dict[str, Any] = {
         "output_dir": f"runs/{Path(source).resolve().stem or preset}" + ("" if optim == "elra" else f"-{optim}"),

@@ -23,15 +23,16 @@ from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.optim import ELRA
+from hf_elra.optim import ELRA, ELRASpectral, LossAwareOptimizer
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"elra": ELRA}
+OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral": ELRASpectral}
 """Every ``--optim`` name of this package."""
 
 
 BATCH_CONTROLS = ("off", "elra", "schedule")
+MEANS = ("off", "cycle", "run")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 
 
@@ -70,7 +71,8 @@ class ElraSettings:
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
             (section 3.3), with any optimizer; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with
-            ELRA, ``off`` with other optimizers and with Trainers that make batches of their own (TRL's GRPO).
+            ELRA, ``off`` with other optimizers (elra_spectral among them) and with Trainers that make batches of
+            their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -89,8 +91,12 @@ class ElraSettings:
             ``num_train_epochs``; of several limits the first one reached counts.
         elra_boost (bool): evaluate, predict and save the mean of the points of the last control cycle (section 3.7);
             training goes on from the last point, and checkpoints hold both. With any optimizer. Default: False.
+        elra_boost_mean (str): which points: ``cycle``, those of the last control cycle; ``run``, those of the whole
+            run, the t-th with weight t^8, which is mostly its last ninth, whenever that is; ``off``. Default: ``run``
+            with elra_spectral, else ``cycle`` with ``elra_boost`` and ``off`` without.
         elra_boost_every (int, optional): every how many updates a point is taken into that mean, beside the last one
-            of a cycle. Default: so many that a cycle has about 50 points; 10 where its length is not known.
+            of a cycle. Default: so many that a cycle has about 50 points; 10 where its length is not known; every
+            one of a whole run.
     """
 
     elra_min_step_norm: float | None = field(
@@ -133,6 +139,10 @@ class ElraSettings:
     elra_boost: bool = field(
         default=False, metadata={"help": "Evaluate and save the mean of the points of the last control cycle."}
     )
+    elra_boost_mean: str | None = field(
+        default=None,
+        metadata={"help": "Points in that mean: those of the last cycle, or of the whole run.", "choices": MEANS},
+    )
     elra_boost_every: int | None = field(
         default=None, metadata={"help": "Updates from one point of that mean to the next."}
     )
@@ -147,14 +157,24 @@ class ElraSettings:
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
-    def check(self) -> None:
-        """Raise a ConfigurationError for a value that no run can use."""
+    def check(self, args: Any) -> None:
+        """Raise a ConfigurationError for a value that a run with ``args`` cannot use."""
+        if self.elra_boost_mean not in (None, *MEANS):
+            raise ConfigurationError(f"elra_boost_mean={self.elra_boost_mean!r} must be one of {', '.join(MEANS)}.")
         if self.elra_boost_every is None:
             return
         if self.elra_boost_every < 1:
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} must be at least 1.")
-        if not self.elra_boost:
+        if self.mean_of_points(args) == "off":
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} does nothing without --elra_boost.")
+
+    def mean_of_points(self, args: Any) -> str:
+        """Return which points are averaged in a run with ``args``: ``"off"``, ``"cycle"`` or ``"run"``."""
+        if self.elra_boost_mean is not None:
+            return self.elra_boost_mean
+        if optimizer_name(args) == "elra_spectral":
+            return "run"
+        return "cycle" if self.elra_boost else "off"
 
     def changed(self) -> list[str]:
         """Return the names of the settings that are not at their defaults."""
@@ -163,7 +183,7 @@ class ElraSettings:
     def idle_without_elra(self) -> list[str]:
         """Return the names of changed settings that do nothing for another optimizer."""
         idle = {"elra_min_step_norm", "elra_skip_last_batch"}
-        if self.elra_batch_control in (None, "off") and not self.elra_boost:
+        if self.elra_batch_control in (None, "off") and not self.elra_boost and self.elra_boost_mean != "cycle":
             idle.add("elra_control_cycle")
         return [name for name in self.changed() if name in idle]
 
@@ -222,14 +242,25 @@ class OneLineParser(HfArgumentParser):
         return tuple(results)
 
 
+def optimizer_name(args: Any) -> str:
+    """Return ``args.optim`` as text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def uses_elra(args: Any) -> bool:
     """Return whether ``args.optim`` names one of this package's optimizers."""
-    return str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
+    return optimizer_name(args) in OPTIMIZERS
+
+
+def grows_batches(args: Any) -> bool:
+    """Return whether the batch grows by itself in a run with ``args`` unless told otherwise."""
+    return optimizer_name(args) == "elra"
 
 
 def wants_mixin(args: Any) -> bool:
     """Return whether a flag asks for something that the stock Trainer does not do, whatever the optimizer."""
-    names = ("elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens", "elra_boost")
+    names = ["elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens"]
+    names += ["elra_boost", "elra_boost_mean"]
     values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
     return any(value not in (None, False, "off") for value in values)
 
@@ -332,16 +363,23 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
 
     In order of precedence: ``optim_args``, then ``--elra_*`` flags, then defaults that depend on the model.
     """
-    optimizer_class = OPTIMIZERS[str(getattr(args.optim, "value", args.optim))]
+    name = optimizer_name(args)
+    optimizer_class = OPTIMIZERS[name]
     if not args.learning_rate > 0:
         raise ConfigurationError(
             f"--learning_rate {args.learning_rate:g} must be above 0; it is only the first one (try 1e-3)."
         )
     settings = ElraSettings.of(args)
     min_step_norm = settings.elra_min_step_norm
-    if min_step_norm is None:
-        min_step_norm = LANGUAGE_MODEL_MIN_STEP_NORM if is_language_model(model) else 0.0
-    arguments: dict[str, Any] = {"lr": args.learning_rate, "min_step_norm": min_step_norm}
+    arguments: dict[str, Any] = {"lr": args.learning_rate}
+    if optimizer_class is ELRA:
+        if min_step_norm is None:
+            min_step_norm = LANGUAGE_MODEL_MIN_STEP_NORM if is_language_model(model) else 0.0
+        arguments["min_step_norm"] = min_step_norm
+    elif min_step_norm is not None:
+        raise ConfigurationError(
+            f"elra_min_step_norm={min_step_norm:g} is a setting of optim=elra; {name} needs no floor. Leave it out."
+        )
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
     # Its constructor knows what is valid.
     constructor: Any = optimizer_class
@@ -355,7 +393,8 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
     A pair is written with a colon, ``lr_bounds=1e-8:1e6``.
     """
     hints = typing.get_type_hints(optimizer_class.__init__)
-    valid = [name for name in inspect.signature(optimizer_class).parameters if name not in ("params", "weight_decay")]
+    parameters = inspect.signature(optimizer_class).parameters
+    valid = [name for name in parameters if name not in ("params", "weight_decay", "tables")]
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))

@@ -1,9 +1,10 @@
-"""Boosting (ELRA, section 3.7): evaluate and deploy the mean of the points of a control cycle, train on from the last.
+"""Boosting (ELRA, section 3.7): evaluate and deploy a mean of the points of training, train on from the last one.
 
-``PointMean`` is the running mean; ``BoostingMixin`` gives it to a Trainer. With boosting on, ``evaluate``, ``predict``
-and ``save_model`` use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold
-both points: ``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. Works with
-any optimizer.
+The paper's is the mean of a control cycle's points. The other one, for a rate that is never brought down, weights the
+points of the whole run by a power of their number, so that it needs no length. ``PointMean`` is the running mean;
+``BoostingMixin`` gives it to a Trainer. With boosting on, ``evaluate``, ``predict`` and ``save_model`` use the mean,
+with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
+``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. Works with any optimizer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ else:
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
 """Training samples from which the BatchNorm statistics of the mean are computed."""
+POWER = 8
+"""Of a point's number, in the mean of a whole run."""
 POINTS_PER_CYCLE = 50
 """Points of a cycle in the mean, by default, where the length of a cycle is known."""
 
@@ -45,10 +48,13 @@ class PointMean:
 
     Args:
         parameters (dict of str to Parameter): what to average, by name.
+        power (int, optional): the mean is over all points from the first one on, whatever cycles there are, and the
+            t-th has the weight t^power. (polynomial-decay averaging: O. Shamir and T. Zhang, 2013)
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], power: int | None = None) -> None:
         self.parameters = parameters
+        self.power = power
         self.mean = {name: self._wide(p).clone() for name, p in parameters.items()}
         self.count = 0
         self._cycle_is_over = False
@@ -65,13 +71,16 @@ class PointMean:
         if self._cycle_is_over:
             self.count, self._cycle_is_over = 0, False
         points = [self._wide(p) for p in self.parameters.values()]
-        for group in _by_type(list(self.mean.values()), points):
-            self._average(*group, self.count)
+        for means, of_same_type in _by_type(list(self.mean.values()), points):
+            if self.power is None:
+                self._average(means, of_same_type, self.count)
+            else:
+                torch._foreach_lerp_(means, of_same_type, (self.power + 1) / (self.count + self.power + 1))
         self.count += 1
 
     def end_cycle(self) -> None:
         """Declare the cycle over; its mean stays until the next point is added."""
-        self._cycle_is_over = True
+        self._cycle_is_over = self.power is None
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -92,7 +101,9 @@ class PointMean:
         save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
         content = {
             "model.safetensors": "the point that training goes on from",
-            BOOSTED: f"the mean of {self.count} points of the control cycle",
+            BOOSTED: f"the mean of {self.count} points of the control cycle"
+            if self.power is None
+            else f"the mean of {self.count} points of the run, the t-th with weight t^{self.power}",
             "count": self.count,
             "cycle_is_over": self._cycle_is_over,
         }
@@ -168,25 +179,28 @@ class BoostingMixin(_Base):
 
     def check_boosting(self) -> None:
         """Refuse what cannot be boosted, before training begins."""
-        if self.elra_settings.elra_boost and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        mean = self.elra_settings.mean_of_points(self.args)
+        if mean != "off" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(
-                "elra_boost=True cannot be used with FSDP or DeepSpeed, which shard the points; leave it out."
+                f"elra_boost_mean={mean}, the mean of points, cannot be used with FSDP or DeepSpeed, which shard the "
+                "points; pass --elra_boost_mean off."
             )
 
     def sample_point(self, update: int, cycle_is_over: bool) -> None:
         """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
         if self.point_mean is None:
             return
-        if cycle_is_over or update % self.boost_every == 0:
+        if (cycle_is_over and self.point_mean.power is None) or update % self.boost_every == 0:
             self.point_mean.add()
         if cycle_is_over:
             self.point_mean.end_cycle()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.elra_settings.elra_boost:
+        if (mean := self.elra_settings.mean_of_points(self.args)) != "off":
             model: Any = self.model
-            self.point_mean = PointMean({n: p for n, p in model.named_parameters() if p.requires_grad})
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            self.point_mean = PointMean(trained, POWER if mean == "run" else None)
             self._updates_per_cycle = updates_per_cycle(self)
             if resume_from_checkpoint is not None:
                 self.point_mean.load(resume_from_checkpoint)
@@ -197,6 +211,8 @@ class BoostingMixin(_Base):
         """Every how many updates a point is taken: as asked for, or for so many points a cycle at the present batch."""
         if self.elra_settings.elra_boost_every is not None:
             return self.elra_settings.elra_boost_every
+        if self.point_mean is not None and self.point_mean.power is not None:
+            return 1
         if self._updates_per_cycle is None:
             return 10
         updates: Any = self._updates_per_cycle

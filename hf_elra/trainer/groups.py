@@ -336,7 +336,11 @@ class DynamicBatchMixin(_Base):
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
         # An epoch without its incomplete batch is a little shorter than its samples.
         if control.mode == "elra" and updates is not None and updates >= left + 1:
-            boosted = "; with elra_boost the mean is over all of it" if self.elra_settings.elra_boost else ""
+            boosted = (
+                "; with elra_boost the mean is over all of it"
+                if self.elra_settings.mean_of_points(self.args) == "cycle"
+                else ""
+            )
             logger.warning(
                 "elra_control_cycle=%s is longer than this run: the batch size will not change%s.",
                 self.elra_settings.control_cycle(self.train_dataset),

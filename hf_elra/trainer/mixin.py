@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA
-from hf_elra.trainer.arguments import ElraSettings, prepare_arguments, uses_elra
+from hf_elra.optim import ELRA, LossAwareOptimizer
+from hf_elra.trainer.arguments import OPTIMIZERS, ElraSettings, optimizer_name, prepare_arguments, uses_elra
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def trains_with_elra(trainer: Trainer) -> bool:
-    """Whether a Trainer's arguments name one of our optimizers, or an ELRA was passed to it."""
+    """Whether a Trainer's arguments name one of our optimizers, or one was passed to it."""
     given = trainer.optimizer_cls_and_kwargs
     return (
         uses_elra(trainer.args)
-        or isinstance(trainer.optimizer, ELRA)
-        or (given is not None and isinstance(given[0], type) and issubclass(given[0], ELRA))
+        or isinstance(trainer.optimizer, LossAwareOptimizer)
+        or (given is not None and isinstance(given[0], type) and issubclass(given[0], LossAwareOptimizer))
     )
 
 
@@ -74,10 +74,17 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(self.elra_settings, with_elra=self.elra_active)
+        self.prepare_batch_control(self.elra_settings, with_elra=self.elra_active and self._trains_with(ELRA))
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
+
+    def _trains_with(self, optimizer_class: type) -> bool:
+        """Whether the optimizer is, or will be, of a class: the one passed in, else the one of the arguments."""
+        given = self.optimizer_cls_and_kwargs
+        if self.optimizer is not None:
+            return isinstance(self.optimizer, optimizer_class)
+        return issubclass(given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)], optimizer_class)
 
     @property
     def elra_callback(self) -> ElraCallback:

@@ -15,11 +15,14 @@ from transformers import Trainer, trainer_optimizer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
+from hf_elra.optim import tables_of
 from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
     OPTIMIZERS,
     ElraSettings,
+    grows_batches,
     optimizer_arguments,
+    optimizer_name,
     refuse_unusable,
     uses_elra,
     wants_mixin,
@@ -53,8 +56,11 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
 
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:
-    name = str(getattr(context.args.optim, "value", context.args.optim))
-    return OPTIMIZERS[name], optimizer_arguments(context.args, context.model)
+    optimizer_class = OPTIMIZERS[optimizer_name(context.args)]
+    arguments = optimizer_arguments(context.args, context.model)
+    if "tables" in inspect.signature(optimizer_class).parameters:
+        arguments["tables"] = tables_of(context.model)
+    return optimizer_class, arguments
 
 
 def _wrap(initialise: Any) -> Any:
@@ -78,8 +84,8 @@ def _wrap(initialise: Any) -> Any:
             or LAUNCHER_FLAGS.values
         ):
             settings = ElraSettings.of(arguments, only_checked=True)
-            settings.check()
-            default = default_control(type(self), with_elra=uses_elra(arguments))
+            settings.check(arguments)
+            default = default_control(type(self), with_elra=grows_batches(arguments))
             build_batch_control(settings, arguments, given.get("train_dataset"), default)
         with budget_as_max_steps(arguments, _budget(arguments, given.get("train_dataset"))):
             initialise(self, *args, **kwargs)

@@ -1,0 +1,360 @@
+"""ELRASpectral: ELRA's way of learning a learning rate, over a direction that suits language models.
+
+What is different from ``elra.py``: the direction (``directions.py``), with momentum; the rule for α
+(``step_size.py``), with a search at the beginning whose updates are taken back; and the length of a step, which is
+relative to the weights. Soft restarts are the same (``guards.py``). The mean of the points, which belongs to it, is the
+Trainer's (``trainer/boosting.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim.directions import spectral_direction
+from hf_elra.optim.guards import (
+    MAX_CONSECUTIVE_RESTARTS,
+    NON_FINITE_BACKOFF,
+    RestartGuard,
+    new_restart_memory,
+)
+from hf_elra.optim.loss_aware import LossAwareOptimizer, refuse_complex, shares
+from hf_elra.optim.step_size import FallingGain
+from hf_elra.optim.tensors import dot, squares_and_products
+
+PER_GROUP = ("lr", "weight_decay")
+SMALLEST_SHRINK = 0.01
+"""A restart takes α at most this far down, however high the loss."""
+SIGMA, GAIN = 0.2, 2.5
+"""Constants of the rule for α, see :class:`~hf_elra.optim.step_size.FallingGain`."""
+
+
+class ELRASpectral(LossAwareOptimizer):
+    r"""A learning rate that finds itself, over polar factors of averaged gradients.
+
+    x_{t+1} = x_t - α_t·u_t, where every tensor's u_t has a mean square of one, so that α is the root mean square of a
+    step's elements: hidden matrices go along U·Vᵀ of their averaged gradient (as in Muon), rows of embeddings and
+    vectors along their own. There is one α. During the first ``search`` updates it is found, from any ``lr``, by the
+    slopes at both ends of every step; then the parameters go back to where they began, and only α is kept. From then on
+    it follows the slopes ever more slowly. A step after which the loss is too high is taken back (ELRA's soft restart).
+
+    The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
+    last ones (in a Trainer that is on by default): with no schedule to bring α down, it stands in for one.
+
+    Args:
+        params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
+            share relative to the ``lr`` below) and its own ``weight_decay``.
+        lr (float): α_0, with which the search begins. Default: 1e-3.
+        momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form); 0 for none, which
+            saves a state and learns worse. Default: 0.9.
+        tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
+            language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
+        search (int): updates of the search, which are taken back; 0 for none. Default: 10.
+        max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
+        lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
+        weight_decay (float): d in x ← (1 - d)·x, once per update and not scaled by α. Default: 0.
+        soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or parameters are sharded (DTensor), whose polar factors are not
+            those of their shards; the message names it, its value and the remedy.
+        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite with α at
+            its lower bound.
+
+    State per parameter: the averaged gradient (with momentum), the last direction, and during the search the point
+    where it began. Numbers are decided on the host, which waits for the device once an update.
+
+    Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
+    neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
+
+    Example:
+        >>> optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        >>> for inputs, targets in batches:
+        ...     loss = loss_function(model(inputs), targets)
+        ...     loss.backward()
+        ...     optimizer.step(loss=loss)
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        tables: Iterable[Tensor] = (),
+        search: int = 10,
+        max_relative_step: float = 0.5,
+        lr_bounds: tuple[float, float] = (1e-9, 1.0),
+        weight_decay: float = 0.0,
+        soft_restart: bool = True,
+        restart_sigma: float = 5.0,
+        initial_restart_ratio: float | None = 1.1,
+    ) -> None:
+        settings = {n: v for n, v in locals().items() if n not in ("self", "params", "tables", "__class__")}
+        _check_settings(settings)
+        self._tables = {id(p) for p in tables}
+        super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
+        self.param_groups[0]["control"] = {
+            "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
+            "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, "restarts": 0, "non_finite": 0,
+            "consecutive_restarts": 0, "tries_at_lower_bound": 0, "searching": search > 0,
+            "rule": FallingGain.new_memory(), "memory": new_restart_memory(),
+        }  # fmt: skip
+
+    # ---- what a user reads ----
+
+    @property
+    def _control(self) -> dict[str, Any]:
+        return self.param_groups[0]["control"]
+
+    @property
+    def alpha(self) -> float:
+        """The learning rate in force, α_t."""
+        return float(self._control["alpha"])
+
+    @property
+    def restarts(self) -> int:
+        """How many steps were taken back so far, for a too high loss or for anything not finite."""
+        return int(self._control["restarts"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As of :class:`~hf_elra.optim.ELRA`; ``step_norm`` is α‖u‖, and α itself the step's root mean square."""
+        control = self._control
+        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
+        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
+            if control[key] is not None:
+                metrics[name] = control[key]
+        return metrics
+
+    def end_cycle(self) -> None:
+        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
+        RestartGuard.end_cycle(self._control["memory"])
+
+    # ---- the update ----
+
+    def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
+        control = self._control
+        control["updates"] += 1
+        self._update(loss, factors)
+        if control["searching"] and control["updates"] >= self.param_groups[0]["search"]:
+            self._end_search()
+
+    def _update(self, loss: Tensor | float | None, factors: list[float]) -> None:
+        control = self._control
+        params, gradients = self._gather()
+        value = None if loss is None else float(loss)
+        square, current_slope = self._agreed(*self._slopes(params, gradients))
+        control["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
+        if not math.isfinite(square) or not (value is None or math.isfinite(value)):
+            self._restart(NON_FINITE_BACKOFF, finite=False)
+            return
+        if value is not None and self._is_too_high(value):
+            guard = self._guard()
+            assert control["slope"] is not None
+            factor = guard.shrink(control["step_size"], control["slope"], value, control["previous_loss"])
+            self._restart(max(factor, SMALLEST_SHRINK), finite=True)
+            return
+        control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
+
+        alpha = control["alpha"]
+        if control["slope"] is not None and control["slope"] > 0:  # else the last gradient says nothing
+            alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
+            product = control["gradient_norm"] * control["direction_norm"]
+            control["cosine"] = current_slope / product if product > 0 else 0.0
+        self._set_alpha(self._bounded(alpha))
+        self._descend(params, gradients, factors, value)
+
+    def _slopes(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> tuple[float, float]:
+        """‖G_t‖² and ⟨G_t, u_{t-1}⟩, the latter as the step was made of it."""
+        squares = slope = 0.0
+        for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+            last = [self.state[p].get("direction") if p in self.state else None for p in group_params]
+            square, product = squares_and_products(group_gradients, last)
+            squares += square
+            slope += group.get("share", 0.0) * product
+        return squares, slope
+
+    def _guard(self) -> RestartGuard:
+        settings = self.param_groups[0]
+        return RestartGuard(settings["restart_sigma"], settings["initial_restart_ratio"], None, "derived")
+
+    def _is_too_high(self, loss: float) -> bool:
+        """Whether the last step must be taken back; takes the loss into the statistics."""
+        control, guard = self._control, self._guard()
+        highest = guard.highest_loss(control["memory"])
+        too_high = self.param_groups[0]["soft_restart"] and control["slope"] is not None and loss > highest
+        accepted = too_high and control["consecutive_restarts"] >= MAX_CONSECUTIVE_RESTARTS
+        guard.record(control["memory"], loss if accepted else min(loss, highest))
+        if accepted:
+            guard.lift(control["memory"], loss, highest)
+        return too_high and not accepted
+
+    def _bounded(self, alpha: float) -> float:
+        """α within its bounds and below its share of the matrices' root mean square (of all parameters without any)."""
+        settings = self.param_groups[0]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        matrices = [
+            p
+            for group in self.param_groups
+            for p, is_table in zip(group["params"], group["tables"], strict=True)
+            if p.dim() > 1 and not is_table
+        ]
+        counted = [p for p in matrices or weights if p.numel() > 0]
+        (square,) = self._agreed(dot(counted, counted))
+        low, high = settings["lr_bounds"]
+        if square > 0:
+            size = math.sqrt(square / sum(p.numel() for p in counted))
+            high = min(high, settings["max_relative_step"] * size)
+        return max(min(alpha, high), low)
+
+    def _descend(
+        self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
+    ) -> None:
+        """x ← (1 - d)·x - α·factor·u; remember u."""
+        control, settings = self._control, self.param_groups[0]
+        slope = norm_squared = 0.0
+        for group, group_params, group_gradients, factor, share in zip(
+            self.param_groups, params, gradients, factors, shares(factors), strict=True
+        ):
+            used, kinds = set(group_params), dict(zip(group["params"], group["tables"], strict=True))
+            for p in group["params"]:
+                if p not in used:
+                    self.state.pop(p, None)
+            if not group_params:
+                continue
+            averaged = self._averaged(group_params, group_gradients, settings["momentum"])
+            directions = spectral_direction(averaged, [kinds[p] for p in group_params])
+            slope += share * dot(group_gradients, directions)
+            norm_squared += share * share * dot(directions, directions)
+            if control["searching"]:
+                for p in group_params:
+                    self.state[p].setdefault("start", p.detach().clone())
+            if factor != 0 and group["weight_decay"] != 0:
+                torch._foreach_mul_(group_params, 1 - group["weight_decay"])
+            if factor != 0:
+                torch._foreach_add_(group_params, directions, alpha=-self.alpha * factor)
+            for p, u in zip(group_params, directions, strict=True):
+                self.state[p]["direction"] = u
+            group["share"], group["factor"] = share, factor
+        scale = max(factors)
+        slope, norm_squared = self._agreed(slope, norm_squared)
+        control["step_size"] = self.alpha * scale
+        control["direction_norm"] = math.sqrt(norm_squared)
+        control["step_norm"] = control["step_size"] * control["direction_norm"]
+        control["previous_loss"] = loss
+        control["slope"] = slope if scale > 0 else None
+
+    def _averaged(self, params: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
+        if momentum == 0:
+            return gradients
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(averages, gradients, 1 - momentum))
+
+    def _restart(self, factor: float, *, finite: bool) -> None:
+        """Go back to x_{t-1} and step again along the old direction with α·factor."""
+        control, settings = self._control, self.param_groups[0]
+        control["restarts"] += 1
+        control["consecutive_restarts"] += 1
+        low = settings["lr_bounds"][0]
+        if not finite:
+            control["non_finite"] += 1
+            if control["alpha"] <= low:
+                control["tries_at_lower_bound"] += 1
+            if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
+                raise RuntimeError(
+                    f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning "
+                    f"rate at its lower bound {low:g} (lr_bounds): the cause is not the step. Look for NaN or inf in "
+                    "the data, in the loss or in the starting weights."
+                )
+        before = self.alpha
+        self._set_alpha(max(before * factor, low))
+        FallingGain.restarted(control["rule"])
+        if control["slope"] is None:  # no step behind us: stay, only more careful
+            return
+        for group in self.param_groups:
+            taken = [p for p in group["params"] if "direction" in self.state.get(p, {})]
+            back = (before - self.alpha) * group.get("factor", 0.0)
+            if taken and back != 0:
+                torch._foreach_add_(taken, [self.state[p]["direction"] for p in taken], alpha=back)
+        control["step_size"] *= self.alpha / before
+        control["step_norm"] *= self.alpha / before
+
+    def _end_search(self) -> None:
+        """Back to where the search began; only α is kept of it."""
+        control = self._control
+        for group in self.param_groups:
+            for p in group["params"]:
+                start = self.state.pop(p, {}).get("start")
+                if start is not None:
+                    p.copy_(start)
+        FallingGain.end_search(control["rule"])
+        control["searching"] = False
+        control["slope"] = control["previous_loss"] = None
+        control["memory"] = new_restart_memory()
+
+    def _set_alpha(self, alpha: float) -> None:
+        self._control["alpha"] = alpha
+        for group in self.param_groups:
+            group["alpha"] = alpha
+
+    # ---- groups ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        for name, value in self.defaults.items():
+            given = param_group.get(name, value)
+            if name not in PER_GROUP and given != value:
+                raise ConfigurationError(
+                    f"{name}={given!r} cannot be set for one group: there is one {name} per optimizer. Pass it to "
+                    f"{type(self).__name__}(...) itself; a group may set lr and weight_decay."
+                )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["alpha"] = self.param_groups[0]["alpha"]
+        group["tables"] = [id(p) in self._tables for p in group["params"]]
+        refuse_complex(group["params"])
+        if any(isinstance(p, DTensor) for p in group["params"]):
+            raise ConfigurationError(
+                "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
+                "matrix is not that of its shards. Use DDP, or optim=elra."
+            )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise a ConfigurationError for the first setting that cannot be used."""
+
+    def need(name: str, valid: Callable[[Any], bool], meaning: str) -> None:
+        value = settings[name]
+        if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)) or not valid(
+            value
+        ):
+            raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
+
+    need("lr", lambda v: v > 0, "a number > 0, the first learning rate (any from 1e-7 to 1e-1 will do)")
+    need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
+    need("search", lambda v: v >= 0 and v == int(v), "a whole number >= 0, in updates (10)")
+    need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
+    need("weight_decay", lambda v: 0 <= v < 1, "a number in [0, 1), a share of the weights per update")
+    need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
+    if settings["initial_restart_ratio"] is not None:
+        need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1), or None to drop the rule")
+    if not isinstance(settings["soft_restart"], bool):
+        raise ConfigurationError(f"soft_restart={settings['soft_restart']!r} must be True or False.")
+    bounds = settings["lr_bounds"]
+    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf):
+        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. (1e-9, 1).")
+    if not bounds[0] <= settings["lr"] <= bounds[1]:
+        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")

@@ -1,0 +1,238 @@
+"""hf_elra.optim.spectral, its direction and its rule for α."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_elra import ConfigurationError, ELRASpectral, tables_of
+from hf_elra.optim.directions import polar_factor, spectral_direction
+from hf_elra.optim.step_size import FallingGain
+from tests.conftest import llama, token_rows
+
+# ---- the direction ----
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (6, 6), (20, 50)])
+def test_polar_factor_has_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    values = torch.linalg.svdvals(polar_factor(matrices))
+    assert values.max() < 1.25
+    assert values.median() > 0.6
+    alone = torch.stack([polar_factor(matrix[None])[0] for matrix in matrices])
+    torch.testing.assert_close(polar_factor(matrices), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_direction_has_a_mean_square_of_one():
+    torch.manual_seed(0)
+    shapes = [(8, 30), (30, 8), (8, 30), (12,), (), (40, 5), (4, 3, 2, 2)]
+    gradients = [1e-6 * torch.randn(shape) for shape in shapes]
+    gradients[5][7] = 0
+    tables = [False] * 5 + [True, False]
+    directions = spectral_direction(gradients, tables)
+    for gradient, direction, table in zip(gradients, directions, tables, strict=True):
+        assert direction.shape == gradient.shape
+        assert (direction * gradient).sum() > 0
+        if not table:
+            assert direction.square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert torch.equal(directions[5][7], torch.zeros(5))
+    rows = directions[5].square().mean(1)
+    torch.testing.assert_close(rows[:7], torch.ones(7))
+    assert all(torch.equal(d, torch.zeros(s)) for d, s in zip(
+        spectral_direction([torch.zeros(s) for s in shapes], tables), shapes, strict=True))  # fmt: skip
+
+
+def test_a_rotation_of_a_layers_inputs_and_outputs_rotates_the_direction():
+    torch.manual_seed(0)
+    gradient = torch.randn(6, 9, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (6, 9))
+    (plain,), (turned,) = (spectral_direction([g], [False]) for g in (gradient, left @ gradient @ right))
+    torch.testing.assert_close(turned, left @ plain @ right)
+
+
+def test_tables_are_embeddings_and_the_output_layer():
+    model = llama(tie_word_embeddings=False)
+    assert {id(p) for p in tables_of(model)} == {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert len(tables_of(llama())) == 1
+    assert tables_of(nn.Linear(2, 2)) == []
+
+
+# ---- the rule ----
+
+
+def test_search_is_a_bisection_and_then_the_gain_falls():
+    rule, memory = FallingGain(sigma=0.2, constant=2.5), FallingGain.new_memory()
+    assert rule.factor(memory, 0.9) == pytest.approx(math.exp(2.5))
+    assert rule.factor(memory, 0.5) == pytest.approx(10)
+    assert rule.factor(memory, -0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
+    assert rule.factor(memory, 0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
+    FallingGain.end_search(memory)
+    for _ in range(95):
+        rule.factor(memory, 0.0)
+    assert rule.factor(memory, 1.0) == pytest.approx(math.exp(2.5 / 100))
+
+
+# ---- the optimizer ----
+
+
+def train(model, optimizer, updates, seed=0):
+    rows, generator = token_rows(512), torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(updates):
+        chosen = torch.randint(0, 512, (16,), generator=generator).tolist()
+        tokens = torch.stack([rows[index]["input_ids"] for index in chosen])
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_first_learning_rate_does_not_matter(momentum):
+    found, losses = [], []
+    for lr in (1e-7, 1e-4, 1e-1):
+        model = llama()
+        optimizer = ELRASpectral(model.parameters(), lr=lr, tables=tables_of(model), momentum=momentum)
+        losses.append(train(model, optimizer, 60)[-1])
+        found.append(optimizer.alpha)
+    assert max(losses) < 0.2  # from 4.2
+    assert max(found) < 2 * min(found)
+
+
+def test_the_search_is_taken_back():
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = ELRASpectral(model.parameters(), lr=1e-5, tables=tables_of(model), search=6)
+    train(model, optimizer, 5)
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    train(model, optimizer, 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert optimizer.alpha > 1e-4
+    assert all(not state for state in optimizer.state.values())
+    train(model, optimizer, 1)
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
+
+
+def test_without_momentum_one_vector_is_kept():
+    model = llama()
+    optimizer = ELRASpectral(model.parameters(), momentum=0.0, search=0)
+    train(model, optimizer, 2)
+    assert {key for state in optimizer.state.values() for key in state} == {"direction"}
+
+
+def test_a_step_that_went_too_far_is_taken_back():
+    x = nn.Parameter(torch.full((4, 4), 2.0))
+    optimizer = ELRASpectral([x], lr=0.1, search=0)
+    x.grad = torch.eye(4)
+    optimizer.step(loss=1.0)
+    after = x.detach().clone()
+    direction = optimizer.state[x]["direction"].clone()
+    step, average = 0.1, optimizer.state[x]["momentum"].clone()
+    x.grad = torch.ones(4, 4)
+    optimizer.step(loss=100.0)
+    assert optimizer.restarts == 1
+    assert optimizer.alpha <= step / 2
+    torch.testing.assert_close(x.detach(), after + (step - optimizer.alpha) * direction)
+    assert torch.equal(optimizer.state[x]["momentum"], average)  # the bad gradient is not in it
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("when", [0, 4, 15])
+def test_non_finite_never_reaches_weights_or_state(bad, where, when):
+    model = llama()
+    optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+    rows = torch.stack([row["input_ids"] for row in token_rows(16)])
+    for number in range(20):
+        optimizer.zero_grad()
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        if number == when and where == "gradient":
+            next(model.parameters()).grad[1, 1] = bad
+        optimizer.step(loss=bad if number == when and where == "loss" else loss.item())
+        kept = [v for state in optimizer.state.values() for v in state.values()]
+        assert all(torch.isfinite(tensor).all() for tensor in [*model.parameters(), *kept])
+    assert optimizer.metrics["non_finite"] == optimizer.restarts == 1
+    assert loss.item() < 3.0
+
+
+def test_staying_non_finite_is_an_error():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = ELRASpectral([x])
+
+    def keep_trying():
+        for _ in range(200):
+            x.grad = torch.ones(3)
+            optimizer.step(loss=math.nan)
+
+    with pytest.raises(RuntimeError, match="lower bound 1e-09"):
+        keep_trying()
+
+
+@pytest.mark.parametrize("at", [4, 14])
+def test_saved_state_continues_bit_for_bit(at):
+    def fresh():
+        model = llama()
+        return model, ELRASpectral(model.parameters(), tables=tables_of(model), weight_decay=1e-3)
+
+    whole, optimizer = fresh()
+    train(whole, optimizer, at)
+    train(whole, optimizer, 10, seed=1)
+    first, saved = fresh()
+    train(first, saved, at)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": saved.state_dict()}, file)
+    file.seek(0)
+    content = torch.load(file, weights_only=True)
+    second, loaded = fresh()
+    second.load_state_dict(content["model"])
+    loaded.load_state_dict(content["optimizer"])
+    train(second, loaded, 10, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
+    assert loaded.alpha == optimizer.alpha
+
+
+def test_groups_factors_and_parameters_without_gradient():
+    torch.manual_seed(0)
+    a, b, unused = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+    optimizer = ELRASpectral(
+        [{"params": [a, unused]}, {"params": [b], "lr": 5e-4, "weight_decay": 0.1}], lr=1e-3, search=0
+    )
+    before = b.detach().clone()
+    a.grad, b.grad = torch.randn(4, 4), torch.randn(4, 4)
+    optimizer.step(loss=1.0)
+    step = before * 0.9 - b.detach()
+    assert step.square().mean().sqrt().item() == pytest.approx(optimizer.alpha / 2, rel=1e-3)
+    assert unused not in optimizer.state
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = b.detach().clone()
+    optimizer.step(loss=1.0)
+    assert torch.equal(b, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": 0}, "lr=0 must be a number > 0"),
+        ({"lr": 5.0}, r"lr=5.0 is outside lr_bounds"),
+        ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
+        ({"search": 2.5}, "search=2.5 must be a whole number"),
+        ({"max_relative_step": 0}, "max_relative_step=0 must be a number > 0"),
+        ({"weight_decay": -1}, "weight_decay=-1 must be"),
+        ({"lr_bounds": (1, 0.1)}, "lr_bounds"),
+        ({"soft_restart": "no"}, "soft_restart='no' must be True or False"),
+    ],
+)
+def test_bad_arguments_are_named(given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ELRASpectral([nn.Parameter(torch.ones(2))], **given)
+    with pytest.raises(ConfigurationError, match="momentum=0.5 cannot be set for one group"):
+        ELRASpectral([{"params": [nn.Parameter(torch.ones(2))], "momentum": 0.5}])

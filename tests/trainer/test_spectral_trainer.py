@@ -1,0 +1,85 @@
+"""``--optim elra_spectral`` in a Trainer: what it is given, the mean of the run, resuming, wrong settings."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_elra import ConfigurationError, ELRASpectral
+from hf_elra.trainer.boosting import PointMean
+from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
+
+
+def spectral(folder, **given):
+    return trainer(folder, rows=token_rows(256), optim="elra_spectral", **{"max_steps": 40, **given})
+
+
+def test_it_trains_a_stock_trainer(tmp_path):
+    run = Trainer(
+        llama(), arguments(tmp_path, TrainingArguments, optim="elra_spectral", max_steps=40, logging_steps=1),
+        train_dataset=token_rows(256),
+    )  # fmt: skip
+    run.train()
+    optimizer = run.elra_optimizer
+    assert isinstance(optimizer, ELRASpectral)
+    embedding = run.model.model.embed_tokens.weight
+    marked = [p for g in optimizer.param_groups for p, t in zip(g["params"], g["tables"], strict=True) if t]
+    assert [id(p) for p in marked] == [id(embedding)]
+    assert logged(run, "loss")[-1] < 1.0
+    assert run.batch_control is None  # the batch stays as it is
+    assert logged(run, "alpha")[-1] == pytest.approx(logged(run, "learning_rate")[-1])
+
+
+def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
+    run = spectral(tmp_path, eval_dataset=token_rows(32, seed=1))
+    run.train()
+    last = weights(run.model)
+    assert run.point_mean.count == 40
+    with run.boosted():
+        mean = weights(run.model)
+    assert not torch.equal(mean, last)
+    off = spectral(tmp_path / "off", elra_boost_mean="off")
+    off.train()
+    assert off.point_mean is None
+    assert torch.equal(weights(off.model), last)  # the training step never sees it
+
+
+def test_mean_of_the_run_weights_points_by_a_power_of_their_number():
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    mean = PointMean({"x": parameter}, power=2)
+    points = [1.0, 5.0, -2.0, 7.0]
+    for point in points:
+        parameter.data.fill_(point)
+        mean.add()
+        mean.end_cycle()  # cycles do not matter
+    # The recursion's weights: t(t + 1) for power 2, rising factorials that go as t².
+    factors = [t * (t + 1) for t in range(1, 5)]
+    expected = sum(f * p for f, p in zip(factors, points, strict=True)) / sum(factors)
+    assert mean.mean["x"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("at", [5, 20])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
+    whole = spectral(tmp_path / "whole")
+    whole.train()
+    part = spectral(tmp_path / "part", save_strategy="steps", save_steps=at)
+    part.train()
+    again = spectral(tmp_path / "part", save_strategy="steps", save_steps=at)
+    again.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{at}"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+    for name, tensor in whole.point_mean.mean.items():
+        assert torch.equal(again.point_mean.mean[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elra_min_step_norm": 0.1}, "elra_min_step_norm=0.1 is a setting of optim=elra; elra_spectral needs no"),
+        ({"optim_args": "momentum=2"}, "momentum=2.0 must be a number in"),
+        ({"optim_args": "tables=1"}, "'tables' is no argument of ELRASpectral"),
+        ({"elra_boost_mean": "all"}, "elra_boost_mean='all' must be one of off, cycle, run"),
+        ({"elra_boost_mean": "off", "elra_boost_every": 2}, "elra_boost_every=2 does nothing"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        spectral(tmp_path, **given)

@@ -120,11 +120,15 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
-def test_without_momentum_one_vector_is_kept():
+def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_search():
     model = llama()
-    optimizer = ELRASpectral(model.parameters(), momentum=0.0, search=0)
-    train(model, optimizer, 2)
+    optimizer = ELRASpectral(model.parameters(), momentum=0.0, search=4)
+    train(model, optimizer, 8)
+    assert {key for state in optimizer.state.values() for key in state} == {"direction", "momentum"}
+    found = optimizer.alpha
+    train(model, optimizer, 5)
     assert {key for state in optimizer.state.values() for key in state} == {"direction"}
+    assert optimizer.alpha == found != 1e-3
 
 
 def test_a_step_that_went_too_far_is_taken_back():

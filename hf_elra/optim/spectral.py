@@ -33,6 +33,8 @@ SMALLEST_SHRINK = 0.01
 """A restart takes α at most this far down, however high the loss."""
 SIGMA, GAIN = 0.2, 2.5
 """Constants of the rule for α, see :class:`~hf_elra.optim.step_size.FallingGain`."""
+MOMENTUM_OF_THE_SEARCH = 0.9
+"""Where there is none otherwise."""
 
 
 class ELRASpectral(LossAwareOptimizer):
@@ -51,8 +53,9 @@ class ELRASpectral(LossAwareOptimizer):
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
             share relative to the ``lr`` below) and its own ``weight_decay``.
         lr (float): α_0, with which the search begins. Default: 1e-3.
-        momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form); 0 for none, which
-            saves a state and learns worse. Default: 0.9.
+        momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form). 0 for none, which
+            saves a state and learns worse: gradients are then averaged only during the search and as many updates
+            after it, as without that slopes say little, and from then on α is constant. Default: 0.9.
         tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
         search (int): updates of the search, which are taken back; 0 for none. Default: 10.
@@ -164,9 +167,10 @@ class ELRASpectral(LossAwareOptimizer):
             return
         control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
 
-        alpha = control["alpha"]
+        alpha, momentum = control["alpha"], self._momentum()
         if control["slope"] is not None and control["slope"] > 0:  # else the last gradient says nothing
-            alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
+            if momentum > 0:
+                alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
             product = control["gradient_norm"] * control["direction_norm"]
             control["cosine"] = current_slope / product if product > 0 else 0.0
         self._set_alpha(self._bounded(alpha))
@@ -219,7 +223,7 @@ class ELRASpectral(LossAwareOptimizer):
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
         """x ← (1 - d)·x - α·factor·u; remember u."""
-        control, settings = self._control, self.param_groups[0]
+        control = self._control
         slope = norm_squared = 0.0
         for group, group_params, group_gradients, factor, share in zip(
             self.param_groups, params, gradients, factors, shares(factors), strict=True
@@ -230,7 +234,7 @@ class ELRASpectral(LossAwareOptimizer):
                     self.state.pop(p, None)
             if not group_params:
                 continue
-            averaged = self._averaged(group_params, group_gradients, settings["momentum"])
+            averaged = self._averaged(group_params, group_gradients, self._momentum())
             directions = spectral_direction(averaged, [kinds[p] for p in group_params])
             slope += share * dot(group_gradients, directions)
             norm_squared += share * share * dot(directions, directions)
@@ -252,9 +256,17 @@ class ELRASpectral(LossAwareOptimizer):
         control["previous_loss"] = loss
         control["slope"] = slope if scale > 0 else None
 
+    def _momentum(self) -> float:
+        """The momentum of this update."""
+        settings = self.param_groups[0]
+        finding = self._control["updates"] <= 2 * settings["search"]
+        return float(settings["momentum"] or (MOMENTUM_OF_THE_SEARCH if finding else 0.0))
+
     def _averaged(self, params: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
         if momentum == 0:
+            for p in params:
+                self.state[p].pop("momentum", None)
             return gradients
         for p in params:
             if "momentum" not in self.state[p]:

@@ -1,0 +1,264 @@
+"""Language models trained with no tuning, beside optimizers with and without it: validation loss, one table.
+
+    python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm
+    python scripts/benchmark_lm.py --train_file train.txt.gz --validation_file validation.txt.gz --tokens 10000000 \\
+        --output docs/results/lm --batches 16 --seeds 0
+    python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm --print
+
+A Llama of 128 x 4 layers over a byte-level BPE of 1,024 pieces made from the text, 128 positions, float32. Every run
+has its own file under --output: what is finished there is not repeated, so that the same command goes on after an
+interruption; two of them with other --seeds may run side by side. Rows named "..., rate x" are a grid; all others run
+with one setting, whatever the text, the batch and the seed. --help lists all flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_elra import ConfigurationError, ElraTrainer, ElraTrainingArguments, tables_of
+from hf_elra.recipes import text_data
+from hf_elra.recipes.babyllama import collate
+from hf_elra.recipes.run_folder import read_json, write_json
+from hf_elra.report.environment import environment
+from hf_elra.report.table import markdown_table
+
+PIECES, POSITIONS, WIDTH, LAYERS, HEADS = 1024, 128, 128, 4, 4
+HELD_OUT = 0.1
+"""Share of a text without a validation file that is held out, at its end."""
+COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+FIRST_RATES = ("1e-7", "1e-5", "1e-1")
+
+
+class Row(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        settings: of the Trainer.
+        make: an optimizer's class and arguments from the model, where it is none that the Trainer knows by name.
+    """
+
+    settings: dict[str, Any]
+    make: Callable[[Any], tuple[type, dict[str, Any]]] | None = None
+
+
+def rows() -> dict[str, Row]:
+    """All rows of the table, by title."""
+    found = {
+        "elra_spectral": Row({"optim": "elra_spectral"}),
+        "elra_spectral, no momentum": Row({"optim": "elra_spectral", "optim_args": "momentum=0"}),
+        **{
+            f"elra_spectral, α_0 = {rate}": Row({"optim": "elra_spectral", "learning_rate": float(rate)})
+            for rate in FIRST_RATES
+        },
+        "ELRA (paper)": Row({"optim": "elra"}),
+        **{
+            f"AdamW, cosine, rate {rate}": Row(
+                {**COSINE, "optim": "adamw_torch", "adam_beta2": 0.95, "learning_rate": float(rate)}
+            )
+            for rate in RATES
+        },
+        "AdamW, torch's defaults": Row({"optim": "adamw_torch"}, lambda model: (torch.optim.AdamW, {})),
+        "AdamW, torch's defaults, mean of the run": Row(
+            {"optim": "adamw_torch", "elra_boost_mean": "run"}, lambda model: (torch.optim.AdamW, {})
+        ),
+        "Prodigy": Row({"optim": "adamw_torch"}, _prodigy),
+        "schedule-free AdamW": Row({"optim": "adamw_torch"}, _schedule_free),
+        "Muon (AdamW for tables and vectors)": Row({"optim": "adamw_torch"}, _muon),
+    }
+    return found
+
+
+def _prodigy(model: Any) -> tuple[type, dict[str, Any]]:
+    from prodigyopt import Prodigy
+
+    return Prodigy, {}
+
+
+def _schedule_free(model: Any) -> tuple[type, dict[str, Any]]:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree, {}
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the rest, both at their defaults."""
+
+    def __init__(self, params: Any, tables: list[Any]) -> None:
+        groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+        everything = [p for group in groups for p in group["params"]]
+        marked = {id(p) for p in tables}
+        hidden = [p for p in everything if p.dim() == 2 and id(p) not in marked]
+        chosen = {id(p) for p in hidden}
+        self.inner = [torch.optim.Muon(hidden), torch.optim.AdamW([p for p in everything if id(p) not in chosen])]
+        super().__init__(everything, {})
+        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.inner:
+            optimizer.step()
+
+
+def _muon(model: Any) -> tuple[type, dict[str, Any]]:
+    return _MuonAndAdamW, {"tables": tables_of(model)}
+
+
+# ---- one run ----
+
+
+class Text:
+    """Blocks of tokens for training and validation, and the name of the text."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        if given.validation_file:
+            texts = text_data.load_texts(train_file=given.train_file, validation_file=given.validation_file)
+            train, validation = texts.train, texts.validation
+        else:
+            whole = "\n".join(text_data.read_documents(given.train_file, "train_file", "text"))
+            cut = int(len(whole) * (1 - HELD_OUT))
+            train, validation = [whole[:cut]], [whole[cut:]]
+        self.name = given.name or Path(given.train_file).absolute().parent.name
+        tokenizer = text_data.train_tokenizer(train, PIECES)
+        self.train = text_data.tokenise(train, tokenizer, POSITIONS, "training")
+        self.validation = text_data.tokenise(validation, tokenizer, POSITIONS, "validation")
+
+
+def run(title: str, text: Text, tokens: int, batch: int, seed: int) -> dict[str, Any]:
+    """Train once; return losses and what was logged."""
+    row = rows()[title]
+    updates = tokens // (batch * POSITIONS)
+    set_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=PIECES, hidden_size=WIDTH, intermediate_size=344, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, max_position_embeddings=POSITIONS, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "output_dir": folder, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 64,
+            "elra_max_tokens": tokens, "seed": seed, "logging_steps": max(1, updates // 40), "eval_strategy": "steps",
+            "eval_steps": max(1, updates // 4), "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(), **row.settings,
+        }  # fmt: skip
+        trainer = ElraTrainer(
+            model,
+            ElraTrainingArguments(**settings),
+            data_collator=collate,
+            train_dataset=text.train,
+            eval_dataset=text.validation,
+            optimizer_cls_and_kwargs=None if row.make is None else row.make(model),
+        )
+        begun = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - begun
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if trainer.state.log_history[-2].get("step") != trainer.state.global_step or not losses:
+            losses.append(trainer.evaluate()["eval_loss"])
+    return {
+        "validation_loss": losses[-1], "updates": trainer.state.global_step, "seconds": seconds,
+        "training_tokens": len(text.train) * POSITIONS, "log_history": trainer.state.log_history,
+    }  # fmt: skip
+
+
+def pending(given: argparse.Namespace, text: str) -> Iterator[tuple[str, int, int, Path]]:
+    """Title, batch, seed and file of every run that was asked for."""
+    titles = list(rows())
+    for seed in given.seeds:
+        for batch in given.batches:
+            for number, title in enumerate(titles):
+                if given.rows is None or number in given.rows:
+                    name = "".join(c if c.isalnum() or c in "-." else "_" for c in title.replace("α", "alpha"))
+                    folder = Path(given.output, f"{text}-{given.tokens}")
+                    yield title, batch, seed, folder / f"{name}-batch{batch}-seed{seed}.json"
+
+
+def table(given: argparse.Namespace, text: str) -> str:
+    """Mean and standard deviation over seeds of the validation loss, of what there is."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for title, batch, _, path in pending(given, text):
+        if path.is_file():
+            found.setdefault((title, batch), []).append(read_json(path)["validation_loss"])
+    lines = []
+    for title in rows():
+        cells = []
+        for batch in given.batches:
+            losses = found.get((title, batch), [])
+            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+            cells.append(f"{statistics.fmean(losses):.3f}{spread} ({len(losses)})" if losses else "")
+        if any(cells):
+            lines.append([title, *cells])
+    heads = [f"batch {batch}: nats (runs)" for batch in given.batches]
+    return f"{text}, {given.tokens:,} tokens\n\n" + markdown_table(["", *heads], lines)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    titles = "; ".join(f"{number}: {title}" for number, title in enumerate(rows()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file", required=True, help="txt, jsonl or parquet, gzipped or not")
+    parser.add_argument("--validation_file", help="without it the last tenth of the text is held out")
+    parser.add_argument("--name", help="of the text; default: that of its folder")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of every run; default: 1000000")
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="sequences an update; default: 16 64")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", help=f"numbers of rows; default: all. {titles}")
+    parser.add_argument("--output", required=True, help="folder of the raw files")
+    parser.add_argument("--print", action="store_true", help="only the table of what is there")
+    given = parser.parse_args(words)
+    for name, least in (("tokens", 20 * POSITIONS * max(given.batches)), ("batches", 1), ("seeds", 0), ("rows", 0)):
+        values = getattr(given, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                parser.error(f"--{name} {value} must be at least {least}")
+    if given.rows and max(given.rows) >= len(rows()):
+        parser.error(f"--rows {max(given.rows)} is no row; {titles}")
+    return given
+
+
+def main(words: list[str]) -> int:
+    """Make the runs that are missing; print the table."""
+    given = parse(words)
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        text = Text(given) if not given.print else None
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    name = text.name if text is not None else given.name or Path(given.train_file).absolute().parent.name
+    wanted = list(pending(given, name))
+    for number, (title, batch, seed, path) in enumerate(wanted, start=1):
+        if text is None or path.is_file():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = run(title, text, given.tokens, batch, seed)
+        about = {"row": title, "text": name, "tokens": given.tokens, "batch": batch, "seed": seed}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        command = shlex.join(["python", *sys.argv])
+        write_json(path, {**about, "command": command, **environment(device), **result})
+        loss = result["validation_loss"]
+        text_of_loss = f"{loss:.4f}" if math.isfinite(loss) else str(loss)
+        print(
+            f"{number} of {len(wanted)}: {title}, batch {batch}, seed {seed}: {text_of_loss} nats, "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
+    print(f"\n{table(given, name)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

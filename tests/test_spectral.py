@@ -120,6 +120,16 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
+def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
+    a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
+    optimizer = ELRASpectral([a, b], search=3)
+    for number in range(3):
+        a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3) if number == 0 else None
+        optimizer.step(loss=1.0)
+    assert torch.equal(a, torch.eye(3))
+    assert torch.equal(b, torch.eye(3))
+
+
 def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_search():
     model = llama()
     optimizer = ELRASpectral(model.parameters(), momentum=0.0, search=4)

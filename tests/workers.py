@@ -66,7 +66,7 @@ def accelerate_shards_on_cpu():
     PartialState.__init__ = patched
 
 
-def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT"):
+def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT", optim="elra"):
     """Ten updates of a Trainer with FSDP2 through Accelerate, checkpoint after five; or go on from one."""
     accelerate_shards_on_cpu()
     processes = int(os.environ["WORLD_SIZE"])
@@ -75,7 +75,7 @@ def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT"):
         llama().double(),
         arguments(
             f"{folder}/{state}-{processes}", fsdp=True, fsdp_config=settings, save_strategy="steps", save_steps=5,
-            per_device_train_batch_size=8 // processes, elra_control_cycle="2ba",
+            per_device_train_batch_size=8 // processes, elra_control_cycle="2ba", optim=optim,
         ),
         train_dataset=token_rows(),
     )  # fmt: skip

@@ -25,6 +25,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     Subclasses implement :meth:`_take_step`, and ``alpha``, ``restarts`` and ``metrics`` for a user to read.
     """
 
+    takes_shards = True
+    """Whether parameters may be sharded (DTensor)."""
     process_group: dist.ProcessGroup | None = None
     """Processes whose scalar products are averaged; not part of the state."""
     _observed_loss: Tensor | float | None = None

@@ -85,6 +85,8 @@ class ELRASpectral(LossAwareOptimizer):
         ...     optimizer.zero_grad()
     """
 
+    takes_shards = False
+
     def __init__(
         self,
         params: Any,
@@ -230,8 +232,8 @@ class ELRASpectral(LossAwareOptimizer):
         ):
             used, kinds = set(group_params), dict(zip(group["params"], group["tables"], strict=True))
             for p in group["params"]:
-                if p not in used:
-                    self.state.pop(p, None)
+                if p not in used and (left := self.state.pop(p, {}).get("start")) is not None:
+                    self.state[p]["start"] = left  # it moved during the search, if not now
             if not group_params:
                 continue
             averaged = self._averaged(group_params, group_gradients, self._momentum())

@@ -68,23 +68,30 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             prepare_arguments(
                 self.args, deepspeed=self.is_deepspeed_enabled, fsdp_version=getattr(fsdp, "fsdp_version", None)
             )
+            if self.is_fsdp_enabled and not self._optimizer_class().takes_shards:
+                raise ConfigurationError(
+                    f"fsdp cannot be used with optim={optimizer_name(self.args)}, which needs whole matrices. Use DDP, "
+                    "or optim=elra."
+                )
         elif without_effect := self.elra_settings.idle_without_elra():
             logger.warning(
                 "%s has no effect with optim=%s.",
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(self.elra_settings, with_elra=self.elra_active and self._trains_with(ELRA))
+        self.prepare_batch_control(
+            self.elra_settings, with_elra=self.elra_active and issubclass(self._optimizer_class(), ELRA)
+        )
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
 
-    def _trains_with(self, optimizer_class: type) -> bool:
-        """Whether the optimizer is, or will be, of a class: the one passed in, else the one of the arguments."""
-        given = self.optimizer_cls_and_kwargs
+    def _optimizer_class(self) -> Any:
+        """Class of the optimizer that was passed in, else of the one that will be made."""
         if self.optimizer is not None:
-            return isinstance(self.optimizer, optimizer_class)
-        return issubclass(given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)], optimizer_class)
+            return type(self.optimizer)
+        given = self.optimizer_cls_and_kwargs
+        return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
 
     @property
     def elra_callback(self) -> ElraCallback:

@@ -69,3 +69,8 @@ def test_fsdp_through_accelerate_and_its_checkpoints(tmp_path, state, then):
     again = together(workers.fsdp_trainer, then, folder=str(tmp_path), resume=checkpoint, state=state)
     assert again["alpha"] == pytest.approx(two["alpha"], rel=1e-9)
     assert again["restarts"] == two["restarts"]
+
+
+def test_whole_matrices_cannot_be_had_of_shards(tmp_path):
+    with pytest.raises(RuntimeError, match="fsdp cannot be used with optim=elra_spectral, which needs whole matrices"):
+        together(workers.fsdp_trainer, 2, folder=str(tmp_path), optim="elra_spectral")

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_elra.errors import CheckpointError, ConfigurationError
+from hf_elra.recipes.run_folder import check_run_folder
 from hf_elra.trainer.checkpoints import damage_of, last_whole_checkpoint
 from tests.conftest import token_rows, trainer, weights
 
@@ -123,3 +124,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path, file):
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         trained(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-6"))
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("holds_a_run", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, holds_a_run):
+    """The tests may run as a user who may write anywhere: the system's answer is replaced."""
+    if holds_a_run:
+        (tmp_path / "settings.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(ConfigurationError, match="cannot be written; choose another folder"):
+            check_run_folder(str(folder), {}, resume=holds_a_run, overwrite=False)

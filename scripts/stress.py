@@ -126,6 +126,7 @@ def _in_gradient(value: float, everywhere: bool) -> Fault:
 
 
 FAULTS: dict[str, Fault] = {
+    "none": lambda loss, _: loss,
     "loss NaN": lambda loss, _: math.nan,
     "loss infinite": lambda loss, _: math.inf,
     "loss spike of 1e6": lambda loss, _: loss + 1e6,

@@ -120,6 +120,12 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
+def test_a_module_is_no_table():
+    model = llama()
+    with pytest.raises(ConfigurationError, match=r"pass tables=tables_of\(model\)"):
+        ELRASpectral(model.parameters(), tables=model)
+
+
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
     a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
     optimizer = ELRASpectral([a, b], search=3)

@@ -33,6 +33,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     _warned_no_loss = False
 
     @property
+    def settled(self) -> bool:
+        """Whether the points of training are there to stay; not during a search that is taken back."""
+        return True
+
+    @property
     def alpha(self) -> float:
         """The learning rate in force, α_t."""
         raise NotImplementedError

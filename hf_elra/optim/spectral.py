@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
@@ -47,7 +47,8 @@ class ELRASpectral(LossAwareOptimizer):
     it follows the slopes ever more slowly. A step after which the loss is too high is taken back (ELRA's soft restart).
 
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
-    last ones (in a Trainer that is on by default): with no schedule to bring α down, it stands in for one.
+    last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
+    loop :class:`~hf_elra.trainer.boosting.PointMean` with ``power=8`` is that mean (add points once :attr:`settled`).
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
@@ -104,6 +105,8 @@ class ELRASpectral(LossAwareOptimizer):
     ) -> None:
         settings = {n: v for n, v in locals().items() if n not in ("self", "params", "tables", "__class__")}
         _check_settings(settings)
+        if isinstance(tables, nn.Module):
+            raise ConfigurationError("tables must be parameters, not a module; pass tables=tables_of(model).")
         self._tables = {id(p) for p in tables}
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
         self.param_groups[0]["control"] = {
@@ -118,6 +121,11 @@ class ELRASpectral(LossAwareOptimizer):
     @property
     def _control(self) -> dict[str, Any]:
         return self.param_groups[0]["control"]
+
+    @property
+    def settled(self) -> bool:
+        """False during the search."""
+        return not self._control["searching"]
 
     @property
     def alpha(self) -> float:

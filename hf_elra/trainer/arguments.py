@@ -314,24 +314,28 @@ def prepare_arguments(args: TrainingArguments, *, deepspeed: bool, fsdp_version:
     """
     refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
     replaced = []
+    ours = "elra_spectral" if optimizer_name(args) == "elra_spectral" else "ELRA"
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
         if getattr(args, name) != value and not _given_by_user(args, name):
             replaced.append(f"{name} {_plain(getattr(args, name))} -> {_plain(value)}")
             setattr(args, name, value)
     if args.process_index == 0:
         if replaced:
-            logger.warning("ELRA replaces defaults of %s: %s.", type(args).__name__, ", ".join(replaced))
+            logger.warning("%s replaces defaults of %s: %s.", ours, type(args).__name__, ", ".join(replaced))
         if args.max_grad_norm and args.max_grad_norm > 0:
             logger.warning(
-                "max_grad_norm=%g clips gradients, which changes the scalar products that ELRA's learning rate is "
-                "made of. Use 0; ELRA crops the step instead (max_step_norm).",
+                "max_grad_norm=%g clips gradients, which changes the scalar products that the learning rate is made "
+                "of. Use 0; %s crops the step instead (%s).",
                 args.max_grad_norm,
+                ours,
+                "max_step_norm" if ours == "ELRA" else "max_relative_step",
             )
         if args.lr_scheduler_type != SchedulerType.CONSTANT:
             logger.warning(
-                "lr_scheduler_type=%s multiplies ELRA's own learning rate; small factors over many noisy updates let "
-                "it collapse. Use constant.",
+                "lr_scheduler_type=%s multiplies %s's own learning rate%s. Use constant.",
                 _plain(args.lr_scheduler_type),
+                ours,
+                "; small factors over many noisy updates let it collapse" if ours == "ELRA" else "",
             )
         if args.weight_decay > 1e-3:
             logger.warning(

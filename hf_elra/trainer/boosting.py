@@ -188,7 +188,8 @@ class BoostingMixin(_Base):
 
     def sample_point(self, update: int, cycle_is_over: bool) -> None:
         """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
-        if self.point_mean is None:
+        optimizer = getattr(self, "elra_optimizer", None)
+        if self.point_mean is None or (optimizer is not None and not optimizer.settled):
             return
         if (cycle_is_over and self.point_mean.power is None) or update % self.boost_every == 0:
             self.point_mean.add()

@@ -5,6 +5,7 @@ Callbacks here count and trigger; what a cycle's end decides is the optimizer's 
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -16,6 +17,8 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
 
 from hf_elra.control import ControlCycle, LossStatistics
+
+logger = logging.getLogger(__name__)
 
 LOSSES_ON_DEVICE = 1000
 """So many losses are collected before they are fetched; a loss fetched alone would make the host wait for the GPU."""
@@ -100,6 +103,14 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
             self.trainer.non_finite_before = optimizer.metrics["non_finite"]
+            search = optimizer.param_groups[0].get("search", 0)
+            if 0 < state.max_steps <= search and not optimizer.settled:
+                logger.warning(
+                    "%d updates are no more than the %d of the search for a learning rate, which are taken back: "
+                    "nothing will be learnt. Train longer, or pass --optim_args search=0.",
+                    state.max_steps,
+                    search,
+                )
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already

@@ -33,7 +33,7 @@ def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
     run = spectral(tmp_path, eval_dataset=token_rows(32, seed=1))
     run.train()
     last = weights(run.model)
-    assert run.point_mean.count == 40
+    assert run.point_mean.count == 31  # not those of the search, but the one it goes back to
     with run.boosted():
         mean = weights(run.model)
     assert not torch.equal(mean, last)
@@ -68,6 +68,21 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
     assert torch.equal(weights(again.model), weights(whole.model))
     for name, tensor in whole.point_mean.mean.items():
         assert torch.equal(again.point_mean.mean[name], tensor)
+
+
+def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):
+    run = spectral(tmp_path, max_steps=8)
+    before = weights(run.model)
+    run.train()
+    assert "8 updates are no more than the 10 of the search" in caplog_warnings.text
+    assert not torch.equal(weights(run.model), before)  # the search has not ended
+    assert run.point_mean.count == 0
+
+
+def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
+    spectral(tmp_path, max_grad_norm=0.5, lr_scheduler_type="cosine")
+    assert "elra_spectral crops the step instead (max_relative_step)" in caplog_warnings.text
+    assert "multiplies elra_spectral's own learning rate. Use constant." in caplog_warnings.text
 
 
 @pytest.mark.parametrize(

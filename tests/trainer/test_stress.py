@@ -13,7 +13,7 @@ def test_kills_and_faults(tmp_path):
     results = json.loads(file.read_text())
     assert results["kills"]["kills"] == 1
     assert results["kills"]["weights_identical"] is True
-    assert len(results["faults"]) == 9 * 5 * 3 * 2
+    assert len(results["faults"]) == 10 * 5 * 3 * 2
     assert all(result["finite"] and result["learnt"] for result in results["faults"])
     # What is not finite is always taken back.
     counted = [r["restarts"] for r in results["faults"] if r["fault"] == "loss NaN" and r["moment"] == "three in a row"]

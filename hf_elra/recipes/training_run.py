@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -147,15 +148,24 @@ def check_trainable(training: ElraTrainingArguments) -> None:
         raise ConfigurationError("do_predict: these scripts train and evaluate; leave it out.")
 
 
+def _part_from_other_processes() -> None:
+    """Leave together: gloo now and then aborts a process whose neighbour has gone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's ``main`` on the command line's words and leave with its exit code."""
     try:
         main(sys.argv[1:])
+        _part_from_other_processes()
     except AlreadyFinished as notice:
         print(notice)
     except Interrupted as notice:
         if str(notice):
             print(notice)
+        _part_from_other_processes()
         sys.exit(notice.exit_code)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,8 @@ if __name__ == "__main__":
     }}
     if trainer.is_world_process_zero():
         open(args.output_dir + "/seen.json", "w").write(json.dumps(seen))
+    trainer.accelerator.wait_for_everyone()  # gloo now and then aborts a process whose neighbour has gone
+    trainer.accelerator.end_training()
 """
 FROM_A_LIBRARY = """
 class LibraryTrainer(Trainer):

@@ -59,6 +59,21 @@ def test_accepting_what_stays_high(sequence):
         walk_beside_the_reference({"fused": True}, sequence, seed=0)
 
 
+def test_what_is_not_finite_stays_out_of_the_statistics_without_soft_restarts_too(pieces):
+    made = networks(soft_restart=False)
+    for model, optimizer in made:
+        train(model, optimizer, 3)
+        optimizer.end_cycle()
+        train(model, optimizer, 2)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan)
+        optimizer.step(loss=100.0)
+    plain, kernels = (optimizer._control["memory"] for _, optimizer in made)
+    assert kernels["last_cycle"] == pytest.approx(plain["last_cycle"], rel=1e-5)
+    assert kernels["initial_loss"] == pytest.approx(plain["initial_loss"], rel=1e-5)
+    assert kernels["cycle"] == pytest.approx(plain["cycle"], rel=1e-3)
+
+
 def networks(dtype=torch.float32, **settings):
     """Two equal networks and an ELRA with two groups for each, without and with kernels."""
     made = []

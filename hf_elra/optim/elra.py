@@ -10,27 +10,20 @@ tests hold all of them against it at every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim.directions import Direction, gradient_direction
-from hf_elra.optim.guards import (
-    MAX_CONSECUTIVE_RESTARTS,
-    NON_FINITE_BACKOFF,
-    RestartGuard,
-    StepGuards,
-    new_restart_memory,
-)
-from hf_elra.optim.loss_aware import LossAwareOptimizer, refuse_complex, shares
+from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, StepGuards, new_restart_memory
+from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.memory import MEMORIES
 from hf_elra.optim.on_device import UpdatesOnDevice
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
 from hf_elra.optim.tensors import dot
 
-PER_GROUP = ("lr", "weight_decay")
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
@@ -190,30 +183,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             "memory": new_restart_memory(restart_window),
         }
 
-    # ---- what a user reads ----
-
-    @property
-    def alpha(self) -> float:
-        """The learning rate in force, α_t. Reading it waits for the device, as do the next two."""
-        return self._numbers()["alpha"]
-
-    @property
-    def restarts(self) -> int:
-        """How many steps were taken back so far, for a too high loss or for anything not finite."""
-        return self._numbers()["restarts"]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
-        (so far, for whatever reason), ``non_finite`` (those for a loss or gradient that was not finite), ``grad_norm``
-        and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
-        control = self._numbers()
-        _check_tries(control, self.param_groups[0]["lr_bounds"])
-        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
-        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
-            if control[key] is not None:
-                metrics[name] = control[key]
-        return metrics
+    # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; checkpoints do not depend on whether kernels are used."""
@@ -259,8 +229,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     # ---- what a training loop calls ----
 
     def end_cycle(self) -> None:
-        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        RestartGuard.end_cycle(self._control["memory"])
+        """As of every loss-aware optimizer; a captured CUDA graph sees it too."""
+        super().end_cycle()
         self._renew_numbers_on_device()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -315,18 +285,16 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             settings["restart_window"],
             settings["restart_formula"],
         )
-        memory, can_retrace = control["memory"], control["previous_slope"] is not None
-        if loss is not None:
-            highest = guard.highest_loss(memory)
-            too_high = settings["soft_restart"] and can_retrace and loss > highest
-            accepted = too_high and control["consecutive_restarts"] >= MAX_CONSECUTIVE_RESTARTS
-            guard.record(memory, loss if accepted else min(loss, highest))
-            if accepted:
-                guard.lift(memory, loss, highest)
-            elif too_high:
-                factor = guard.shrink(control["step_size"], control["previous_slope"], loss, control["previous_loss"])
-                self._restart(factor, factors, finite=True)
-                return
+        can_retrace = control["previous_slope"] is not None
+        if loss is not None and guard.takes_back(
+            control["memory"],
+            loss,
+            can=settings["soft_restart"] and can_retrace,
+            in_a_row=control["consecutive_restarts"],
+        ):
+            factor = guard.shrink(control["step_size"], control["previous_slope"], loss, control["previous_loss"])
+            self._restart(factor, factors, finite=True)
+            return
         control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
 
         direction_norm = math.sqrt(norm_squared)
@@ -388,16 +356,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
         The floor under the step norm does not apply here: it would undo the restart.
         """
-        control, settings = self._control, self.param_groups[0]
-        control["restarts"] += 1
-        control["consecutive_restarts"] += 1
-        low = settings["lr_bounds"][0]
-        if not finite:
-            control["non_finite"] += 1
-            if control["alpha"] <= low:
-                control["tries_at_lower_bound"] += 1
-            _check_tries(control, settings["lr_bounds"])
-        self._set_alpha(max(control["alpha"] * factor, low))
+        control = self._control
+        self._count_restart(factor, finite=finite)
         if control["previous_slope"] is None:  # no step behind us: stay, only more careful
             return
         for group, group_factor in zip(self.param_groups, factors, strict=True):
@@ -409,54 +369,12 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         if control["step_size"] == 0:  # back where the last step began, and nothing moves
             control["previous_slope"] = None
 
-    def _set_alpha(self, alpha: float) -> None:
-        self._control["alpha"] = alpha
-        for group in self.param_groups:
-            group["alpha"] = alpha
 
-    # ---- groups ----
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
-        for name, value in self.defaults.items():
-            given = param_group.get(name, value)
-            if name not in PER_GROUP and given != value:
-                raise ConfigurationError(
-                    f"{name}={given!r} cannot be set for one group: ELRA has one {name} per optimizer. "
-                    "Pass it to ELRA(...) itself; a group may set lr and weight_decay."
-                )
-        _check_settings({name: param_group[name] for name in PER_GROUP if name in param_group}, group=True)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["alpha"] = self.param_groups[0]["alpha"]
-        refuse_complex(group["params"])
-
-
-def _check_tries(control: dict[str, Any], lr_bounds: tuple[float, float]) -> None:
-    """Raise a RuntimeError if shorter steps have not helped against loss or gradients that are not finite."""
-    if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
-        raise RuntimeError(
-            f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning rate at "
-            f"its lower bound {lr_bounds[0]:g} (lr_bounds): the cause is not the step. Look for NaN or inf in the "
-            "data, in the loss or in the starting weights."
-        )
-
-
-def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
+def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
-
-    def need(name: str, valid: Callable[[Any], bool], meaning: str) -> None:
-        if name not in settings:
-            return
-        value = settings[name]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and valid(value)):
-            raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
-
-    need("lr", lambda v: v >= 0 if group else v > 0, "a number > 0, the first learning rate (try 1e-3)")
-    need("weight_decay", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update")
-    if group:
-        return
+    need = partial(need_number, settings)
+    need("lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
+    check_weight_decay(settings)
     need("noise_correction", lambda v: v >= 0, "a number >= 0 (0.15 in the paper, 0 for noise-free problems)")
     need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
     need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")
@@ -477,16 +395,7 @@ def _check_settings(settings: dict[str, Any], group: bool = False) -> None:
     window = settings["restart_window"]
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
         raise ConfigurationError(f"restart_window={window!r} must be a whole number >= 2, or None for whole cycles.")
-    bounds = settings["lr_bounds"]
-    if not (
-        isinstance(bounds, (tuple, list))
-        and len(bounds) == 2
-        and all(isinstance(b, (int, float)) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
-        and 0 < bounds[0] < bounds[1]
-    ):
-        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. (1e-8, 1e6).")
-    if not bounds[0] <= settings["lr"] <= bounds[1]:
-        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+    need_lr_bounds(settings, "(1e-8, 1e6)")
     for name, more in (
         ("soft_restart", ()),
         ("stochastic_rounding", ()),

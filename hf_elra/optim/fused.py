@@ -173,7 +173,7 @@ def control_kernel(
         finite = finite & (loss - loss == 0)
 
     # Is the loss too high? (RestartGuard)
-    too_high = square != square
+    too_high = finite & (finite == 0)  # no
     if HAS_LOSS:
         initial = tl.load(numbers + _INITIAL_LOSS)
         number = tl.load(numbers + _COUNT)

@@ -110,25 +110,28 @@ class RestartGuard:
             limit = max(limit, running.mean + self.sigma * running.std)
         return limit
 
-    def record(self, memory: dict[str, Any], loss: float) -> None:
-        """Take a finite loss into the statistics."""
-        if memory["initial_loss"] is None:
-            memory["initial_loss"] = loss
-        if self.window is not None:
-            memory["window"] = [*memory["window"], loss][-self.window :]
-        else:
-            statistics = LossStatistics(*memory["cycle"])
-            statistics.add(loss)
-            memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
+    def takes_back(self, memory: dict[str, Any], loss: float, *, can: bool, in_a_row: int) -> bool:
+        """Take a finite loss into the statistics; return whether the step that led to it must be taken back.
 
-    def lift(self, memory: dict[str, Any], loss: float, highest: float) -> None:
-        """Take a loss above ``highest`` for as good as any from now on: the step is not what made it high."""
-        if self.window is not None:
-            return  # it is in the window
-        if memory["last_cycle"][0] is not None:
-            memory["last_cycle"][0] += loss - highest
-        else:
-            memory["initial_loss"] = loss
+        Args:
+            memory: of this guard.
+            loss: where the last step led.
+            can: whether there is a step to take back.
+            in_a_row: how many restarts came just before. After ``MAX_CONSECUTIVE_RESTARTS`` the loss is taken for as
+                good as any from now on: the step is not what made it high.
+        """
+        highest = self.highest_loss(memory)
+        too_high = can and loss > highest
+        if not too_high or in_a_row < MAX_CONSECUTIVE_RESTARTS:
+            self._record(memory, min(loss, highest))
+            return too_high
+        self._record(memory, loss)
+        if self.window is None:  # otherwise it is in the window
+            if memory["last_cycle"][0] is not None:
+                memory["last_cycle"][0] += loss - highest
+            else:
+                memory["initial_loss"] = loss
+        return False
 
     @staticmethod
     def end_cycle(memory: dict[str, Any]) -> None:
@@ -149,3 +152,13 @@ class RestartGuard:
         if previous_loss is None or decrease <= 0:
             return 0.5
         return 0.5 * decrease / (max(loss - previous_loss, 0.0) + decrease)
+
+    def _record(self, memory: dict[str, Any], loss: float) -> None:
+        if memory["initial_loss"] is None:
+            memory["initial_loss"] = loss
+        if self.window is not None:
+            memory["window"] = [*memory["window"], loss][-self.window :]
+        else:
+            statistics = LossStatistics(*memory["cycle"])
+            statistics.add(loss)
+            memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]

@@ -1,11 +1,13 @@
-"""What the optimizers of this package have in common: they are told the loss, and several processes decide alike.
+"""What the optimizers of this package have in common.
 
-How a loss gets there, as ``step(closure)``, ``step(loss=value)`` or ``observe_loss(value)``, is settled here; what is
-made of it, in the classes (``elra.py``, ``spectral.py``).
+They are told the loss, as ``step(closure)``, ``step(loss=value)`` or ``observe_loss(value)``; there is one learning
+rate α for all groups; restarts are counted; what they did can be read; several processes decide alike. What is made of
+gradients and losses is settled in the classes (``elra.py``, ``spectral.py``).
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,13 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
 from hf_elra.optim.tensors import mean_over_processes
+
+PER_GROUP = ("lr", "weight_decay")
+"""What a parameter group may set for itself."""
 
 
 class LossAwareOptimizer(torch.optim.Optimizer):
     """An optimizer that has to know the loss of every update, and says what it did with it.
 
-    Subclasses implement :meth:`_take_step`, and ``alpha``, ``restarts`` and ``metrics`` for a user to read.
+    Subclasses implement :meth:`_take_step`, and keep their numbers in ``param_groups[0]["control"]``.
     """
 
     takes_shards = True
@@ -32,25 +38,43 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
 
-    @property
-    def settled(self) -> bool:
-        """Whether the points of training are there to stay; not during a search that is taken back."""
-        return True
+    # ---- what a user reads ----
 
     @property
     def alpha(self) -> float:
-        """The learning rate in force, α_t."""
-        raise NotImplementedError
+        """The learning rate in force, α_t. Where updates are made on the device, reading it or one of the next two
+        waits for it."""
+        return float(self._numbers()["alpha"])
 
     @property
     def restarts(self) -> int:
         """How many steps were taken back so far, for a too high loss or for anything not finite."""
-        raise NotImplementedError
+        return int(self._numbers()["restarts"])
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last update, for logs."""
-        raise NotImplementedError
+        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
+        (so far, for whatever reason), ``non_finite`` (those for a loss or gradient that was not finite), ``grad_norm``
+        and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
+        control = self._numbers()
+        self._check_tries(control)
+        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
+        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
+            if control[key] is not None:
+                metrics[name] = control[key]
+        return metrics
+
+    @property
+    def updates_to_settle(self) -> int:
+        """How many of the updates to come are taken back at their end, as those of a search for α are."""
+        return 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the points of training are there to stay."""
+        return self.updates_to_settle == 0
+
+    # ---- what a training loop calls ----
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
@@ -71,7 +95,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        raise NotImplementedError
+        RestartGuard.end_cycle(self._control["memory"])
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
@@ -111,6 +135,47 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Update the parameters; ``factors`` are what schedulers multiply α by, group by group."""
         raise NotImplementedError
 
+    # ---- what the classes are made of ----
+
+    def _numbers(self) -> dict[str, Any]:
+        """What the optimizer knows besides tensors, to be read."""
+        control: dict[str, Any] = self.param_groups[0]["control"]
+        return control
+
+    @property
+    def _control(self) -> dict[str, Any]:
+        """The same, about to be changed."""
+        return self._numbers()
+
+    def _set_alpha(self, alpha: float) -> None:
+        self._control["alpha"] = alpha
+        for group in self.param_groups:
+            group["alpha"] = alpha
+
+    def _count_restart(self, factor: float, *, finite: bool) -> None:
+        """Multiply α by ``factor``, within its bounds.
+
+        Raises:
+            RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
+        """
+        control, low = self._control, self.param_groups[0]["lr_bounds"][0]
+        control["restarts"] += 1
+        control["consecutive_restarts"] += 1
+        if not finite:
+            control["non_finite"] += 1
+            if control["alpha"] <= low:
+                control["tries_at_lower_bound"] += 1
+            self._check_tries(control)
+        self._set_alpha(max(control["alpha"] * factor, low))
+
+    def _check_tries(self, control: dict[str, Any]) -> None:
+        if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
+            raise RuntimeError(
+                f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning rate "
+                f"at its lower bound {self.param_groups[0]['lr_bounds'][0]:g} (lr_bounds): the cause is not the step. "
+                "Look for NaN or inf in the data, in the loss or in the starting weights."
+            )
+
     def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """Return, group by group, the parameters that have a gradient, and these gradients."""
         params, gradients = [], []
@@ -125,6 +190,30 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             params.append(used)
             gradients.append([p.grad for p in used])
         return params, gradients
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        name_of_class = type(self).__name__
+        for name, value in self.defaults.items():
+            given = param_group.get(name, value)
+            if name not in PER_GROUP and given != value:
+                raise ConfigurationError(
+                    f"{name}={given!r} cannot be set for one group: {name_of_class} has one {name} per optimizer. "
+                    f"Pass it to {name_of_class}(...) itself; a group may set lr and weight_decay."
+                )
+        if "lr" in param_group:
+            need_number(param_group, "lr", lambda v: v >= 0, "a number >= 0, relative to that of the optimizer")
+        if "weight_decay" in param_group:
+            check_weight_decay(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["alpha"] = self.param_groups[0]["alpha"]
+        for p in group["params"]:
+            if p.is_complex():
+                raise ConfigurationError(
+                    f"params: complex parameters are not supported (one of shape {tuple(p.shape)} is {p.dtype}); "
+                    "optimise torch.view_as_real(parameter) instead."
+                )
 
     def _agreed(self, *values: float) -> Sequence[float]:
         """The same numbers, averaged over :attr:`process_group`."""
@@ -141,11 +230,29 @@ def shares(factors: list[float]) -> list[float]:
     return [factor / scale if scale > 0 else 0.0 for factor in factors]
 
 
-def refuse_complex(params: Any) -> None:
-    """Raise a ConfigurationError for complex parameters."""
-    for p in params:
-        if p.is_complex():
-            raise ConfigurationError(
-                f"params: complex parameters are not supported (one of shape {tuple(p.shape)} is {p.dtype}); optimise "
-                "torch.view_as_real(parameter) instead."
-            )
+def need_number(settings: dict[str, Any], name: str, valid: Callable[[Any], bool], meaning: str) -> None:
+    """Raise a ConfigurationError if a setting is no finite number or not ``valid``; ``meaning`` says what would be."""
+    value = settings[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and valid(value)):
+        raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
+
+
+def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
+    """Raise a ConfigurationError if ``lr_bounds`` are none, or ``lr`` is outside them."""
+    bounds = settings["lr_bounds"]
+    if not (
+        isinstance(bounds, (tuple, list))
+        and len(bounds) == 2
+        and all(isinstance(b, (int, float)) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
+        and 0 < bounds[0] < bounds[1]
+    ):
+        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. {example}.")
+    if not bounds[0] <= settings["lr"] <= bounds[1]:
+        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+
+
+def check_weight_decay(settings: dict[str, Any]) -> None:
+    """Raise a ConfigurationError if ``weight_decay`` cannot be used."""
+    meaning = "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update"
+    need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)

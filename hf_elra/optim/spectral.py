@@ -9,7 +9,8 @@ Trainer's (``trainer/boosting.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.directions import spectral_direction
-from hf_elra.optim.guards import (
-    MAX_CONSECUTIVE_RESTARTS,
-    NON_FINITE_BACKOFF,
-    RestartGuard,
-    new_restart_memory,
-)
-from hf_elra.optim.loss_aware import LossAwareOptimizer, refuse_complex, shares
+from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
+from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.step_size import FallingGain
 from hf_elra.optim.tensors import dot, squares_and_products
 
-PER_GROUP = ("lr", "weight_decay")
 SMALLEST_SHRINK = 0.01
 """A restart takes α at most this far down, however high the loss."""
 SIGMA, GAIN = 0.2, 2.5
@@ -55,8 +50,8 @@ class ELRASpectral(LossAwareOptimizer):
             share relative to the ``lr`` below) and its own ``weight_decay``.
         lr (float): α_0, with which the search begins. Default: 1e-3.
         momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form). 0 for none, which
-            saves a state and learns worse: gradients are then averaged only during the search and as many updates
-            after it, as without that slopes say little, and from then on α is constant. Default: 0.9.
+            saves a state: gradients are then averaged only during the search and as many updates after it, and from
+            then on α is constant. Default: 0.9.
         tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
         search (int): updates of the search, which are taken back; 0 for none. Default: 10.
@@ -72,7 +67,7 @@ class ELRASpectral(LossAwareOptimizer):
             its lower bound.
 
     State per parameter: the averaged gradient (with momentum), the last direction, and during the search the point
-    where it began. Numbers are decided on the host, which waits for the device once an update.
+    where it began. Numbers are decided on the host, which waits for the device several times an update.
 
     Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
@@ -112,52 +107,22 @@ class ELRASpectral(LossAwareOptimizer):
         self.param_groups[0]["control"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
             "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, "restarts": 0, "non_finite": 0,
-            "consecutive_restarts": 0, "tries_at_lower_bound": 0, "searching": search > 0,
-            "rule": FallingGain.new_memory(), "memory": new_restart_memory(),
+            "consecutive_restarts": 0, "tries_at_lower_bound": 0, "rule": FallingGain.new_memory(),
+            "memory": new_restart_memory(),
         }  # fmt: skip
 
-    # ---- what a user reads ----
-
     @property
-    def _control(self) -> dict[str, Any]:
-        return self.param_groups[0]["control"]
-
-    @property
-    def settled(self) -> bool:
-        """False during the search."""
-        return not self._control["searching"]
-
-    @property
-    def alpha(self) -> float:
-        """The learning rate in force, α_t."""
-        return float(self._control["alpha"])
-
-    @property
-    def restarts(self) -> int:
-        """How many steps were taken back so far, for a too high loss or for anything not finite."""
-        return int(self._control["restarts"])
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """As of :class:`~hf_elra.optim.ELRA`; ``step_norm`` is α‖u‖, and α itself the step's root mean square."""
-        control = self._control
-        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
-        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
-            if control[key] is not None:
-                metrics[name] = control[key]
-        return metrics
-
-    def end_cycle(self) -> None:
-        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        RestartGuard.end_cycle(self._control["memory"])
+    def updates_to_settle(self) -> int:
+        """How many updates of the search are still to come."""
+        return max(0, self.param_groups[0]["search"] - self._control["updates"])
 
     # ---- the update ----
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
-        control = self._control
-        control["updates"] += 1
+        searches = not self.settled
+        self._control["updates"] += 1
         self._update(loss, factors)
-        if control["searching"] and control["updates"] >= self.param_groups[0]["search"]:
+        if searches and self.settled:
             self._end_search()
 
     def _update(self, loss: Tensor | float | None, factors: list[float]) -> None:
@@ -169,9 +134,14 @@ class ELRASpectral(LossAwareOptimizer):
         if not math.isfinite(square) or not (value is None or math.isfinite(value)):
             self._restart(NON_FINITE_BACKOFF, finite=False)
             return
-        if value is not None and self._is_too_high(value):
-            guard = self._guard()
-            assert control["slope"] is not None
+        settings = self.param_groups[0]
+        guard = RestartGuard(settings["restart_sigma"], settings["initial_restart_ratio"], None, "derived")
+        if value is not None and guard.takes_back(
+            control["memory"],
+            value,
+            can=settings["soft_restart"] and control["slope"] is not None,
+            in_a_row=control["consecutive_restarts"],
+        ):
             factor = guard.shrink(control["step_size"], control["slope"], value, control["previous_loss"])
             self._restart(max(factor, SMALLEST_SHRINK), finite=True)
             return
@@ -195,21 +165,6 @@ class ELRASpectral(LossAwareOptimizer):
             squares += square
             slope += group.get("share", 0.0) * product
         return squares, slope
-
-    def _guard(self) -> RestartGuard:
-        settings = self.param_groups[0]
-        return RestartGuard(settings["restart_sigma"], settings["initial_restart_ratio"], None, "derived")
-
-    def _is_too_high(self, loss: float) -> bool:
-        """Whether the last step must be taken back; takes the loss into the statistics."""
-        control, guard = self._control, self._guard()
-        highest = guard.highest_loss(control["memory"])
-        too_high = self.param_groups[0]["soft_restart"] and control["slope"] is not None and loss > highest
-        accepted = too_high and control["consecutive_restarts"] >= MAX_CONSECUTIVE_RESTARTS
-        guard.record(control["memory"], loss if accepted else min(loss, highest))
-        if accepted:
-            guard.lift(control["memory"], loss, highest)
-        return too_high and not accepted
 
     def _bounded(self, alpha: float) -> float:
         """α within its bounds and below its share of the matrices' root mean square (of all parameters without any)."""
@@ -246,9 +201,10 @@ class ELRASpectral(LossAwareOptimizer):
                 continue
             averaged = self._averaged(group_params, group_gradients, self._momentum())
             directions = spectral_direction(averaged, [kinds[p] for p in group_params])
-            slope += share * dot(group_gradients, directions)
-            norm_squared += share * share * dot(directions, directions)
-            if control["searching"]:
+            square, product = squares_and_products(directions, group_gradients)
+            slope += share * product
+            norm_squared += share * share * square
+            if control["updates"] <= self.param_groups[0]["search"]:
                 for p in group_params:
                     self.state[p].setdefault("start", p.detach().clone())
             if factor != 0 and group["weight_decay"] != 0:
@@ -287,22 +243,8 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _restart(self, factor: float, *, finite: bool) -> None:
         """Go back to x_{t-1} and step again along the old direction with α·factor."""
-        control, settings = self._control, self.param_groups[0]
-        control["restarts"] += 1
-        control["consecutive_restarts"] += 1
-        low = settings["lr_bounds"][0]
-        if not finite:
-            control["non_finite"] += 1
-            if control["alpha"] <= low:
-                control["tries_at_lower_bound"] += 1
-            if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
-                raise RuntimeError(
-                    f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning "
-                    f"rate at its lower bound {low:g} (lr_bounds): the cause is not the step. Look for NaN or inf in "
-                    "the data, in the loss or in the starting weights."
-                )
-        before = self.alpha
-        self._set_alpha(max(before * factor, low))
+        control, before = self._control, self.alpha
+        self._count_restart(factor, finite=finite)
         FallingGain.restarted(control["rule"])
         if control["slope"] is None:  # no step behind us: stay, only more careful
             return
@@ -323,31 +265,16 @@ class ELRASpectral(LossAwareOptimizer):
                 if start is not None:
                     p.copy_(start)
         FallingGain.end_search(control["rule"])
-        control["searching"] = False
         control["slope"] = control["previous_loss"] = None
         control["memory"] = new_restart_memory()
-
-    def _set_alpha(self, alpha: float) -> None:
-        self._control["alpha"] = alpha
-        for group in self.param_groups:
-            group["alpha"] = alpha
 
     # ---- groups ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
-        for name, value in self.defaults.items():
-            given = param_group.get(name, value)
-            if name not in PER_GROUP and given != value:
-                raise ConfigurationError(
-                    f"{name}={given!r} cannot be set for one group: there is one {name} per optimizer. Pass it to "
-                    f"{type(self).__name__}(...) itself; a group may set lr and weight_decay."
-                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["alpha"] = self.param_groups[0]["alpha"]
         group["tables"] = [id(p) in self._tables for p in group["params"]]
-        refuse_complex(group["params"])
         if any(isinstance(p, DTensor) for p in group["params"]):
             raise ConfigurationError(
                 "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
@@ -357,26 +284,15 @@ class ELRASpectral(LossAwareOptimizer):
 
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that cannot be used."""
-
-    def need(name: str, valid: Callable[[Any], bool], meaning: str) -> None:
-        value = settings[name]
-        if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)) or not valid(
-            value
-        ):
-            raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
-
+    need = partial(need_number, settings)
     need("lr", lambda v: v > 0, "a number > 0, the first learning rate (any from 1e-7 to 1e-1 will do)")
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("search", lambda v: v >= 0 and v == int(v), "a whole number >= 0, in updates (10)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
-    need("weight_decay", lambda v: 0 <= v < 1, "a number in [0, 1), a share of the weights per update")
+    check_weight_decay(settings)
     need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
     if settings["initial_restart_ratio"] is not None:
         need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1), or None to drop the rule")
     if not isinstance(settings["soft_restart"], bool):
         raise ConfigurationError(f"soft_restart={settings['soft_restart']!r} must be True or False.")
-    bounds = settings["lr_bounds"]
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf):
-        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. (1e-9, 1).")
-    if not bounds[0] <= settings["lr"] <= bounds[1]:
-        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+    need_lr_bounds(settings, "(1e-9, 1)")

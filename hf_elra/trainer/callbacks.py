@@ -103,12 +103,12 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
             self.trainer.non_finite_before = optimizer.metrics["non_finite"]
-            search = optimizer.param_groups[0].get("search", 0)
-            if 0 < state.max_steps <= search and not optimizer.settled:
+            updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
+            if 0 < updates <= search:
                 logger.warning(
                     "%d updates are no more than the %d of the search for a learning rate, which are taken back: "
                     "nothing will be learnt. Train longer, or pass --optim_args search=0.",
-                    state.max_steps,
+                    updates,
                     search,
                 )
         state.stateful_callbacks[type(self).__name__] = self.state()

@@ -1,9 +1,12 @@
-"""The batch-size controller: every condition at its threshold, the cascade, limits, state. No torch."""
+"""The batch-size controller and the noise scale: conditions at their thresholds, cascade, limits, state. No torch."""
 
 import json
+import math
+import random
 
 import pytest
 
+from hf_elra.control import NoiseScale
 from hf_elra.control.batch_size import BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError
 
@@ -73,6 +76,39 @@ def test_never_below_the_first_nor_above_the_limit():
     assert [d.change for d in decisions][:2] == ["grow", "keep"]
     with pytest.raises(ConfigurationError, match="max_accumulation=3 is below the first one"):
         BatchSizeController(initial_accumulation=4, max_accumulation=3)
+
+
+def test_m_follows_what_is_wanted_by_one_change_a_cycle():
+    controller = BatchSizeController(initial_accumulation=2, max_accumulation=10)
+    decisions = [
+        controller.follow(wanted, 1.0, 0.1) for wanted in (None, 2.4, 100, 100, math.inf, math.inf, 5.0, 0, 0, 0)
+    ]
+    assert [d.accumulation for d in decisions] == [2, 2, 4, 5, 8, 10, 7, 4, 3, 2]
+    assert [d.change for d in decisions] == ["keep", *["grow"] * 5, *["shrink"] * 4]
+    assert [d.condition for d in decisions] == [None, *["noise_scale"] * 9]
+    assert controller.follow(0, 1.0, 0.1).change == "keep"
+
+
+def test_noise_scale_is_the_trace_of_the_covariance_over_the_squared_gradient():
+    """Gradients of ten numbers with mean 0.3 and, for one sample, variance 4: tr/|G|^2 = 40/0.9."""
+    chance, scale = random.Random(0), NoiseScale()
+    assert scale.value is None
+
+    def square(samples):
+        return sum((0.3 + chance.gauss(0, 2 / math.sqrt(samples))) ** 2 for _ in range(10))
+
+    for _ in range(2000):
+        scale.add(4, square(4), 64, square(64))
+    assert scale.value == pytest.approx(40 / 0.9, rel=0.3)
+    before = scale.value
+    scale.add(4, math.nan, 64, 1.0)
+    assert scale.value == before
+    assert NoiseScale(**json.loads(json.dumps(scale.state_dict()))) == scale
+    exact = NoiseScale()
+    exact.add(1, 5.0, 3, 3.0)  # 5 = G + S, 3 = G + S/3
+    assert exact.value == pytest.approx(3.0 / 2.0)
+    exact.add(1, 500.0, 3, 1.0)  # no signal in it
+    assert exact.value == math.inf
 
 
 def test_gradient_decay_is_the_first_over_the_present():

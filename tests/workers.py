@@ -89,5 +89,34 @@ def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT", optim="elra"):
     }
 
 
+def noise_scale(folder):
+    """Five updates of two micro-batches on every process, at one point; what every process makes of them."""
+    trainer = ElraTrainer(
+        llama().double(),
+        arguments(
+            folder, optim="sgd", learning_rate=0.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            elra_batch_control="noise", elra_control_cycle="1ba", max_steps=5,
+        ),
+        train_dataset=token_rows(200, unequal=True),
+    )  # fmt: skip
+    trainer.train()
+    told = torch.tensor([trainer.noise_scale.signal, trainer.noise_scale.noise], dtype=torch.float64)
+    everywhere = trainer.accelerator.gather(told).view(-1, 2)
+    whole = trainer.model_wrapped.module
+    whole.zero_grad()
+    rows = token_rows(200, unequal=True)
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    whole(**inputs).loss.backward()
+    square = sum(p.grad.square().sum().item() for p in whole.parameters())
+    return {
+        "equal": bool((everywhere == everywhere[0]).all()),
+        "signal": everywhere[0, 0].item() / (1 - 0.98**5),
+        "square": square,
+        "batches": [entry["batch_size"] for entry in trainer.state.log_history if "condition" in entry],
+    }
+
+
 if __name__ == "__main__":
-    answer({function.__name__: function for function in (one_reads_garbage, sharded_offload, fsdp_trainer)})
+    answer(
+        {function.__name__: function for function in (one_reads_garbage, sharded_offload, fsdp_trainer, noise_scale)}
+    )

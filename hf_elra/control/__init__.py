@@ -2,6 +2,7 @@
 
 from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.control.cycle import ControlCycle
+from hf_elra.control.noise_scale import NoiseScale
 from hf_elra.control.statistics import LossStatistics
 
-__all__ = ["BatchDecision", "BatchSchedule", "BatchSizeController", "ControlCycle", "LossStatistics"]
+__all__ = ["BatchDecision", "BatchSchedule", "BatchSizeController", "ControlCycle", "LossStatistics", "NoiseScale"]

@@ -1,8 +1,9 @@
 """The batch size that grows when noise dominates (ELRA, sections 3.3 and 3.4), in plain Python.
 
 The unit is the accumulation number m: an update uses m base batches. A controller is told the mean loss and its
-standard deviation at the end of every control cycle and answers with a :class:`BatchDecision`. How m base batches
-become one update is the Trainer's business.
+standard deviation at the end of every control cycle, and perhaps how large a batch the noise asks for
+(``noise_scale.py``), and answers with a :class:`BatchDecision`. How m base batches become one update is the Trainer's
+business.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class BatchDecision:
         cycle: number of the cycle, from 1.
         mean: mean loss of the cycle.
         std: standard deviation of the losses in it.
-        condition: the condition that held (the first in the order of ``CONDITIONS``), or None.
-        change: ``"grow"``, ``"shrink"`` (the cascade) or ``"keep"``.
+        condition: the condition that held (the first in the order of ``CONDITIONS``), or None; ``"noise_scale"`` where
+            that made the change.
+        change: ``"grow"``, ``"shrink"`` (the cascade, or a smaller noise scale) or ``"keep"``.
         accumulation: base batches of an update from now on.
     """
 
@@ -109,6 +111,24 @@ class BatchSizeController:
                 change = "shrink" if cascade else "grow"
                 self.changes += 1
                 self.exact = target
+        return self._decided(mean, std, condition, change)
+
+    def follow(self, wanted: float | None, mean: float, std: float) -> BatchDecision:
+        """Take a finished cycle into account and let m go towards the ``wanted`` one, by one change at most.
+
+        Beyond the paper: McCandlish et al. (2018) advise a batch of about the noise scale. ``wanted`` is that over the
+        samples of a base batch, or None where it is not known yet.
+        """
+        before = self.exact
+        if wanted is not None:
+            most = before * self.growth if self.max_accumulation is None else float(self.max_accumulation)
+            self.exact = min(max(wanted, before / self.growth), before * self.growth, most)
+            self.exact = max(self.exact, float(self.initial_accumulation))
+        change = "keep" if self.exact == before else "grow" if self.exact > before else "shrink"
+        self.changes += change != "keep"
+        return self._decided(mean, std, None if change == "keep" else "noise_scale", change)
+
+    def _decided(self, mean: float, std: float, condition: str | None, change: str) -> BatchDecision:
         decision = BatchDecision(len(self.decisions) + 1, mean, std, condition, change, self.accumulation)
         self.decisions.append(decision)
         return decision

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral"
 """Every ``--optim`` name of this package."""
 
 
-BATCH_CONTROLS = ("off", "elra", "schedule")
+BATCH_CONTROLS = ("off", "elra", "noise", "schedule")
 MEANS = ("off", "cycle", "run")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 
@@ -70,9 +70,9 @@ class ElraSettings:
             unknown length.
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
-            (section 3.3), with any optimizer; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with
-            ELRA, ``off`` with other optimizers (elra_spectral among them) and with Trainers that make batches of
-            their own (TRL's GRPO).
+            (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
+            an update on; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``off`` with
+            other optimizers (elra_spectral among them) and with Trainers that make batches of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -86,6 +86,10 @@ class ElraSettings:
             are concatenated up to it, with the same gradient as accumulation to rounding (BatchNorm, which normalises
             over what it is given, excepted). ``auto`` tries larger passes, and halves on running out of memory.
             Default: micro-batches run one by one.
+        elra_log_noise_scale (bool): log ``noise_scale``, the batch size in samples at which noise and signal of the
+            gradient weigh the same (S. McCandlish et al., 2018), from updates of two micro-batches or more: the
+            gradient of the first is compared with that of all. On by itself with ``elra_batch_control=noise``.
+            Default: False.
         elra_max_samples, elra_max_tokens (int, optional): end training with the update that reaches so many samples
             or tokens (padding included) over all processes. As ``max_steps`` does, they override
             ``num_train_epochs``; of several limits the first one reached counts.
@@ -114,7 +118,7 @@ class ElraSettings:
     elra_batch_control: str | None = field(
         default=None,
         metadata={
-            "help": "Who decides the batch size: off, elra (the default with ELRA) or schedule.",
+            "help": "Who decides the batch size: off, elra (the default with ELRA), noise or schedule.",
             "choices": BATCH_CONTROLS,
         },
     )
@@ -134,6 +138,7 @@ class ElraSettings:
         default=None,
         metadata={"help": "Concatenate micro-batches into passes of at most so many samples; auto finds out."},
     )
+    elra_log_noise_scale: bool = field(default=False, metadata={"help": "Log the noise scale of the gradient."})
     elra_max_samples: int | None = field(default=None, metadata={"help": "End training after so many samples."})
     elra_max_tokens: int | None = field(default=None, metadata={"help": "End training after so many tokens."})
     elra_boost: bool = field(
@@ -260,7 +265,7 @@ def grows_batches(args: Any) -> bool:
 def wants_mixin(args: Any) -> bool:
     """Return whether a flag asks for something that the stock Trainer does not do, whatever the optimizer."""
     names = ["elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens"]
-    names += ["elra_boost", "elra_boost_mean"]
+    names += ["elra_boost", "elra_boost_mean", "elra_log_noise_scale"]
     values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
     return any(value not in (None, False, "off") for value in values)
 
@@ -376,7 +381,7 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
     settings = ElraSettings.of(args)
     min_step_norm = settings.elra_min_step_norm
     arguments: dict[str, Any] = {"lr": args.learning_rate}
-    if optimizer_class is ELRA:
+    if "min_step_norm" in inspect.signature(optimizer_class).parameters:
         if min_step_norm is None:
             min_step_norm = LANGUAGE_MODEL_MIN_STEP_NORM if is_language_model(model) else 0.0
         arguments["min_step_norm"] = min_step_norm

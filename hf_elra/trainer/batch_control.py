@@ -25,7 +25,7 @@ _BATCH_FLAGS = (
     "elra_initial_accumulation",
     "elra_gradient_decay",
 )
-_GROUP_FLAGS = ("elra_max_samples", "elra_max_tokens", "elra_max_micro_batch")
+_GROUP_FLAGS = ("elra_max_samples", "elra_max_tokens", "elra_max_micro_batch", "elra_log_noise_scale")
 
 
 @dataclasses.dataclass
@@ -34,11 +34,12 @@ class BatchControl:
 
     Attributes:
         controller: knows the number of micro-batches of an update.
-        mode: ``"elra"`` if the controller may change that number, ``"schedule"``, or ``"off"``: it stays.
+        mode: ``"elra"`` or ``"noise"`` if the controller changes that number, ``"schedule"``, or ``"off"``: it stays.
         schedule: multiples of the first number over training, or None.
         gradient_decay: scale gradients by m_0/m.
         max_samples, max_tokens: budgets that end the run, or None.
         max_pass: most samples of one forward pass; ``"auto"``; None to run micro-batches as they come.
+        measures_noise: take the noise scale.
     """
 
     controller: BatchSizeController
@@ -48,6 +49,7 @@ class BatchControl:
     max_samples: int | None
     max_tokens: int | None
     max_pass: int | str | None
+    measures_noise: bool
 
 
 def build_batch_control(
@@ -79,17 +81,23 @@ def build_batch_control(
         raise ConfigurationError(
             f"{', '.join(idle)}: does nothing while elra_batch_control is off; add --elra_batch_control elra."
         )
-    if control == "schedule" and (
-        idle := [name for name in settings.changed() if name in ("elra_batch_growth", "elra_batch_conditions")]
-    ):
-        raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control=schedule; leave it out.")
+    without_effect = {"schedule": ("elra_batch_growth", "elra_batch_conditions"), "noise": ("elra_batch_conditions",)}
+    if idle := [name for name in settings.changed() if name in without_effect.get(control, ())]:
+        raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control={control}; leave it out.")
     base = args.train_batch_size * args.world_size
     max_pass = _read_max_pass(settings.elra_max_micro_batch, args.train_batch_size)
     for name in ("elra_max_samples", "elra_max_tokens"):
         budget = getattr(settings, name)
         if budget is not None and budget < 1:
             raise ConfigurationError(f"{name}={budget} must be at least 1; leave it out for no budget.")
-    wanted = control != "off" or settings.elra_max_samples or settings.elra_max_tokens or max_pass is not None
+    measures_noise = settings.elra_log_noise_scale or control == "noise"
+    wanted = (
+        control != "off"
+        or settings.elra_max_samples
+        or settings.elra_max_tokens
+        or max_pass is not None
+        or measures_noise
+    )
     first = args.gradient_accumulation_steps
     if control != "off" and settings.elra_initial_accumulation is not None:
         first = settings.elra_initial_accumulation
@@ -104,6 +112,8 @@ def build_batch_control(
         )
     if control == "schedule" and schedule is None:
         raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
+    if measures_noise:
+        _check_noise(control, first, args)
     most = settings.elra_max_batch_size
     if most is not None and most < first * base:
         raise ConfigurationError(
@@ -132,6 +142,7 @@ def build_batch_control(
         settings.elra_max_samples,
         settings.elra_max_tokens,
         max_pass,
+        measures_noise,
     )
 
 
@@ -146,6 +157,22 @@ def default_control(trainer_class: type, *, with_elra: bool) -> str:
         for cls in trainer_class.__mro__
     )
     return "elra" if with_elra and not own_batches else "off"
+
+
+def _check_noise(control: str, first: int, args: Any) -> None:
+    """Refuse to take the noise scale where there is nothing to take it from."""
+    flag = "elra_batch_control=noise" if control == "noise" else "elra_log_noise_scale"
+    if args.fsdp:
+        raise ConfigurationError(
+            f"{flag} cannot be used with FSDP, which holds no gradient of a micro-batch; leave it out."
+        )
+    if first < 2 and control in ("off", "noise"):
+        size = args.per_device_train_batch_size
+        smaller = f"--per_device_train_batch_size {size // 2} " if size > 1 else ""
+        raise ConfigurationError(
+            f"{flag} compares the gradient of a micro-batch with that of an update, but an update begins with one "
+            f"micro-batch; pass {smaller}--gradient_accumulation_steps 2."
+        )
 
 
 def _read_max_pass(text: str | int | None, micro_batch: int) -> int | str | None:

@@ -25,7 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
-from hf_elra.control import ControlCycle
+from hf_elra.control import ControlCycle, NoiseScale
 from hf_elra.control.batch_size import BatchDecision, BatchSizeController
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
@@ -67,6 +67,7 @@ class DynamicBatchMixin(_Base):
     _micro_batches_per_pass = 1.0  # in the last update
     _last_accumulation: int | None = None  # micro-batches of the last update
     _flops_per_element: float | None = None
+    noise_scale: NoiseScale | None = None
 
     def prepare_batch_control(self, settings: ElraSettings, *, with_elra: bool) -> None:
         """Take the control that ``settings`` ask for; from here on groups do the accumulation."""
@@ -122,7 +123,13 @@ class DynamicBatchMixin(_Base):
         """A control cycle is over: decide, where the number of micro-batches is controlled at all."""
         if self.batch_control is None or self.batch_controller is None or self.batch_control.mode == "off":
             return None
-        decision = self.batch_controller.end_cycle(mean, std)
+        if self.batch_control.mode == "noise":
+            assert self.noise_scale is not None
+            scale = self.noise_scale.value
+            wanted = None if scale is None else scale / self._samples_per_batch
+            decision = self.batch_controller.follow(wanted, mean, std)
+        else:
+            decision = self.batch_controller.end_cycle(mean, std)
         return dataclasses.replace(decision, accumulation=self.accumulation)
 
     # ---- the loop's hooks ----
@@ -164,17 +171,34 @@ class DynamicBatchMixin(_Base):
         return total
 
     def _run_passes(self, model: Any, passes: list[Any], num_items: Any) -> Any:
-        shares = [len(passes)] * len(passes) if num_items is not None else self._weights(passes)
+        measures = self.noise_scale is not None and len(passes) > 1
+        weights = self._weights(passes) if num_items is None or measures else []
+        shares = [len(passes)] * len(passes) if num_items is not None else weights
         total: Any = 0.0
+        square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
             last = position == len(passes)
             # The Trainer divides a loss that is a mean over its own pass by this number.
             self.current_gradient_accumulation_steps = share
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 total = total + super().training_step(model, inputs, num_items)
+            if measures and position == 1:
+                square_of_first = _gradient_square(model) * weights[0] ** 2
             if not last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        if measures:
+            self._measure_noise(model, passes, square_of_first, weights[0])
         return total
+
+    def _measure_noise(self, model: Any, passes: list[Any], square_of_first: Any, weight: Any) -> None:
+        """Compare the mean gradient of the first pass with that of all passes of all processes."""
+        assert self.noise_scale is not None
+        samples = torch.tensor(float(sum(find_batch_size(inputs) or 1 for inputs in passes)), device=self.args.device)
+        told = torch.stack([samples, samples / weight, square_of_first]).double()
+        if (processes := self.accelerator.num_processes) > 1:
+            told = self.accelerator.reduce(told, reduction="mean")
+        big, small, small_square = told.tolist()
+        self.noise_scale.add(small, small_square, big * processes, float(_gradient_square(model)))
 
     def _weights(self, passes: list[Any]) -> list[Any]:
         """Targets (or samples) of the whole update over those of each pass, for losses that are means over a pass."""
@@ -204,6 +228,8 @@ class DynamicBatchMixin(_Base):
         while True:
             most = self._pass_limit if automatic else float(limit)
             plan = plan_passes(sizes, most, padded=automatic)
+            if self.noise_scale is not None and len(plan) == 1 < len(group):  # two gradients to compare
+                plan = [len(group) - len(group) // 2, len(group) // 2]
             passes = self._concatenate(group, plan)
             if passes is None:
                 return list(group)
@@ -335,7 +361,7 @@ class DynamicBatchMixin(_Base):
             logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
         # An epoch without its incomplete batch is a little shorter than its samples.
-        if control.mode == "elra" and updates is not None and updates >= left + 1:
+        if control.mode in ("elra", "noise") and updates is not None and updates >= left + 1:
             boosted = (
                 "; with elra_boost the mean is over all of it"
                 if self.elra_settings.mean_of_points(self.args) == "cycle"
@@ -375,7 +401,12 @@ class DynamicBatchMixin(_Base):
         """Where in the data the run is, and the controller's state, as JSON values for the checkpoint."""
         assert self.batch_controller is not None
         limit = self._pass_limit if math.isfinite(self._pass_limit) else None
-        return {**self.progress.state_dict(), "controller": self.batch_controller.state_dict(), "pass_limit": limit}
+        return {
+            **self.progress.state_dict(),
+            "controller": self.batch_controller.state_dict(),
+            "pass_limit": limit,
+            "noise_scale": None if self.noise_scale is None else self.noise_scale.state_dict(),
+        }
 
     def _restore_position(self, control: BatchControl) -> None:
         """Take position and controller from the checkpoint that is resumed; without one start anew."""
@@ -383,6 +414,7 @@ class DynamicBatchMixin(_Base):
         position = saved.get("data_position")
         self.batch_controller = dataclasses.replace(control.controller)
         self._limit_to_cycle(self.batch_controller)
+        self.noise_scale = NoiseScale() if control.measures_noise else None
         self.progress.restart()
         # What fitted is tried again: the run may go on on another device.
         self._pass_limit, self._proven_pass, self._merging_refused = math.inf, 0, False
@@ -394,6 +426,8 @@ class DynamicBatchMixin(_Base):
             self.batch_controller.load_state_dict(position["controller"])
             if position["pass_limit"] is not None:
                 self._pass_limit = position["pass_limit"]
+            if self.noise_scale is not None and position.get("noise_scale") is not None:
+                self.noise_scale = NoiseScale(**position["noise_scale"])
 
     def true_epoch(self, state: Any) -> float:
         """Epochs of data seen, also before the stock count is corrected."""
@@ -448,6 +482,11 @@ def _targets(inputs: Any, shifted: bool) -> Any:
     if shifted and labels.dim() > 1:
         labels = labels[:, 1:]
     return labels.ne(LABEL_PADDING).sum()
+
+
+def _gradient_square(model: Any) -> Any:
+    """Squared norm of a model's gradient, on its device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).double() ** 2
 
 
 def _rows_and_width(batch: Any) -> tuple[int, int]:

@@ -344,6 +344,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             self.non_finite_before = metrics["non_finite"]
         if "loss" in logs and self.batch_control is not None:
             logs["batch_size"] = float((self._last_accumulation or self.accumulation) * self._samples_per_batch)
+            if self.noise_scale is not None and (scale := self.noise_scale.value) is not None:
+                logs["noise_scale"] = scale
         if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size
             done = self.elra_callback.samples - self.elra_callback.samples_before
             logs["train_samples_per_second"] = round(done / seconds, 3)

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
+from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS, ElraSettings
 from hf_elra.trainer.batch_control import build_batch_control
 from hf_elra.trainer.callbacks import DataProgressBar
@@ -45,6 +46,87 @@ def test_noise_makes_the_batch_grow_and_every_third_change_divides(tmp_path):
     assert run.elra_callback.samples == 4 * (4 + 6 + 10 + 6 + 10 + 14)
     assert {d["condition"] for d in decisions(run)} <= {"noise", "rise", "stall"}
     assert [e["accumulation"] for e in run.state.log_history if "cycle_loss" in e] == [3, 5, 3, 5, 7, 5]
+
+
+@pytest.mark.parametrize("merged", [None, "12"])
+@pytest.mark.parametrize("divides", [True, False])
+def test_noise_scale_compares_the_first_pass_with_the_update(tmp_path, divides, merged):
+    """Rows of unequal numbers of targets; losses that are divided by those of the update, and means over a pass."""
+    seen, model = [], llama().double()
+
+    class Note(ElraTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if self._in_training_step:
+                seen.append(dict(inputs))
+            number = num_items_in_batch if divides else None
+            return super().compute_loss(model, inputs, return_outputs, number)
+
+    run = trainer(
+        tmp_path, model, rows=token_rows(12, unequal=True), trainer_class=Note, optim="sgd", learning_rate=1e-12,
+        per_device_train_batch_size=2, gradient_accumulation_steps=6, max_steps=1, elra_log_noise_scale=True,
+        elra_max_micro_batch=merged,
+    )  # fmt: skip
+    run.train()
+    assert len(seen) == (2 if merged else 6)  # never one pass alone
+
+    def square(batches):
+        model.zero_grad()
+        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in seen[0]}
+        model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss.backward()
+        return sum(p.grad.square().sum().item() for p in model.parameters()), inputs["labels"][:, 1:].ne(-100).sum()
+
+    (small, small_targets), (big, targets) = square(seen[:1]), square(seen)
+    share = (small_targets / targets).item()
+    signal = (big - share * small) / (1 - share)
+    noise = (small - big) / (1 / share - 1) * 12
+    assert run.noise_scale.signal == pytest.approx(0.02 * signal, rel=1e-4)
+    assert run.noise_scale.noise == pytest.approx(0.02 * noise, rel=1e-4)
+    assert logged(run, "noise_scale")[-1] == pytest.approx(run.noise_scale.value)
+
+
+def test_the_batch_follows_the_noise_scale_and_goes_on_when_resumed(tmp_path):
+    given = dict(
+        rows=token_rows(400, unequal=True), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        elra_batch_control="noise", elra_control_cycle="5ba", max_steps=20, save_strategy="steps", save_steps=12,
+    )  # fmt: skip
+    scales = []
+
+    class Note(ElraTrainer):
+        def end_batch_cycle(self, mean, std):
+            scales.append(self.noise_scale.value)
+            return super().end_batch_cycle(mean, std)
+
+    whole = trainer(tmp_path / "whole", trainer_class=Note, **given)
+    whole.train()
+    controller = BatchSizeController(initial_accumulation=2)
+    expected = [controller.follow(scale / 2, 1.0, 0.0) for scale in scales]
+    assert [d["accumulation"] for d in decisions(whole)] == [d.accumulation for d in expected]
+    assert [d["condition"] for d in decisions(whole)] == [d.condition for d in expected]
+    assert len({d["batch_size"] for d in decisions(whole)}) > 1
+    part = trainer(tmp_path / "part", **given)
+    part.add_callback(StopAt(12))
+    part.train()
+    again = trainer(tmp_path / "part", **given)
+    again.train(resume_from_checkpoint=True)
+    assert again.noise_scale == whole.noise_scale
+    assert [d["accumulation"] for d in decisions(again)] == [d["accumulation"] for d in decisions(whole)]
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(elra_batch_control="noise"), "pass --per_device_train_batch_size 4 --gradient_accumulation_steps 2"),
+        (dict(elra_log_noise_scale=True, optim="sgd"), "elra_log_noise_scale compares the gradient of a micro-batch"),
+        (
+            dict(elra_batch_control="noise", elra_initial_accumulation=2, elra_batch_conditions="rise"),
+            "elra_batch_conditions: does nothing with elra_batch_control=noise",
+        ),
+    ],
+)
+def test_noise_scale_that_cannot_be_taken(tmp_path, given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path, **given)
 
 
 def test_schedule_multiplies_the_first_batch(tmp_path):

@@ -71,6 +71,13 @@ def test_fsdp_through_accelerate_and_its_checkpoints(tmp_path, state, then):
     assert again["restarts"] == two["restarts"]
 
 
+def test_the_noise_scale_is_that_of_all_processes(tmp_path):
+    found = together(workers.noise_scale, 2, folder=str(tmp_path))
+    assert found["equal"]
+    assert found["signal"] == pytest.approx(found["square"], rel=0.5)  # of five updates
+    assert len(found["batches"]) == 5
+
+
 def test_whole_matrices_cannot_be_had_of_shards(tmp_path):
     with pytest.raises(RuntimeError, match="fsdp cannot be used with optim=elra_spectral, which needs whole matrices"):
         together(workers.fsdp_trainer, 2, folder=str(tmp_path), optim="elra_spectral")

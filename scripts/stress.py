@@ -70,7 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def run(folder: Path, updates: int) -> subprocess.Popen[bytes]:
     """Start, or go on with, the training in ``folder``."""
     flags = {**SIZES, "output_dir": folder, "max_steps": updates, "save_steps": 1, "save_total_limit": 3}
-    words = [sys.executable, str(TRAIN), "--overwrite", "--resume"]
+    words = [sys.executable, str(TRAIN), "--overwrite", "--resume", "--optim", "elra"]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment_ = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:

@@ -2,6 +2,7 @@
 
     python scripts/train_babyllama.py                                   # tiny, on the documentation in every Python
     python scripts/train_babyllama.py --preset 15m                      # stories15M on TinyStories from the hub
+    python scripts/train_babyllama.py --optim elra                      # the paper's optimizer
     python scripts/train_babyllama.py --train_file my.txt.gz --optim adamw_torch
 
 --help lists all flags. Ctrl-C saves a checkpoint; the same command with --resume goes on from there.
@@ -63,7 +64,8 @@ def main(words: list[str]) -> None:
         return
 
     loss = evaluations[-1]["eval_loss"]
-    sample = babyllama.generate_sample(trainer.model, tokenizer, recipe.prompt, recipe.sample_tokens)
+    with trainer.boosted():  # the model that was evaluated and saved
+        sample = babyllama.generate_sample(trainer.model, tokenizer, recipe.prompt, recipe.sample_tokens)
     Path(run.folder, SAMPLE).write_text(sample + "\n", encoding="utf-8")
     metrics = run.write_results(
         trainer,

@@ -34,14 +34,20 @@ def test_tiny_is_the_default_and_has_about_a_million():
     assert 0.9e6 < parameters() < 1.2e6
 
 
+def test_what_needs_no_setting_is_the_default():
+    _, training = parse_arguments([])
+    assert (training.optim, training.output_dir) == ("elra_spectral", "runs/babyllama-tiny")
+    assert training.elra_min_step_norm is None
+    assert training.elra_control_cycle == "400sp"
+
+
 def test_every_value_can_be_overridden():
-    recipe, training = parse_arguments(
-        "--preset=15m --hidden_size 64 --num_heads 4 --block_size 32 --max_steps 7 --elra_min_step_norm 0.05".split()
-    )
+    words = "--preset=15m --hidden_size 64 --num_heads 4 --block_size 32 --max_steps 7"
+    recipe, training = parse_arguments([*words.split(), "--optim=elra", "--elra_min_step_norm", "0.05"])
     assert (recipe.hidden_size, recipe.num_heads, recipe.block_size, recipe.num_layers) == (64, 4, 32, 6)
     assert (training.max_steps, training.elra_min_step_norm) == (7, 0.05)
     assert training.elra_control_cycle == "45000sp"
-    assert training.output_dir == "runs/babyllama-15m"
+    assert training.output_dir == "runs/babyllama-15m-elra"
     for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens"):  # another length takes the preset's place
         assert parse_arguments([flag, "2"])[1].elra_max_samples is None
     assert parse_arguments(["--optim", "sgd"])[1].elra_max_samples == 19_200

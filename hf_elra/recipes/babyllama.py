@@ -55,6 +55,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+OPTIMIZER = "elra_spectral"
+"""Unless another is asked for: of those that need no tuning the best on every text it was tried on
+(docs/results/lm.md)."""
+
 _TINY = PRESETS["tiny"]
 NOT_OF_THE_TRAJECTORY = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
 _NOT_OF = {"elra": (), "elra_spectral": ("elra_min_step_norm",)}  # other optimizers: all of these
@@ -131,9 +135,10 @@ class BabyLlamaArguments:
 def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingArguments]:
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "tiny", PRESETS)
-    optim = choose_optimizer(words)
+    optim = choose_optimizer(words, OPTIMIZER)
     defaults = {
-        "output_dir": f"runs/babyllama-{preset}" + ("" if optim == "elra" else f"-{optim}"),
+        "optim": optim,
+        "output_dir": f"runs/babyllama-{preset}" + ("" if optim == OPTIMIZER else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "steps",
         "save_strategy": "steps",

@@ -38,9 +38,9 @@ def choose(flag: str, words: list[str], default: str, known: Any) -> str:
     return value
 
 
-def choose_optimizer(words: list[str]) -> str:
+def choose_optimizer(words: list[str], default: str) -> str:
     """Return the value of ``--optim``, a name that Transformers knows."""
-    optim = value_of("--optim", words, "elra")
+    optim = value_of("--optim", words, default)
     known = list(OptimizerNames._value2member_map_)
     if optim not in known:
         raise ConfigurationError(

@@ -117,7 +117,7 @@ class ImageClassifierArguments:
 def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTrainingArguments]:
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "digits", PRESETS)
-    optim = choose_optimizer(words)
+    optim = choose_optimizer(words, "elra")
     ours = optim == "elra"
     source = value_of("--dataset", words, preset)
     defaults: dict[str, Any] = {

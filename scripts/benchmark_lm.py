@@ -8,7 +8,8 @@
 A Llama of 128 x 4 layers over a byte-level BPE of 1,024 pieces made from the text, 128 positions, float32. Every run
 has its own file under --output: what is finished there is not repeated, so that the same command goes on after an
 interruption; two of them with other --seeds may run side by side. Rows named "..., rate x" are a grid; all others run
-with one setting, whatever the text, the batch and the seed. --help lists all flags.
+with one setting, whatever the text, the batch and the seed. The last rows are elra_spectral with other ends of training
+than the mean of the run. --help lists all flags.
 """
 
 from __future__ import annotations
@@ -40,14 +41,31 @@ HELD_OUT = 0.1
 """Share of a text without a validation file that is held out, at its end."""
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+CONSTANT_RATES = ("3e-4", "3e-3")  # beside torch's default, 1e-3
 FIRST_RATES = ("1e-7", "1e-5", "1e-1")
+ENDS: dict[str, dict[str, Any]] = {
+    "last point": {},
+    "cosine": {"lr_scheduler_type": "cosine"},
+    "falling over the last fifth": {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": lambda updates, batch: {"num_decay_steps": updates // 5, "decay_type": "linear"},
+    },
+    "growing batch": {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:2,0.75:4"},
+    "batch by noise scale": {
+        "elra_batch_control": "noise",
+        "elra_control_cycle": "20ba",
+        "per_device_train_batch_size": lambda updates, batch: batch // 2,
+        "gradient_accumulation_steps": 2,
+    },
+}
+"""What may stand in for the mean of the run: with a known number of updates, or by the batch."""
 
 
 class Row(NamedTuple):
     """A way to train.
 
     Attributes:
-        settings: of the Trainer.
+        settings: of the Trainer; a function makes its value from the number of updates and the batch.
         make: an optimizer's class and arguments from the model, where it is none that the Trainer knows by name.
     """
 
@@ -57,7 +75,7 @@ class Row(NamedTuple):
 
 def rows() -> dict[str, Row]:
     """All rows of the table, by title."""
-    found = {
+    return {
         "elra_spectral": Row({"optim": "elra_spectral"}),
         "elra_spectral, no momentum": Row({"optim": "elra_spectral", "optim_args": "momentum=0"}),
         **{
@@ -66,10 +84,12 @@ def rows() -> dict[str, Row]:
         },
         "ELRA (paper)": Row({"optim": "elra"}),
         **{
-            f"AdamW, cosine, rate {rate}": Row(
-                {**COSINE, "optim": "adamw_torch", "adam_beta2": 0.95, "learning_rate": float(rate)}
-            )
+            f"AdamW, cosine, rate {rate}": Row({**COSINE, "optim": "adamw_torch", "learning_rate": float(rate)})
             for rate in RATES
+        },
+        **{
+            f"AdamW, constant, rate {rate}": Row({"optim": "adamw_torch", "learning_rate": float(rate)})
+            for rate in CONSTANT_RATES
         },
         "AdamW, torch's defaults": Row({"optim": "adamw_torch"}, lambda model: (torch.optim.AdamW, {})),
         "AdamW, torch's defaults, mean of the run": Row(
@@ -78,8 +98,11 @@ def rows() -> dict[str, Row]:
         "Prodigy": Row({"optim": "adamw_torch"}, _prodigy),
         "schedule-free AdamW": Row({"optim": "adamw_torch"}, _schedule_free),
         "Muon (AdamW for tables and vectors)": Row({"optim": "adamw_torch"}, _muon),
+        **{
+            f"elra_spectral, {end}": Row({"optim": "elra_spectral", "elra_boost_mean": "off", **settings})
+            for end, settings in ENDS.items()
+        },
     }
-    return found
 
 
 def _prodigy(model: Any) -> tuple[type, dict[str, Any]]:
@@ -152,7 +175,8 @@ def run(title: str, text: Text, tokens: int, batch: int, seed: int) -> dict[str,
             "output_dir": folder, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 64,
             "elra_max_tokens": tokens, "seed": seed, "logging_steps": max(1, updates // 40), "eval_strategy": "steps",
             "eval_steps": max(1, updates // 4), "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(), **row.settings,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **{name: value(updates, batch) if callable(value) else value for name, value in row.settings.items()},
         }  # fmt: skip
         trainer = ElraTrainer(
             model,
@@ -165,11 +189,13 @@ def run(title: str, text: Text, tokens: int, batch: int, seed: int) -> dict[str,
         begun = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begun
-        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        if trainer.state.log_history[-2].get("step") != trainer.state.global_step or not losses:
-            losses.append(trainer.evaluate()["eval_loss"])
+        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        if evaluations and evaluations[-1]["step"] == trainer.state.global_step:
+            loss = evaluations[-1]["eval_loss"]
+        else:
+            loss = trainer.evaluate()["eval_loss"]
     return {
-        "validation_loss": losses[-1], "updates": trainer.state.global_step, "seconds": seconds,
+        "validation_loss": loss, "updates": trainer.state.global_step, "seconds": seconds,
         "training_tokens": len(text.train) * POSITIONS, "log_history": trainer.state.log_history,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Time and memory of one update: ELRA beside PyTorch's optimizers and others that choose their own learning rate.
+"""Time and memory of one update: ELRA and elra_spectral beside PyTorch's optimizers and others that choose their rate.
 
     python scripts/benchmark_step.py --output docs/results/step/cpu.jsonl
 
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_elra import ELRA
+from hf_elra import ELRA, ELRASpectral
+from hf_elra.optim import LossAwareOptimizer
 from hf_elra.optim.tensors import squares_and_products
 from hf_elra.recipes import babyllama
 from hf_elra.recipes.image_models import ARCHITECTURES
@@ -38,7 +39,7 @@ SCHEDULE_FREE = "schedule-free AdamW, foreach"  # writes to gradients: its own p
 
 
 def shapes_of(model: str) -> list[torch.Size]:
-    """Shapes of a model's parameters."""
+    """Shapes of a model's parameters; of a Llama the first is its table."""
     with torch.device("meta"):
         if model == "resnet18":
             network: Any = ARCHITECTURES["resnet18"](3, 32, 10)
@@ -57,17 +58,52 @@ LLAMAS = {"llama-124m": (768, 14, 12, 2048), "llama-1b": (2048, 19, 16, 5504)}
 MODELS = ("babyllama-15m", "resnet18", *LLAMAS)
 
 
-def optimizers() -> dict[str, tuple[int, Callable[[list[Tensor]], Any]]]:
-    """Every optimizer by name: the numbers per parameter that one update has to read or write, and a constructor."""
-    found: dict[str, tuple[int, Callable[[list[Tensor]], Any]]] = {
+class Together:
+    """torch.optim.Muon for hidden matrices and fused AdamW for the rest."""
+
+    def __init__(self, params: list[Tensor], tables: list[Tensor]) -> None:
+        hidden = [p for p in params if p.dim() == 2 and not any(p is table for table in tables)]
+        rest = [p for p in params if not any(p is matrix for matrix in hidden)]
+        self.parts = [torch.optim.Muon(hidden), torch.optim.AdamW(rest, fused=True)]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """As of one optimizer."""
+        return {p: state for part in self.parts for p, state in part.state.items()}
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+
+def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]], Any]]]:
+    """Every optimizer by name: the numbers per parameter that one update has to read or write, and a constructor.
+
+    Those that multiply matrices have no such number.
+    """
+
+    def tables(params: list[Tensor]) -> list[Tensor]:
+        return params[:1] if "llama" in model else []
+
+    found: dict[str, tuple[int | None, Callable[[list[Tensor]], Any]]] = {
         "ELRA": (5, lambda params: ELRA(params)),
         "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
         "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
+        "elra_spectral": (None, lambda params: ELRASpectral(params, tables=tables(params), search=0)),
+        "elra_spectral, momentum=0": (
+            None,
+            lambda params: ELRASpectral(params, tables=tables(params), search=0, momentum=0.0),
+        ),
         BASELINE: (7, lambda params: torch.optim.AdamW(params, fused=True)),
         "AdamW, foreach": (7, lambda params: torch.optim.AdamW(params, foreach=True)),
         "SGD with momentum, fused": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)),
         "SGD with momentum, foreach": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, foreach=True)),
     }
+    if hasattr(torch.optim, "Muon"):
+        found["Muon (AdamW, fused, for tables and vectors)"] = (None, lambda params: Together(params, tables(params)))
+    else:
+        print("left out: Muon (torch 2.9 or later)", file=sys.stderr)
     try:
         from lion_pytorch import Lion
 
@@ -125,7 +161,7 @@ def update(optimizer: Any, params: list[Tensor], pool: list[list[Tensor]], updat
     for number in range(updates):
         for p, gradient in zip(params, pool[number % POOL], strict=True):
             p.grad = gradient
-        if isinstance(optimizer, ELRA):
+        if isinstance(optimizer, LossAwareOptimizer):
             optimizer.observe_loss(loss)
         optimizer.step()
 
@@ -182,7 +218,7 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     loss = torch.tensor(1.0, device=given.device)
     bandwidth = copy_bandwidth(number, given)
     write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
-    known = optimizers()
+    known = optimizers(model)
     built = {name: build(params) for name, (_, build) in known.items()}
     peaks: dict[str, float] = {}
     for name, optimizer in built.items():  # warm up: state is made, kernels are compiled
@@ -211,7 +247,7 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
             for tensor in tensors_in(optimizer.state)
             if tensor.device == params[0].device
         )
-        ideal = known[name][0] * 4 * number / bandwidth
+        to_move = known[name][0]
         write(model=model, optimizer=name, state_bytes=state, peak_bytes=peaks.get(name))
         rows.append(
             [
@@ -221,8 +257,8 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
                 f"{median / baseline:.2f}",
                 f"{state / number:.1f}",
                 f"{peaks[name] / 2**20:.0f}" if name in peaks else "not measured",
-                f"{known[name][0]}",
-                f"{100 * ideal / median:.0f} %",
+                f"{to_move or ''}",
+                f"{100 * to_move * 4 * number / bandwidth / median:.0f} %" if to_move else "",
             ]
         )
     return rows

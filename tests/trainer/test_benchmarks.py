@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import finish
+from tests.conftest import ROOT, finish
 
 
 def measurements(path):
@@ -32,7 +32,8 @@ def test_step(tmp_path):
     entries = measurements(file)
     state = {entry["optimizer"]: entry["state_bytes"] for entry in entries if "state_bytes" in entry}
     parameters = entries[0]["parameters"]
-    assert state["ELRA"] == 4 * parameters
+    assert state["ELRA"] == state["elra_spectral, momentum=0"] == 4 * parameters
+    assert state["elra_spectral"] == 8 * parameters
     assert state["AdamW, fused"] == pytest.approx(8 * parameters, rel=1e-3)
     timed = {entry["optimizer"] for entry in entries if "seconds_per_update" in entry}
     assert timed == state.keys()
@@ -45,6 +46,31 @@ def test_training(tmp_path):
     code, output, error = finish("benchmark_training.py", *words)
     assert code == 0, error
     timed = {entry["case"]: entry["seconds"] for entry in measurements(file)}
-    assert len(timed) == 5
+    assert len(timed) == 7
     assert all(len(seconds) == 1 for seconds in timed.values())
     assert all(name in output for name in timed)
+
+
+def test_language_models(tmp_path):
+    """Every row of another kind, in few updates; what is finished is not repeated."""
+    text = tmp_path / "texts" / "input.txt"
+    text.parent.mkdir()
+    text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/**/*.py"))))
+    words = ["--train_file", str(text), "--tokens", "5120", "--output", str(tmp_path), "--batches", "2", "--seeds", "0"]
+    words += ["--rows", "0", "7", "16", "19", "21"]
+    code, output, error = finish("benchmark_lm.py", *words)
+    assert code == 0, error
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "texts-5120").iterdir()}
+    assert len(files) == 5
+    for result in files.values():
+        assert result["updates"] == 20
+        assert result["row"] in output
+        assert f"{result['validation_loss']:.3f}" in output
+        assert "benchmark_lm.py --train_file" in result["command"]
+        assert result["log_history"][-1]["step"] == 20
+    code, again, error = finish("benchmark_lm.py", *words)
+    assert code == 0, error
+    assert again.strip() == output[output.index("texts, 5,120 tokens") :].strip()
+    code, _, error = finish("benchmark_lm.py", *words[:-5], "99")
+    assert code == 2
+    assert "--rows 99 is no row" in error

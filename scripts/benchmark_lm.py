@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_elra import ConfigurationError, ElraTrainer, ElraTrainingArguments, tables_of
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, tables_of
 from hf_elra.recipes import text_data
 from hf_elra.recipes.babyllama import collate
 from hf_elra.recipes.run_folder import read_json, write_json
@@ -39,6 +41,8 @@ from hf_elra.report.table import markdown_table
 PIECES, POSITIONS, WIDTH, LAYERS, HEADS = 1024, 128, 128, 4, 4
 HELD_OUT = 0.1
 """Share of a text without a validation file that is held out, at its end."""
+OURS = {"optim": "elra_spectral"}
+NO_MOMENTUM = {**OURS, "optim_args": "momentum=0"}
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 CONSTANT_RATES = ("3e-4", "3e-3")  # beside torch's default, 1e-3
@@ -76,12 +80,10 @@ class Row(NamedTuple):
 def rows() -> dict[str, Row]:
     """All rows of the table, by title."""
     return {
-        "elra_spectral": Row({"optim": "elra_spectral"}),
-        "elra_spectral, no momentum": Row({"optim": "elra_spectral", "optim_args": "momentum=0"}),
-        **{
-            f"elra_spectral, α_0 = {rate}": Row({"optim": "elra_spectral", "learning_rate": float(rate)})
-            for rate in FIRST_RATES
-        },
+        "elra_spectral": Row(OURS),
+        "elra_spectral, no momentum": Row(NO_MOMENTUM),
+        "elra_spectral, no momentum, batch as it is": Row({**NO_MOMENTUM, "elra_batch_control": "off"}),
+        **{f"elra_spectral, α_0 = {rate}": Row({**OURS, "learning_rate": float(rate)}) for rate in FIRST_RATES},
         "ELRA (paper)": Row({"optim": "elra"}),
         **{
             f"AdamW, cosine, rate {rate}": Row({**COSINE, "optim": "adamw_torch", "learning_rate": float(rate)})
@@ -98,8 +100,10 @@ def rows() -> dict[str, Row]:
         "Prodigy": Row({"optim": "adamw_torch"}, _prodigy),
         "schedule-free AdamW": Row({"optim": "adamw_torch"}, _schedule_free),
         "Muon (AdamW for tables and vectors)": Row({"optim": "adamw_torch"}, _muon),
+        "elra_spectral's rule over Adam's direction": Row(OURS, lambda model: (_OverAdam, {})),
+        "elra_spectral's rule over averaged gradients": Row(OURS, lambda model: (_OverAverages, {})),
         **{
-            f"elra_spectral, {end}": Row({"optim": "elra_spectral", "elra_boost_mean": "off", **settings})
+            f"elra_spectral, {end}": Row({**OURS, "elra_boost_mean": "off", **settings})
             for end, settings in ENDS.items()
         },
     }
@@ -137,6 +141,35 @@ class _MuonAndAdamW(torch.optim.Optimizer):
 
 def _muon(model: Any) -> tuple[type, dict[str, Any]]:
     return _MuonAndAdamW, {"tables": tables_of(model)}
+
+
+class _OverAdam(ELRASpectral):
+    """The rule for α over Adam's direction: averaged gradients over the root of their averaged squares.
+
+    Squares of the search, whose points are taken back, are forgotten.
+    """
+
+    BETA, EPSILON = 0.999, 1e-8
+
+    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        updates, search, momentum = self._control["updates"], group["search"], self._momentum()
+        number = updates - search if updates > search else updates
+        directions = []
+        for p, gradient, average in zip(params, gradients, self._averaged(params, gradients, momentum), strict=True):
+            if number == 1 or "squares" not in self.state[p]:
+                self.state[p]["squares"] = torch.zeros_like(p)
+            squares = self.state[p]["squares"].lerp_(gradient.square(), 1 - self.BETA) / (1 - self.BETA**number)
+            directions.append(average / (1 - momentum ** (updates + 1)) / (squares.sqrt() + self.EPSILON))
+        return directions
+
+
+class _OverAverages(ELRASpectral):
+    """The rule for α over averaged gradients, those of a group scaled together to a mean square of one."""
+
+    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        averages = self._averaged(params, gradients, self._momentum())
+        size = get_total_norm(averages) / sum(average.numel() for average in averages) ** 0.5
+        return [average / size for average in averages]
 
 
 # ---- one run ----

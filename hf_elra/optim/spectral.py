@@ -193,14 +193,13 @@ class ELRASpectral(LossAwareOptimizer):
         for group, group_params, group_gradients, factor, share in zip(
             self.param_groups, params, gradients, factors, shares(factors), strict=True
         ):
-            used, kinds = set(group_params), dict(zip(group["params"], group["tables"], strict=True))
+            used = set(group_params)
             for p in group["params"]:
                 if p not in used and (left := self.state.pop(p, {}).get("start")) is not None:
                     self.state[p]["start"] = left  # it moved during the search, if not now
             if not group_params:
                 continue
-            averaged = self._averaged(group_params, group_gradients, self._momentum())
-            directions = spectral_direction(averaged, [kinds[p] for p in group_params])
+            directions = self._directions(group, group_params, group_gradients)
             square, product = squares_and_products(directions, group_gradients)
             slope += share * product
             norm_squared += share * share * square
@@ -221,6 +220,12 @@ class ELRASpectral(LossAwareOptimizer):
         control["step_norm"] = control["step_size"] * control["direction_norm"]
         control["previous_loss"] = loss
         control["slope"] = slope if scale > 0 else None
+
+    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """What those parameters of a group that have a gradient step along."""
+        kinds = dict(zip(group["params"], group["tables"], strict=True))
+        averaged = self._averaged(params, gradients, self._momentum())
+        return spectral_direction(averaged, [kinds[p] for p in params])
 
     def _momentum(self) -> float:
         """The momentum of this update."""

@@ -71,8 +71,9 @@ class ElraSettings:
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
             (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
-            an update on; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``off`` with
-            other optimizers (elra_spectral among them) and with Trainers that make batches of their own (TRL's GRPO).
+            an update on; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``schedule``
+            with elra_spectral where that has no momentum; ``off`` with all others and with Trainers that make batches
+            of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -80,8 +81,8 @@ class ElraSettings:
         elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
             ``gradient_accumulation_steps``.
         elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4). Default: False.
-        elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
-            ``0:1,0.5:2,0.75:4``.
+        elra_batch_schedule (str, optional): multiples of the first batch over the progress of training. Default:
+            ``0:1,0.5:2,0.75:4``: twice the batch after half of the run, four times after three quarters.
         elra_max_micro_batch (str, optional): most samples of one forward pass on a device: micro-batches of an update
             are concatenated up to it, with the same gradient as accumulation to rounding (BatchNorm, which normalises
             over what it is given, excepted). ``auto`` tries larger passes, and halves on running out of memory.
@@ -118,7 +119,8 @@ class ElraSettings:
     elra_batch_control: str | None = field(
         default=None,
         metadata={
-            "help": "Who decides the batch size: off, elra (the default with ELRA), noise or schedule.",
+            "help": "Who decides the batch size: off, elra (the default with ELRA), noise, or schedule (the default "
+            "with elra_spectral without momentum).",
             "choices": BATCH_CONTROLS,
         },
     )
@@ -257,9 +259,16 @@ def uses_elra(args: Any) -> bool:
     return optimizer_name(args) in OPTIMIZERS
 
 
-def grows_batches(args: Any) -> bool:
-    """Return whether the batch grows by itself in a run with ``args`` unless told otherwise."""
-    return optimizer_name(args) == "elra"
+def control_of(optimizer_class: type, momentum: float | None = None) -> str:
+    """Return ``elra_batch_control`` as it suits an optimizer: with no momentum the batch averages over the noise.
+
+    Args:
+        optimizer_class: any.
+        momentum: of it; None for its default.
+    """
+    if issubclass(optimizer_class, ELRA):
+        return "elra"
+    return "schedule" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
 
 
 def wants_mixin(args: Any) -> bool:

@@ -28,6 +28,10 @@ _BATCH_FLAGS = (
 _GROUP_FLAGS = ("elra_max_samples", "elra_max_tokens", "elra_max_micro_batch", "elra_log_noise_scale")
 
 
+SCHEDULE = "0:1,0.5:2,0.75:4"
+"""Unless another is given: what a learning rate that falls over the second half does, done by the batch."""
+
+
 @dataclasses.dataclass
 class BatchControl:
     """What the flags ask for, checked.
@@ -75,7 +79,9 @@ def build_batch_control(
             + nearest(control, BATCH_CONTROLS)
         )
     schedule = settings.elra_batch_schedule
-    if schedule is not None and control != "schedule":
+    if control == "schedule":
+        schedule = schedule or SCHEDULE
+    elif schedule is not None:
         raise ConfigurationError(f"elra_batch_schedule={schedule!r} needs --elra_batch_control schedule beside it.")
     if control == "off" and (idle := [name for name in settings.changed() if name in _BATCH_FLAGS]):
         raise ConfigurationError(
@@ -110,8 +116,6 @@ def build_batch_control(
         raise ConfigurationError(
             f"{', '.join(given)} cannot be used with DeepSpeed, which does its own accumulation; leave it out."
         )
-    if control == "schedule" and schedule is None:
-        raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
     if measures_noise:
         _check_noise(control, first, args)
     most = settings.elra_max_batch_size
@@ -146,8 +150,8 @@ def build_batch_control(
     )
 
 
-def default_control(trainer_class: type, *, with_elra: bool) -> str:
-    """Return ``"elra"`` for a run with ELRA, but ``"off"`` in a Trainer that overrides how batches are made.
+def default_control(trainer_class: type, wanted: str) -> str:
+    """Return the ``wanted`` control, but ``"off"`` in a Trainer that overrides how batches are made.
 
     TRL's GRPO, for one, counts on a fixed accumulation.
     """
@@ -156,7 +160,7 @@ def default_control(trainer_class: type, *, with_elra: bool) -> str:
         and any(name in vars(cls) for name in ("get_batch_samples", "_prepare_inputs", "_inner_training_loop"))
         for cls in trainer_class.__mro__
     )
-    return "elra" if with_elra and not own_batches else "off"
+    return "off" if own_batches else wanted
 
 
 def _check_noise(control: str, first: int, args: Any) -> None:

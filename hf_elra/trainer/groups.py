@@ -69,14 +69,18 @@ class DynamicBatchMixin(_Base):
     _flops_per_element: float | None = None
     noise_scale: NoiseScale | None = None
 
-    def prepare_batch_control(self, settings: ElraSettings, *, with_elra: bool) -> None:
-        """Take the control that ``settings`` ask for; from here on groups do the accumulation."""
+    def prepare_batch_control(self, settings: ElraSettings, wanted: str) -> None:
+        """Take the control that ``settings`` ask for, else the ``wanted`` one; groups do the accumulation from here on.
+
+        Where a Trainer makes batches of its own, what was not asked for is off.
+        """
         self.progress = TrainingProgress()
-        default = default_control(type(self), with_elra=with_elra)
-        if with_elra and default == "off" and settings.elra_batch_control is None:
+        default = default_control(type(self), wanted)
+        if default != wanted and settings.elra_batch_control is None:
             logger.warning(
-                "The batch size stays as it is: %s makes batches of its own. --elra_batch_control elra changes that.",
+                "The batch size stays as it is: %s makes batches of its own. --elra_batch_control %s changes that.",
                 type(self).__name__,
+                wanted,
             )
         self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
         if self.batch_control is None:

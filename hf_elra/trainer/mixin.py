@@ -20,8 +20,16 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA, LossAwareOptimizer
-from hf_elra.trainer.arguments import OPTIMIZERS, ElraSettings, optimizer_name, prepare_arguments, uses_elra
+from hf_elra.optim import LossAwareOptimizer
+from hf_elra.trainer.arguments import (
+    OPTIMIZERS,
+    ElraSettings,
+    control_of,
+    optimizer_name,
+    parse_optim_args,
+    prepare_arguments,
+    uses_elra,
+)
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
@@ -79,9 +87,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(
-            self.elra_settings, with_elra=self.elra_active and issubclass(self._optimizer_class(), ELRA)
-        )
+        self.prepare_batch_control(self.elra_settings, self._suiting_control() if self.elra_active else "off")
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
@@ -92,6 +98,16 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             return type(self.optimizer)
         given = self.optimizer_cls_and_kwargs
         return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
+
+    def _suiting_control(self) -> str:
+        """The batch control that suits that optimizer."""
+        if self.optimizer is not None:
+            settings = self.optimizer.param_groups[0]
+        elif self.optimizer_cls_and_kwargs is not None:
+            settings = self.optimizer_cls_and_kwargs[1]
+        else:
+            settings = parse_optim_args(self.args.optim_args, self._optimizer_class())
+        return control_of(self._optimizer_class(), settings.get("momentum"))
 
     @property
     def elra_callback(self) -> ElraCallback:

@@ -20,9 +20,10 @@ from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
     OPTIMIZERS,
     ElraSettings,
-    grows_batches,
+    control_of,
     optimizer_arguments,
     optimizer_name,
+    parse_optim_args,
     refuse_unusable,
     uses_elra,
     wants_mixin,
@@ -85,7 +86,7 @@ def _wrap(initialise: Any) -> Any:
         ):
             settings = ElraSettings.of(arguments, only_checked=True)
             settings.check(arguments)
-            default = default_control(type(self), with_elra=grows_batches(arguments))
+            default = default_control(type(self), _control_of(arguments))
             build_batch_control(settings, arguments, given.get("train_dataset"), default)
         with budget_as_max_steps(arguments, _budget(arguments, given.get("train_dataset"))):
             initialise(self, *args, **kwargs)
@@ -96,6 +97,14 @@ def _wrap(initialise: Any) -> Any:
 
     __init__._hf_elra = True  # type: ignore[attr-defined]
     return __init__
+
+
+def _control_of(args: Any) -> str:
+    """The batch control that suits the optimizer that ``args`` name."""
+    if not uses_elra(args):
+        return "off"
+    optimizer_class = OPTIMIZERS[optimizer_name(args)]
+    return control_of(optimizer_class, parse_optim_args(args.optim_args, optimizer_class).get("momentum"))
 
 
 def _budget(args: Any, train_dataset: Any) -> int | None:

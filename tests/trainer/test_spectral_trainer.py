@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_elra import ConfigurationError, ELRASpectral
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer
 from hf_elra.trainer.boosting import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
 
@@ -68,6 +68,22 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
     assert torch.equal(weights(again.model), weights(whole.model))
     for name, tensor in whole.point_mean.mean.items():
         assert torch.equal(again.point_mean.mean[name], tensor)
+
+
+@pytest.mark.parametrize("passed", ["name", "class", "optimizer"])
+def test_without_momentum_the_batch_grows_over_the_second_half(tmp_path, passed):
+    model = llama()
+    settings, how = {
+        "name": ({"optim": "elra_spectral", "optim_args": "momentum=0"}, {}),
+        "class": ({}, {"optimizer_cls_and_kwargs": (ELRASpectral, {"momentum": 0.0})}),
+        "optimizer": ({}, {"optimizers": (ELRASpectral(model.parameters(), momentum=0.0), None)}),
+    }[passed]
+    settings.update(per_device_train_batch_size=2, max_steps=40, logging_steps=1)
+    run = ElraTrainer(model, arguments(tmp_path, **settings), train_dataset=token_rows(512), **how)
+    run.train()
+    assert logged(run, "batch_size")[::5] == [2, 2, 2, 2, 4, 4, 8, 8]
+    for given in ({"elra_batch_control": "off"}, {"optim_args": "momentum=0.5"}):
+        assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control is None
 
 
 def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):

@@ -57,11 +57,11 @@ def test_language_models(tmp_path):
     text.parent.mkdir()
     text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/**/*.py"))))
     words = ["--train_file", str(text), "--tokens", "5120", "--output", str(tmp_path), "--batches", "2", "--seeds", "0"]
-    words += ["--rows", "0", "7", "16", "19", "21"]
+    words += ["--rows", "0", "7", "17", "18", "19", "22", "24"]
     code, output, error = finish("benchmark_lm.py", *words)
     assert code == 0, error
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "texts-5120").iterdir()}
-    assert len(files) == 5
+    assert len(files) == 7
     for result in files.values():
         assert result["updates"] == 20
         assert result["row"] in output
@@ -71,6 +71,6 @@ def test_language_models(tmp_path):
     code, again, error = finish("benchmark_lm.py", *words)
     assert code == 0, error
     assert again.strip() == output[output.index("texts, 5,120 tokens") :].strip()
-    code, _, error = finish("benchmark_lm.py", *words[:-5], "99")
+    code, _, error = finish("benchmark_lm.py", *words[:-7], "99")
     assert code == 2
     assert "--rows 99 is no row" in error

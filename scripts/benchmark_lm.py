@@ -43,6 +43,7 @@ HELD_OUT = 0.1
 """Share of a text without a validation file that is held out, at its end."""
 OURS = {"optim": "elra_spectral"}
 NO_MOMENTUM = {**OURS, "optim_args": "momentum=0"}
+BY_HALVES = {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:2,0.75:4"}
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 CONSTANT_RATES = ("3e-4", "3e-3")  # beside torch's default, 1e-3
@@ -54,7 +55,7 @@ ENDS: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": lambda updates, batch: {"num_decay_steps": updates // 5, "decay_type": "linear"},
     },
-    "growing batch": {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:2,0.75:4"},
+    "batch by halves": BY_HALVES,
     "batch by noise scale": {
         "elra_batch_control": "noise",
         "elra_control_cycle": "20ba",
@@ -83,6 +84,7 @@ def rows() -> dict[str, Row]:
         "elra_spectral": Row(OURS),
         "elra_spectral, no momentum": Row(NO_MOMENTUM),
         "elra_spectral, no momentum, batch as it is": Row({**NO_MOMENTUM, "elra_batch_control": "off"}),
+        "elra_spectral, no momentum, batch by halves": Row({**NO_MOMENTUM, **BY_HALVES}),
         **{f"elra_spectral, α_0 = {rate}": Row({**OURS, "learning_rate": float(rate)}) for rate in FIRST_RATES},
         "ELRA (paper)": Row({"optim": "elra"}),
         **{

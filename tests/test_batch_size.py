@@ -7,7 +7,7 @@ import random
 import pytest
 
 from hf_elra.control import NoiseScale
-from hf_elra.control.batch_size import BatchSchedule, BatchSizeController
+from hf_elra.control.batch_size import BatchSchedule, BatchSizeController, factor_of_data
 from hf_elra.errors import ConfigurationError
 
 
@@ -87,6 +87,11 @@ def test_m_follows_what_is_wanted_by_one_change_a_cycle():
     assert [d.change for d in decisions] == ["keep", *["grow"] * 5, *["shrink"] * 4]
     assert [d.condition for d in decisions] == [None, *["noise_scale"] * 9]
     assert controller.follow(0, 1.0, 0.1).change == "keep"
+
+
+def test_a_batch_in_proportion_to_the_data_doubles_whenever_they_have():
+    seen = [0, 1, 239.9, 240, 479, 480, 3840, 2**20 * 120]
+    assert [factor_of_data(updates) for updates in seen] == [1, 1, 1, 2, 2, 4, 32, 2**20]
 
 
 def test_noise_scale_is_the_trace_of_the_covariance_over_the_squared_gradient():

@@ -147,6 +147,19 @@ class BatchSizeController:
         self.decisions = [BatchDecision(**decision) for decision in state["decisions"]]
 
 
+def factor_of_data(updates: float) -> int:
+    """The batch, over the first one, that is in proportion to the data seen: a power of two.
+
+    It doubles whenever the data have, so that as many updates, ``UPDATES_PER_DOUBLING``, are made from one time to the
+    next. That averages over noise as a learning rate does that falls as one over the time, and needs no length of the
+    run (S. L. Smith et al., "Don't decay the learning rate, increase the batch size", 2018, for exchanging the two).
+
+    Args:
+        updates: data seen, in updates of the first size.
+    """
+    return 2 ** max(0, math.floor(math.log2(max(updates, 1.0) / UPDATES_PER_DOUBLING)))
+
+
 def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bool:
     """Whether a condition holds; ``previous`` are the means of up to three cycles before this one, oldest first."""
     if condition == "rise":
@@ -154,6 +167,9 @@ def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bo
     if condition == "noise":  # for a mean of 0 or below, where a ratio says nothing, its size counts
         return mean != 0 and std / abs(mean) > 0.5
     return len(previous) == 3 and previous[0] < min(mean, previous[1], previous[2])
+
+
+UPDATES_PER_DOUBLING = 120
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral"
 """Every ``--optim`` name of this package."""
 
 
-BATCH_CONTROLS = ("off", "elra", "noise", "schedule")
+BATCH_CONTROLS = ("off", "elra", "noise", "proportional", "schedule")
 MEANS = ("off", "cycle", "run")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 
@@ -71,9 +71,10 @@ class ElraSettings:
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
             (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
-            an update on; ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``schedule``
-            with elra_spectral where that has no momentum; ``off`` with all others and with Trainers that make batches
-            of their own (TRL's GRPO).
+            an update on; ``proportional``: it doubles whenever the data seen have doubled, from 240 updates on;
+            ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``proportional`` with
+            elra_spectral where that has no momentum; ``off`` with all others and with Trainers that make batches of
+            their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -81,8 +82,8 @@ class ElraSettings:
         elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
             ``gradient_accumulation_steps``.
         elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4). Default: False.
-        elra_batch_schedule (str, optional): multiples of the first batch over the progress of training. Default:
-            ``0:1,0.5:2,0.75:4``: twice the batch after half of the run, four times after three quarters.
+        elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
+            ``0:1,0.5:2,0.75:4``.
         elra_max_micro_batch (str, optional): most samples of one forward pass on a device: micro-batches of an update
             are concatenated up to it, with the same gradient as accumulation to rounding (BatchNorm, which normalises
             over what it is given, excepted). ``auto`` tries larger passes, and halves on running out of memory.
@@ -119,8 +120,8 @@ class ElraSettings:
     elra_batch_control: str | None = field(
         default=None,
         metadata={
-            "help": "Who decides the batch size: off, elra (the default with ELRA), noise, or schedule (the default "
-            "with elra_spectral without momentum).",
+            "help": "Who decides the batch size: off, elra (the default with ELRA), noise, proportional (the default "
+            "with elra_spectral without momentum) or schedule.",
             "choices": BATCH_CONTROLS,
         },
     )
@@ -268,7 +269,7 @@ def control_of(optimizer_class: type, momentum: float | None = None) -> str:
     """
     if issubclass(optimizer_class, ELRA):
         return "elra"
-    return "schedule" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
+    return "proportional" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
 
 
 def wants_mixin(args: Any) -> bool:

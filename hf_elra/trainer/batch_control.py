@@ -28,17 +28,14 @@ _BATCH_FLAGS = (
 _GROUP_FLAGS = ("elra_max_samples", "elra_max_tokens", "elra_max_micro_batch", "elra_log_noise_scale")
 
 
-SCHEDULE = "0:1,0.5:2,0.75:4"
-"""Unless another is given: what a learning rate that falls over the second half does, done by the batch."""
-
-
 @dataclasses.dataclass
 class BatchControl:
     """What the flags ask for, checked.
 
     Attributes:
         controller: knows the number of micro-batches of an update.
-        mode: ``"elra"`` or ``"noise"`` if the controller changes that number, ``"schedule"``, or ``"off"``: it stays.
+        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"proportional"`` (to the data seen),
+            ``"schedule"``, or ``"off"``: it stays.
         schedule: multiples of the first number over training, or None.
         gradient_decay: scale gradients by m_0/m.
         max_samples, max_tokens: budgets that end the run, or None.
@@ -79,15 +76,16 @@ def build_batch_control(
             + nearest(control, BATCH_CONTROLS)
         )
     schedule = settings.elra_batch_schedule
-    if control == "schedule":
-        schedule = schedule or SCHEDULE
-    elif schedule is not None:
+    if schedule is not None and control != "schedule":
         raise ConfigurationError(f"elra_batch_schedule={schedule!r} needs --elra_batch_control schedule beside it.")
     if control == "off" and (idle := [name for name in settings.changed() if name in _BATCH_FLAGS]):
         raise ConfigurationError(
             f"{', '.join(idle)}: does nothing while elra_batch_control is off; add --elra_batch_control elra."
         )
-    without_effect = {"schedule": ("elra_batch_growth", "elra_batch_conditions"), "noise": ("elra_batch_conditions",)}
+    without_effect = {
+        "noise": ("elra_batch_conditions",),
+        **dict.fromkeys(("proportional", "schedule"), ("elra_batch_growth", "elra_batch_conditions")),
+    }
     if idle := [name for name in settings.changed() if name in without_effect.get(control, ())]:
         raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control={control}; leave it out.")
     base = args.train_batch_size * args.world_size
@@ -116,6 +114,8 @@ def build_batch_control(
         raise ConfigurationError(
             f"{', '.join(given)} cannot be used with DeepSpeed, which does its own accumulation; leave it out."
         )
+    if control == "schedule" and schedule is None:
+        raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
     if measures_noise:
         _check_noise(control, first, args)
     most = settings.elra_max_batch_size

@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.control import ControlCycle, NoiseScale
-from hf_elra.control.batch_size import BatchDecision, BatchSizeController
+from hf_elra.control.batch_size import BatchDecision, BatchSizeController, factor_of_data
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
@@ -99,14 +99,16 @@ class DynamicBatchMixin(_Base):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of the next update: the controller's number or the schedule's, at most those of a cycle."""
+        """Micro-batches of the next update: the controller's number or a multiple of the first, at most an epoch's."""
         assert self.batch_control is not None
         assert self.batch_controller is not None
-        number = self.batch_controller.accumulation
+        number, first = self.batch_controller.accumulation, self.batch_controller.initial_accumulation
         if (schedule := self.batch_control.schedule) is not None:
-            number = self.batch_controller.initial_accumulation * schedule.factor(self.progress.fraction())
-            if self.batch_controller.max_accumulation is not None:
-                number = min(number, self.batch_controller.max_accumulation)
+            number = first * schedule.factor(self.progress.fraction())
+        elif self.batch_control.mode == "proportional":
+            number = first * factor_of_data(self.progress.samples / (first * self.progress.samples_per_batch))
+        if (most := self.batch_controller.max_accumulation) is not None:
+            number = min(number, most)
         if (per_epoch := self.progress.batches_per_epoch) is not None:
             number = min(number, per_epoch)
         return number

@@ -279,6 +279,7 @@ def test_stock_trainer_under_the_launcher_with_adamw(tmp_path):
         ({"elra_batch_control": "elra", "elra_control_cycle": "soon"}, "elra_control_cycle='soon'"),
         ({"elra_max_batch_size": 64}, "elra_max_batch_size: does nothing while elra_batch_control is off"),
         ({"elra_batch_schedule": "0:1,0.5:2"}, "needs --elra_batch_control schedule"),
+        ({"elra_batch_control": "schedule"}, "needs --elra_batch_schedule"),
         (
             {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1", "elra_batch_growth": 2.0},
             "elra_batch_growth: does nothing with elra_batch_control=schedule",

@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer
+from hf_elra.control import batch_size
 from hf_elra.trainer.boosting import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
 
@@ -71,17 +72,18 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
 
 
 @pytest.mark.parametrize("passed", ["name", "class", "optimizer"])
-def test_without_momentum_the_batch_grows_over_the_second_half(tmp_path, passed):
+def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monkeypatch):
+    monkeypatch.setattr(batch_size, "UPDATES_PER_DOUBLING", 5)
     model = llama()
     settings, how = {
         "name": ({"optim": "elra_spectral", "optim_args": "momentum=0"}, {}),
         "class": ({}, {"optimizer_cls_and_kwargs": (ELRASpectral, {"momentum": 0.0})}),
         "optimizer": ({}, {"optimizers": (ELRASpectral(model.parameters(), momentum=0.0), None)}),
     }[passed]
-    settings.update(per_device_train_batch_size=2, max_steps=40, logging_steps=1)
+    settings.update(per_device_train_batch_size=2, max_steps=24, logging_steps=1)
     run = ElraTrainer(model, arguments(tmp_path, **settings), train_dataset=token_rows(512), **how)
     run.train()
-    assert logged(run, "batch_size")[::5] == [2, 2, 2, 2, 4, 4, 8, 8]
+    assert logged(run, "batch_size") == [*[2] * 10, *[4] * 5, *[8] * 5, *[16] * 4]
     for given in ({"elra_batch_control": "off"}, {"optim_args": "momentum=0.5"}):
         assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control is None
 

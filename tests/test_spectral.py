@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_elra import ConfigurationError, ELRASpectral, tables_of
+from hf_elra import ELRA, ConfigurationError, ELRASpectral, tables_of
 from hf_elra.optim.directions import polar_factor, spectral_direction
 from hf_elra.optim.step_size import FallingGain
 from tests.conftest import llama, token_rows
@@ -217,6 +217,15 @@ def test_saved_state_continues_bit_for_bit(at):
     train(second, loaded, 10, seed=1)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
     assert loaded.alpha == optimizer.alpha
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, ELRA])
+def test_the_state_of_another_optimizer_is_refused(other):
+    parameter = nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigurationError, match="state_dict: it was not written by ELRASpectral"):
+        ELRASpectral([parameter]).load_state_dict(other([parameter]).state_dict())
+    with pytest.raises(ConfigurationError, match="state_dict: it was not written by ELRA"):
+        ELRA([parameter]).load_state_dict(ELRASpectral([parameter]).state_dict())
 
 
 def test_groups_factors_and_parameters_without_gradient():

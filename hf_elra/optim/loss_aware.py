@@ -191,6 +191,20 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             gradients.append([p.grad for p in used])
         return params, gradients
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ConfigurationError: another optimizer wrote ``state_dict``.
+        """
+        given = state_dict["param_groups"][0].get("control")
+        if given is None or not given.keys() <= self._numbers().keys():  # fewer: those of an older version
+            raise ConfigurationError(
+                f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
+                "weights alone (from_pretrained) and begin a new run."
+            )
+        super().load_state_dict(state_dict)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
         name_of_class = type(self).__name__

@@ -52,6 +52,16 @@ class BatchControl:
     max_pass: int | str | None
     measures_noise: bool
 
+    @property
+    def decides_at_cycles(self) -> bool:
+        """Whether the losses of control cycles, or their ends, are what changes the batch."""
+        return self.mode in ("elra", "noise")
+
+    @property
+    def follows_the_data(self) -> bool:
+        """Whether the batch changes with how much was seen."""
+        return self.mode in ("proportional", "schedule")
+
 
 def build_batch_control(
     settings: ElraSettings, args: Any, train_dataset: Any, default: str = "off"

@@ -79,7 +79,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.samples += samples
         self.tokens += tokens
         control = self.trainer.batch_control
-        if control is None or control.mode == "off":  # nobody asks for the cycle's losses
+        if control is None or not control.decides_at_cycles:  # nobody asks for the cycle's losses
             return
         self._waiting.append(loss)
         if len(self._waiting) >= LOSSES_ON_DEVICE:
@@ -106,12 +106,13 @@ class ElraCallback(TrainerCallback, ExportableState):
             updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
             if 0 < updates <= search:
                 logger.warning(
-                    "%d updates are no more than the %d of the search for a learning rate, which are taken back: "
-                    "nothing will be learnt. Train longer, or pass --optim_args search=0.",
+                    "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
+                    "to be kept. Train longer, or pass --optim_args search=0.",
                     updates,
                     search,
                 )
         state.stateful_callbacks[type(self).__name__] = self.state()
+        self.trainer.begin_batches()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already
 
@@ -121,6 +122,7 @@ class ElraCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         # The true epoch first: it is in the cycle's logs; a decision then changes what is still to come.
         self.trainer.correct_state(self.samples, self.tokens)
+        self.trainer.tell_new_batch()
         cycle_is_over = self._advance(state)
         self.trainer.sample_point(state.global_step, cycle_is_over)
         if cycle_is_over:

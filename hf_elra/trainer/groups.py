@@ -85,6 +85,11 @@ class DynamicBatchMixin(_Base):
         self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
         if self.batch_control is None:
             return
+        if self.batch_control.mode == "proportional" and settings.elra_batch_control is None:
+            logger.warning(
+                "The batch grows in proportion to the data seen, as there is no momentum to average over the noise. "
+                "--elra_max_batch_size limits it, --elra_batch_control off leaves it as it is."
+            )
         self.batch_controller = self.batch_control.controller
         self.args.gradient_accumulation_steps = 1
         bars = self.callback_handler.callbacks
@@ -127,7 +132,7 @@ class DynamicBatchMixin(_Base):
 
     def end_batch_cycle(self, mean: float, std: float) -> BatchDecision | None:
         """A control cycle is over: decide, where the number of micro-batches is controlled at all."""
-        if self.batch_control is None or self.batch_controller is None or self.batch_control.mode == "off":
+        if self.batch_control is None or self.batch_controller is None or not self.batch_control.decides_at_cycles:
             return None
         if self.batch_control.mode == "noise":
             assert self.noise_scale is not None
@@ -366,15 +371,14 @@ class DynamicBatchMixin(_Base):
         if per_epoch is not None and wanted > per_epoch:
             logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
-        # An epoch without its incomplete batch is a little shorter than its samples.
-        if control.mode in ("elra", "noise") and updates is not None and updates >= left + 1:
+        if control.decides_at_cycles and updates is not None and updates >= left:
             boosted = (
                 "; with elra_boost the mean is over all of it"
                 if self.elra_settings.mean_of_points(self.args) == "cycle"
                 else ""
             )
             logger.warning(
-                "elra_control_cycle=%s is longer than this run: the batch size will not change%s.",
+                "elra_control_cycle=%s is no shorter than this run: the batch size will not change%s.",
                 self.elra_settings.control_cycle(self.train_dataset),
                 boosted,
             )

@@ -61,6 +61,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _group_tokens = 0
     _loss_is_divided: bool | None = None
     _in_training_step = False
+    _told_accumulation: int | None = None
     non_finite_before = 0  # restarts for that reason up to the last log
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -315,17 +316,39 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         decision = self.end_batch_cycle(mean, std)
         if decision is None:
             return
+        entry = dataclasses.asdict(decision)
+        numbers = {"cycle_loss": mean, "cycle_std": std}
+        if self.noise_scale is not None and (scale := self.noise_scale.value) is not None:
+            entry["noise_scale"] = numbers["noise_scale"] = scale
+        self._log_decision(entry, numbers)
+
+    def begin_batches(self) -> None:
+        """Remember the batch that training begins or goes on with."""
+        self._told_accumulation = None if self.batch_control is None else self.accumulation
+
+    def tell_new_batch(self) -> None:
+        """Where the batch follows the data, log that it changes with the next update."""
+        if self.batch_control is None or not self.batch_control.follows_the_data:
+            return
+        before, now = self._told_accumulation, self.accumulation
+        if now == before or self.progress.updates_left(now) == 0:
+            return
+        self._told_accumulation = now
+        change = "grow" if before is None or now > before else "shrink"
+        self._log_decision({"condition": self.batch_control.mode, "change": change, "accumulation": now}, {})
+
+    def _log_decision(self, entry: dict[str, Any], numbers: dict[str, float]) -> None:
+        """Write a decision about the batch to the log history, and what of it is a number to all logs."""
         seen = self.elra_callback
-        size = decision.accumulation * self._train_batch_size * self.args.world_size
-        numbers = {
-            "accumulation": decision.accumulation,
+        size = entry["accumulation"] * self._train_batch_size * self.args.world_size
+        more = {
+            "accumulation": entry["accumulation"],
             "batch_size": size,
             "batch_tokens": round(size * seen.tokens / seen.samples) if seen.samples else 0,
             "micro_batches_per_pass": self._micro_batches_per_pass,
         }
-        entry = {**dataclasses.asdict(decision), **numbers, "step": self.state.global_step}
-        self.state.log_history.append(entry)
-        self.log({name: float(value) for name, value in {"cycle_loss": mean, "cycle_std": std, **numbers}.items()})
+        self.state.log_history.append({**entry, **more, "step": self.state.global_step})
+        self.log({name: float(value) for name, value in {**numbers, **more}.items()})
 
     def _init_training_state(self, *args, **kwargs):
         position = super()._init_training_state(*args, **kwargs)

@@ -488,7 +488,7 @@ def test_what_the_data_do_not_allow_is_told(tmp_path, caplog_warnings):
     ).train()
     messages = [record.message for record in caplog_warnings.records]
     assert "Updates of 9 micro-batches are cut to the 5 that an epoch has." in messages
-    assert "elra_control_cycle=2000sp is longer than this run: the batch size will not change." in messages
+    assert "elra_control_cycle=2000sp is no shorter than this run: the batch size will not change." in messages
 
 
 def test_an_update_never_outgrows_its_control_cycle(tmp_path):

@@ -72,7 +72,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
 
 
 @pytest.mark.parametrize("passed", ["name", "class", "optimizer"])
-def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monkeypatch):
+def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monkeypatch, caplog_warnings):
     monkeypatch.setattr(batch_size, "UPDATES_PER_DOUBLING", 5)
     model = llama()
     settings, how = {
@@ -83,9 +83,28 @@ def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monk
     settings.update(per_device_train_batch_size=2, max_steps=24, logging_steps=1)
     run = ElraTrainer(model, arguments(tmp_path, **settings), train_dataset=token_rows(512), **how)
     run.train()
-    assert logged(run, "batch_size") == [*[2] * 10, *[4] * 5, *[8] * 5, *[16] * 4]
+    assert [e["batch_size"] for e in run.state.log_history if "loss" in e] == [*[2] * 10, *[4] * 5, *[8] * 5, *[16] * 4]
+    told = [(e["step"], e["condition"], e["change"], e["batch_size"]) for e in run.state.log_history if "change" in e]
+    assert told == [(step, "proportional", "grow", size) for step, size in ((10, 4), (15, 8), (20, 16))]
+    assert "The batch grows in proportion to the data seen, as there is no momentum" in caplog_warnings.text
     for given in ({"elra_batch_control": "off"}, {"optim_args": "momentum=0.5"}):
         assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control is None
+
+
+def test_a_growing_batch_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_size, "UPDATES_PER_DOUBLING", 5)
+    given = dict(optim_args="momentum=0", per_device_train_batch_size=2, max_steps=24, save_strategy="steps")
+    whole = spectral(tmp_path / "whole", save_steps=24, **given)
+    whole.train()
+    for at in (10, 13):
+        part = spectral(tmp_path / str(at), save_steps=at, **given)
+        part.train()
+        again = spectral(tmp_path / str(at), save_steps=at, **given)
+        again.train(resume_from_checkpoint=str(tmp_path / str(at) / f"checkpoint-{at}"))
+        assert torch.equal(weights(again.model), weights(whole.model))
+        assert [e for e in again.state.log_history if "change" in e] == [
+            e for e in whole.state.log_history if "change" in e
+        ]
 
 
 def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):

@@ -51,7 +51,8 @@ class ELRASpectral(LossAwareOptimizer):
         lr (float): α_0, with which the search begins. Default: 1e-3.
         momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form). 0 for none, which
             saves a state: gradients are then averaged only during the search and as many updates after it, and from
-            then on α is constant. Default: 0.9.
+            then on α is constant. Noise has to be averaged by batches that grow then, as a Trainer makes them by
+            itself. Default: 0.9.
         tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
         search (int): updates of the search, which are taken back; 0 for none. Default: 10.

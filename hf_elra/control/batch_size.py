@@ -147,6 +147,11 @@ class BatchSizeController:
         self.decisions = [BatchDecision(**decision) for decision in state["decisions"]]
 
 
+UPDATES_PER_DOUBLING = 120
+"""Of a batch in proportion to the data; the first doubling comes after twice as many. Chosen on language models, see
+docs/results/lm.md."""
+
+
 def factor_of_data(updates: float) -> int:
     """The batch, over the first one, that is in proportion to the data seen: a power of two.
 
@@ -167,9 +172,6 @@ def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bo
     if condition == "noise":  # for a mean of 0 or below, where a ratio says nothing, its size counts
         return mean != 0 and std / abs(mean) > 0.5
     return len(previous) == 3 and previous[0] < min(mean, previous[1], previous[2])
-
-
-UPDATES_PER_DOUBLING = 120
 
 
 @dataclass(frozen=True)

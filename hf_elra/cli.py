@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 import hf_elra
-from hf_elra.trainer.launcher import USAGE, run
+from hf_elra.trainer.launcher import USAGE, run_and_leave
 
 
 def main() -> int:
     """Entry point of the ``hf-elra`` command; returns the exit code."""
     words = sys.argv[1:]
     if words[:1] == ["run"]:
-        return run(words[1:])
+        run_and_leave(words[1:])
     if words[:1] == ["--version"]:
         print(hf_elra.__version__)
         return 0

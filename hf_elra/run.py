@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_elra.trainer.launcher import run
+from hf_elra.trainer.launcher import run_and_leave
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_and_leave(sys.argv[1:])

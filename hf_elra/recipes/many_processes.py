@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_elra.optim import ELRA
 from hf_elra.trainer import ElraTrainer, ElraTrainingArguments
+from hf_elra.trainer.leaving import leave, part
 
 UPDATES = 50
 SPIKES, BROKEN = (12, 33), (20,)
@@ -61,17 +62,15 @@ def together(function: Callable[..., Any], processes: int, **given: Any) -> Any:
         return json.loads(output.read_text(encoding="utf-8"))
 
 
-def answer(functions: dict[str, Callable[..., Any]]) -> None:
+def answer(functions: dict[str, Callable[..., Any]]) -> NoReturn:
     """Be one of the processes that :func:`together` started; ``functions`` are those of the module, by name."""
     torch.set_num_threads(1)
     name, given, output = sys.argv[1:]
     result = functions[name](**json.loads(given))
     if int(os.environ["RANK"]) == 0:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that ends in the usual way
+    part()
+    leave(0)
 
 
 def flat_weights(model: nn.Module) -> Tensor:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,6 +20,7 @@ from hf_elra.report.environment import environment
 from hf_elra.report.table import training_table
 from hf_elra.trainer import ElraTrainingArguments
 from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
+from hf_elra.trainer.leaving import leave, part
 
 TABLE = "training.md"
 
@@ -148,28 +148,23 @@ def check_trainable(training: ElraTrainingArguments) -> None:
         raise ConfigurationError("do_predict: these scripts train and evaluate; leave it out.")
 
 
-def _part_from_other_processes() -> None:
-    """Leave together: gloo now and then aborts a process whose neighbour has gone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def run_script(main: Callable[[list[str]], None]) -> None:
+def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a script's ``main`` on the command line's words and leave with its exit code."""
+    code = 0
     try:
         main(sys.argv[1:])
-        _part_from_other_processes()
+        part()
     except AlreadyFinished as notice:
         print(notice)
     except Interrupted as notice:
         if str(notice):
             print(notice)
-        _part_from_other_processes()
-        sys.exit(notice.exit_code)
+        part()
+        code = notice.exit_code
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except CheckpointError as error:
         print(f"error: {error} Pass --resume for that.", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    leave(code)

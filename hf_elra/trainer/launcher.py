@@ -12,11 +12,13 @@ import importlib.util
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS, OPTIMIZERS, ElraSettings, OneLineParser
+from hf_elra.trainer.leaving import leave, part
 
 USAGE = "usage: hf-elra run [-m] SCRIPT_OR_MODULE [ARGS ...]   (ARGS may hold --elra_* flags the script does not know)"
 
@@ -53,6 +55,19 @@ def run(words: list[str]) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def run_and_leave(words: list[str]) -> NoReturn:
+    """:func:`run`, then end the process with its exit code; of several, all together."""
+    try:
+        code = run(words)
+    except SystemExit as end:  # the script's own
+        if isinstance(end.code, str):
+            raise
+        code = int(end.code or 0)
+    if code == 0:
+        part()
+    leave(code)
 
 
 def check_module(name: str) -> None:

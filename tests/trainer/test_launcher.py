@@ -33,8 +33,6 @@ if __name__ == "__main__":
     }}
     if trainer.is_world_process_zero():
         open(args.output_dir + "/seen.json", "w").write(json.dumps(seen))
-    trainer.accelerator.wait_for_everyone()  # gloo now and then aborts a process whose neighbour has gone
-    trainer.accelerator.end_training()
 """
 FROM_A_LIBRARY = """
 class LibraryTrainer(Trainer):
@@ -160,6 +158,42 @@ def test_accelerate_launch(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert seen(tmp_path)["floor"] == 0.2
+
+
+ENDING = """
+import atexit, os, sys, threading, time
+import torch.distributed as dist
+
+class Trap:  # as a thread of gloo does that lets go of its last tensor
+    def __del__(self, abort=os.abort):
+        abort()
+
+def late():
+    time.sleep(0.5)
+    print("thread done")
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    sys.trap = Trap()
+    atexit.register(lambda: print("exit function done", dist.is_initialized()))
+    threading.Thread(target=late).start()
+    sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_processes_leave_without_the_clean_up_that_gloo_may_abort(tmp_path, code):
+    script = tmp_path / "script.py"
+    script.write_text(ENDING.format(code=code))
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+    result = command(*launch, "2", "-m", "hf_elra.run", str(script))
+    if code == 0:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("thread done") == 2
+        assert result.stdout.count("exit function done False") == 2
+    else:
+        assert "exitcode  : 3" in result.stderr
+    assert command(*launch, "1", str(script)).returncode != 0  # the trap works
 
 
 CLASSIFIER = (  # takes num_items_in_batch and ignores it

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from hf_elra.control import NoiseScale
-from hf_elra.control.batch_size import BatchSchedule, BatchSizeController, factor_of_data
+from hf_elra.control.batch_size import BatchSchedule, BatchSizeController, linear_factor
 from hf_elra.errors import ConfigurationError
 
 
@@ -89,9 +89,15 @@ def test_m_follows_what_is_wanted_by_one_change_a_cycle():
     assert controller.follow(0, 1.0, 0.1).change == "keep"
 
 
-def test_a_batch_in_proportion_to_the_data_doubles_whenever_they_have():
-    seen = [0, 1, 239.9, 240, 479, 480, 3840, 2**20 * 120]
-    assert [factor_of_data(updates) for updates in seen] == [1, 1, 1, 2, 2, 4, 32, 2**20]
+def test_a_batch_that_grows_linearly_does_so_after_as_many_updates_every_time():
+    data, updates = 0, []
+    while data < 4200:
+        factor = linear_factor(data)
+        updates.append(factor)
+        data += factor
+    assert updates == [factor for factor in range(1, 7) for _ in range(200)]
+    assert linear_factor(199.9) == 1
+    assert linear_factor(10**6 * (10**6 + 1) / 2 * 200) == 10**6 + 1
 
 
 def test_noise_scale_is_the_trace_of_the_covariance_over_the_squared_gradient():

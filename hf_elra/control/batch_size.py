@@ -147,22 +147,22 @@ class BatchSizeController:
         self.decisions = [BatchDecision(**decision) for decision in state["decisions"]]
 
 
-UPDATES_PER_DOUBLING = 120
-"""Of a batch in proportion to the data; the first doubling comes after twice as many. Chosen on language models, see
-docs/results/lm.md."""
+UPDATES_PER_GROWTH = 200
+"""Of a batch that grows linearly. Chosen on language models, see docs/results/lm.md."""
 
 
-def factor_of_data(updates: float) -> int:
-    """The batch, over the first one, that is in proportion to the data seen: a power of two.
+def linear_factor(data: float) -> int:
+    """The batch, over the first one, that grows by the first one every ``UPDATES_PER_GROWTH`` updates.
 
-    It doubles whenever the data have, so that as many updates, ``UPDATES_PER_DOUBLING``, are made from one time to the
-    next. That averages over noise as a learning rate does that falls as one over the time, and needs no length of the
-    run (S. L. Smith et al., "Don't decay the learning rate, increase the batch size", 2018, for exchanging the two).
+    So it grows as the square root of the data seen. That averages over noise as a learning rate does that falls with
+    the square root of the time, and needs no length of the run (S. L. Smith et al., "Don't decay the learning rate,
+    increase the batch size", 2018, for exchanging the two).
 
     Args:
-        updates: data seen, in updates of the first size.
+        data: seen so far, in updates of the first size; the k-th growth comes after k(k + 1)/2 times
+            ``UPDATES_PER_GROWTH``.
     """
-    return 2 ** max(0, math.floor(math.log2(max(updates, 1.0) / UPDATES_PER_DOUBLING)))
+    return 1 + math.floor((math.sqrt(1 + 8 * data / UPDATES_PER_GROWTH) - 1) / 2)
 
 
 def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bool:

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral"
 """Every ``--optim`` name of this package."""
 
 
-BATCH_CONTROLS = ("off", "elra", "noise", "proportional", "schedule")
+BATCH_CONTROLS = ("off", "elra", "noise", "linear", "schedule")
 MEANS = ("off", "cycle", "run")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 
@@ -71,10 +71,9 @@ class ElraSettings:
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
             (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
-            an update on; ``proportional``: it doubles whenever the data seen have doubled, from 240 updates on;
-            ``schedule``: as ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``proportional`` with
-            elra_spectral where that has no momentum; ``off`` with all others and with Trainers that make batches of
-            their own (TRL's GRPO).
+            an update on; ``linear``: it grows by its first size every 200 updates; ``schedule``: as
+            ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``linear`` with elra_spectral where that has no
+            momentum; ``off`` with all others and with Trainers that make batches of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -121,8 +120,8 @@ class ElraSettings:
     elra_batch_control: str | None = field(
         default=None,
         metadata={
-            "help": "Who decides the batch size: off, elra (the default with ELRA), noise, proportional (the default "
-            "with elra_spectral without momentum) or schedule.",
+            "help": "Who decides the batch size: off, elra (the default with ELRA), noise, linear (the default with "
+            "elra_spectral without momentum) or schedule.",
             "choices": BATCH_CONTROLS,
         },
     )
@@ -270,7 +269,7 @@ def control_of(optimizer_class: type, momentum: float | None = None) -> str:
     """
     if issubclass(optimizer_class, ELRA):
         return "elra"
-    return "proportional" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
+    return "linear" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
 
 
 def wants_mixin(args: Any) -> bool:

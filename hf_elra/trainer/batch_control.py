@@ -34,8 +34,8 @@ class BatchControl:
 
     Attributes:
         controller: knows the number of micro-batches of an update.
-        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"proportional"`` (to the data seen),
-            ``"schedule"``, or ``"off"``: it stays.
+        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"linear"`` (with
+            the updates), ``"schedule"``, or ``"off"``: it stays.
         schedule: multiples of the first number over training, or None.
         gradient_decay: scale gradients by m_0/m.
         max_samples, max_tokens: budgets that end the run, or None.
@@ -60,7 +60,7 @@ class BatchControl:
     @property
     def follows_the_data(self) -> bool:
         """Whether the batch changes with how much was seen."""
-        return self.mode in ("proportional", "schedule")
+        return self.mode in ("linear", "schedule")
 
 
 def build_batch_control(
@@ -94,7 +94,7 @@ def build_batch_control(
         )
     without_effect = {
         "noise": ("elra_batch_conditions",),
-        **dict.fromkeys(("proportional", "schedule"), ("elra_batch_growth", "elra_batch_conditions")),
+        **dict.fromkeys(("linear", "schedule"), ("elra_batch_growth", "elra_batch_conditions")),
     }
     if idle := [name for name in settings.changed() if name in without_effect.get(control, ())]:
         raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control={control}; leave it out.")

@@ -25,8 +25,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
-from hf_elra.control import ControlCycle, NoiseScale
-from hf_elra.control.batch_size import BatchDecision, BatchSizeController, factor_of_data
+from hf_elra.control import ControlCycle, NoiseScale, batch_size
+from hf_elra.control.batch_size import BatchDecision, BatchSizeController, linear_factor
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
@@ -85,10 +85,11 @@ class DynamicBatchMixin(_Base):
         self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
         if self.batch_control is None:
             return
-        if self.batch_control.mode == "proportional" and settings.elra_batch_control is None:
+        if self.batch_control.mode == "linear" and settings.elra_batch_control is None:
             logger.warning(
-                "The batch grows in proportion to the data seen, as there is no momentum to average over the noise. "
-                "--elra_max_batch_size limits it, --elra_batch_control off leaves it as it is."
+                "The batch grows by its first size every %d updates, as there is no momentum to average over the "
+                "noise. --elra_max_batch_size limits it, --elra_batch_control off leaves it as it is.",
+                batch_size.UPDATES_PER_GROWTH,
             )
         self.batch_controller = self.batch_control.controller
         self.args.gradient_accumulation_steps = 1
@@ -110,8 +111,8 @@ class DynamicBatchMixin(_Base):
         number, first = self.batch_controller.accumulation, self.batch_controller.initial_accumulation
         if (schedule := self.batch_control.schedule) is not None:
             number = first * schedule.factor(self.progress.fraction())
-        elif self.batch_control.mode == "proportional":
-            number = first * factor_of_data(self.progress.samples / (first * self.progress.samples_per_batch))
+        elif self.batch_control.mode == "linear":
+            number = first * linear_factor(self.progress.samples / (first * self.progress.samples_per_batch))
         if (most := self.batch_controller.max_accumulation) is not None:
             number = min(number, most)
         if (per_epoch := self.progress.batches_per_epoch) is not None:

@@ -72,8 +72,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
 
 
 @pytest.mark.parametrize("passed", ["name", "class", "optimizer"])
-def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monkeypatch, caplog_warnings):
-    monkeypatch.setattr(batch_size, "UPDATES_PER_DOUBLING", 5)
+def test_without_momentum_the_batch_grows(tmp_path, passed, monkeypatch, caplog_warnings):
+    monkeypatch.setattr(batch_size, "UPDATES_PER_GROWTH", 5)
     model = llama()
     settings, how = {
         "name": ({"optim": "elra_spectral", "optim_args": "momentum=0"}, {}),
@@ -83,16 +83,17 @@ def test_without_momentum_the_batch_doubles_with_the_data(tmp_path, passed, monk
     settings.update(per_device_train_batch_size=2, max_steps=24, logging_steps=1)
     run = ElraTrainer(model, arguments(tmp_path, **settings), train_dataset=token_rows(512), **how)
     run.train()
-    assert [e["batch_size"] for e in run.state.log_history if "loss" in e] == [*[2] * 10, *[4] * 5, *[8] * 5, *[16] * 4]
+    sizes = [*[2] * 5, *[4] * 5, *[6] * 5, *[8] * 5, *[10] * 4]
+    assert [e["batch_size"] for e in run.state.log_history if "loss" in e] == sizes
     told = [(e["step"], e["condition"], e["change"], e["batch_size"]) for e in run.state.log_history if "change" in e]
-    assert told == [(step, "proportional", "grow", size) for step, size in ((10, 4), (15, 8), (20, 16))]
-    assert "The batch grows in proportion to the data seen, as there is no momentum" in caplog_warnings.text
+    assert told == [(step, "linear", "grow", size) for step, size in ((5, 4), (10, 6), (15, 8), (20, 10))]
+    assert "The batch grows by its first size every 5 updates, as there is no momentum" in caplog_warnings.text
     for given in ({"elra_batch_control": "off"}, {"optim_args": "momentum=0.5"}):
         assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control is None
 
 
 def test_a_growing_batch_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_size, "UPDATES_PER_DOUBLING", 5)
+    monkeypatch.setattr(batch_size, "UPDATES_PER_GROWTH", 5)
     given = dict(optim_args="momentum=0", per_device_train_batch_size=2, max_steps=24, save_strategy="steps")
     whole = spectral(tmp_path / "whole", save_steps=24, **given)
     whole.train()

@@ -34,8 +34,8 @@ class BatchControl:
 
     Attributes:
         controller: knows the number of micro-batches of an update.
-        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"linear"`` (with
-            the updates), ``"schedule"``, or ``"off"``: it stays.
+        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"linear"`` (with the updates),
+            ``"schedule"``, or ``"off"``: it stays.
         schedule: multiples of the first number over training, or None.
         gradient_decay: scale gradients by m_0/m.
         max_samples, max_tokens: budgets that end the run, or None.

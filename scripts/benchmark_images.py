@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hf_elra import ELRA
+from hf_elra.optim.point_mean import PointMean
 from hf_elra.recipes.image_data import ImageDataset
 from hf_elra.recipes.image_models import ARCHITECTURES
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
-from hf_elra.trainer.boosting import PointMean
 
 # Network: channels, size of the images, augmentation, number of images (that of the training set).
 CASES = {

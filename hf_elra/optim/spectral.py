@@ -2,8 +2,8 @@
 
 What is different from ``elra.py``: the direction (``directions.py``), with momentum; the rule for α
 (``step_size.py``), with a search at the beginning whose updates are taken back; and the length of a step, which is
-relative to the weights. Soft restarts are the same (``guards.py``). The mean of the points, which belongs to it, is the
-Trainer's (``trainer/boosting.py``).
+relative to the weights. Soft restarts are the same (``guards.py``). The mean of the points, which belongs to it, is in
+``point_mean.py``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ELRASpectral(LossAwareOptimizer):
 
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
-    loop :class:`~hf_elra.trainer.boosting.PointMean` with ``power=8`` is that mean (add points once :attr:`settled`).
+    loop :class:`~hf_elra.optim.point_mean.PointMean` with ``power=8`` is that mean (add points once :attr:`settled`).
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its

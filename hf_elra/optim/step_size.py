@@ -1,8 +1,8 @@
 """Step-size rules: what two neighbouring gradients say about the best step along the last direction.
 
-A rule is a function from a :class:`LineMeasurement` to the ratio of the line's best step to the step that was taken.
-It knows no bounds and no noise correction (see ``guards.py`` and ``elra.py``). To add a rule, write the function and
-name it in ``STEP_RULES``.
+ELRA's rules are functions from a :class:`LineMeasurement` to the ratio of the line's best step to the step that was
+taken; to add one, write the function and name it in ``STEP_RULES``. That of ``elra_spectral``, :class:`FallingGain`,
+remembers what it saw before. None of them knows bounds or corrects for noise (see ``guards.py`` and ``elra.py``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from hf_elra.control import LossStatistics
 from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
+from hf_elra.optim.point_mean import BATCH_NORM_SAMPLES, PointMean, at_the_mean
 from hf_elra.recipes.image_data import ImageDataset
-from hf_elra.trainer.boosting import BATCH_NORM_SAMPLES, PointMean, at_the_mean
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_elra import ConfigurationError
+from hf_elra.optim.point_mean import PointMean
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
-from hf_elra.trainer.boosting import PointMean
 from tests.conftest import llama, token_rows, trainer, weights
 from tests.trainer.test_groups import StopAt
 

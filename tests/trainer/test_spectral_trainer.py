@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer
 from hf_elra.control import batch_size
-from hf_elra.trainer.boosting import PointMean
+from hf_elra.optim.point_mean import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
 
 

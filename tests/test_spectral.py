@@ -46,6 +46,18 @@ def test_every_direction_has_a_mean_square_of_one():
         spectral_direction([torch.zeros(s) for s in shapes], tables), shapes, strict=True))  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-24, 1e-10, 1.0, 1e15])
+def test_the_size_of_a_gradient_does_not_matter(size):
+    """Down to where squares vanish in float32."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape) for shape in [(6, 9), (12,), (5, 4)]]
+    plain, scaled = (spectral_direction([g * s for g in gradients], [False, False, True]) for s in (1.0, size))
+    for one, other in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(one, other, **({"rtol": 2e-2, "atol": 2e-2} if size == 1e-42 else {}))
+    power = spectral_direction([g * 2.0**-40 for g in gradients], [False, False, True])
+    assert all(torch.equal(a, b) for a, b in zip(plain, power, strict=True))
+
+
 def test_a_rotation_of_a_layers_inputs_and_outputs_rotates_the_direction():
     torch.manual_seed(0)
     gradient = torch.randn(6, 9, dtype=torch.float64)
@@ -120,10 +132,66 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
-def test_a_module_is_no_table():
+def test_what_is_no_list_of_parameters_is_no_tables():
     model = llama()
-    with pytest.raises(ConfigurationError, match=r"pass tables=tables_of\(model\)"):
-        ELRASpectral(model.parameters(), tables=model)
+    for wrong in (model, model.lm_head.weight, [model.lm_head]):
+        with pytest.raises(ConfigurationError, match=r"pass tables=tables_of\(model\)"):
+            ELRASpectral(model.parameters(), tables=wrong)
+
+
+def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():
+    optimizer = copy.deepcopy(ELRASpectral([nn.Parameter(torch.eye(3))], search=0))
+    with pytest.raises(ConfigurationError, match="complex parameters are not supported"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+    added = nn.Parameter(torch.eye(3))
+    optimizer.add_param_group({"params": added})
+    added.grad = torch.ones(3, 3)
+    optimizer.step(loss=1.0)
+    assert not torch.equal(added, torch.eye(3))
+
+
+def test_a_warm_up_does_not_mislead_the_search():
+    found = []
+    for warms_up in (False, True):
+        model = llama()
+        optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        if warms_up:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / 50))
+            optimizer.register_step_post_hook(lambda *_, schedule=schedule: schedule.step())
+        train(model, optimizer, 10)
+        found.append(optimizer.alpha)
+        before = model.lm_head.weight.detach().clone()
+        train(model, optimizer, 1)
+        steps = (model.lm_head.weight.detach() - before).abs().max()
+    assert found[0] == found[1]
+    assert steps < optimizer.alpha  # after the search the factor counts, 10/50 here
+
+
+def test_what_has_no_gradient_any_more_comes_to_a_stand():
+    """A row of a table, a row that is seen now and then, and a whole matrix; what has gradients goes on."""
+    torch.manual_seed(0)
+    table, dead, alive = (nn.Parameter(torch.randn(6, 4)) for _ in range(3))
+    optimizer = ELRASpectral([table, dead, alive], tables=[table], search=0)
+    points = []
+    for update in range(120):
+        for p in (table, dead, alive):
+            p.grad = torch.randn(6, 4)
+        if update >= 2:
+            table.grad[0], dead.grad = 0, torch.zeros(6, 4)
+        if update % 20:
+            table.grad[1] = 0
+        optimizer.step(loss=1.0)
+        points.append([p.detach().clone() for p in (table, dead, alive)])
+    (table_then, dead_then, _), (table_before, _, alive_before), (table_now, dead_now, alive_now) = (
+        points[k] for k in (90, -2, -1)
+    )
+    assert torch.equal(table_now[0], table_then[0])
+    assert torch.equal(dead_now, dead_then)
+    assert not torch.equal(table_now[1], table_before[1])
+    assert (table_now[2:] != table_before[2:]).all()
+    assert (alive_now != alive_before).all()
+    assert not torch.equal(points[40][1], points[30][1])  # momentum carries it on for a while
 
 
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():

@@ -19,6 +19,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz iteration, those of Muon (K. Jordan et al., 2024): steep where singular values are
 small."""
 NEWTON_SCHULZ_STEPS = 5
+OVER = 1e-3
+"""Share of the largest average below which what has no gradient stands still: after 66 updates at a momentum of 0.9."""
 
 
 def gradient_direction(gradients: list[Tensor]) -> list[Tensor]:
@@ -65,13 +67,13 @@ def polar_factor(matrices: Tensor) -> Tensor:
 
     Args:
         matrices (Tensor, shape (number, rows, columns), rows <= columns): iterated in bfloat16 on a GPU, otherwise in
-            their own type but at least float32; the result is of the latter.
+            their own type but at least float32, of which the result is. The factor of zero is zero.
 
     Source: Newton-Schulz iteration with the coefficients of Muon.
     """
     a, b, c = QUINTIC
     wide = torch.promote_types(matrices.dtype, torch.float32)
-    x = matrices.to(wide)
+    x = _near_one(matrices.to(wide), (1, 2))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
     if x.is_cuda:
         x = x.bfloat16()
@@ -79,6 +81,40 @@ def polar_factor(matrices: Tensor) -> Tensor:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.to(wide)
+
+
+def still_what_is_over(
+    directions: Sequence[Tensor], averaged: Sequence[Tensor], gradients: Sequence[Tensor], tables: Sequence[bool]
+) -> None:
+    """Set to zero, in place, directions that only an average's memory of long ago would go on with.
+
+    A direction does not fall with the average that it is made of, so that what has no gradient any more (a rare token's
+    row of an untied embedding, an expert that is not chosen) would walk on as fast as ever. It stops when its gradient
+    is exactly zero and its average below a thousandth of the largest row's of its table, or, if it is no table, of the
+    largest mean square of all tensors' averages.
+
+    Args:
+        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`.
+    """
+    sizes, silent = _root_mean_squares(averaged), _are_zero(gradients)
+    over = (silent & (sizes < OVER * sizes.max())).tolist()
+    for direction, average, gradient, table, whole in zip(directions, averaged, gradients, tables, over, strict=True):
+        if whole:
+            direction.zero_()
+        elif table and direction.dim() > 1 and direction.numel() > 0:
+            rows = average.flatten(1).norm(dim=1)
+            stand = (gradient.flatten(1).abs().amax(1) == 0) & (rows < OVER * rows.max())
+            direction.flatten(1).masked_fill_(stand[:, None], 0.0)
+
+
+def _root_mean_squares(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(list(tensors))
+    return torch.stack([n.to(norms[0]) / max(t.numel(), 1) ** 0.5 for n, t in zip(norms, tensors, strict=True)])
+
+
+def _are_zero(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm([t if t.numel() > 0 else t.new_zeros(1) for t in tensors], float("inf"))
+    return torch.stack([n.to(norms[0]) for n in norms]) == 0
 
 
 def tables_of(model: nn.Module) -> list[nn.Parameter]:
@@ -89,7 +125,16 @@ def tables_of(model: nn.Module) -> list[nn.Parameter]:
     return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
 
 
+def _near_one(tensor: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Multiply by powers of two, which is exact, so that squares of what is very small do not vanish."""
+    if tensor.numel() == 0:
+        return tensor
+    largest = tensor.abs().amax(dim, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp(-120, 120)  # 2^120 is a number in float32
+    return tensor * torch.ldexp(torch.ones_like(largest), -exponent)
+
+
 def _unit_rows(matrix: Tensor) -> Tensor:
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    wide = _near_one(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), (1,))
     norms = wide.norm(dim=1, keepdim=True)
     return torch.where(norms > 0, wide * (matrix.shape[1] ** 0.5 / norms.clamp_min(1e-30)), 0.0).to(matrix.dtype)

@@ -219,15 +219,23 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             need_number(param_group, "lr", lambda v: v >= 0, "a number >= 0, relative to that of the optimizer")
         if "weight_decay" in param_group:
             check_weight_decay(param_group)
+        given = param_group["params"]
+        if not isinstance(given, (Tensor, set)):  # torch refuses sets
+            param_group["params"] = given = list(given)
+        for item in [given] if isinstance(given, Tensor) else given:
+            parameter = item[1] if isinstance(item, tuple) else item
+            if isinstance(parameter, Tensor):
+                self._check_parameter(parameter)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["alpha"] = self.param_groups[0]["alpha"]
-        for p in group["params"]:
-            if p.is_complex():
-                raise ConfigurationError(
-                    f"params: complex parameters are not supported (one of shape {tuple(p.shape)} is {p.dtype}); "
-                    "optimise torch.view_as_real(parameter) instead."
-                )
+        self.param_groups[-1]["alpha"] = self.param_groups[0]["alpha"]
+
+    def _check_parameter(self, parameter: Tensor) -> None:
+        """Raise a ConfigurationError for one that cannot be trained."""
+        if parameter.is_complex():
+            raise ConfigurationError(
+                f"params: complex parameters are not supported (one of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype}); optimise torch.view_as_real(parameter) instead."
+            )
 
     def _agreed(self, *values: float) -> Sequence[float]:
         """The same numbers, averaged over :attr:`process_group`."""

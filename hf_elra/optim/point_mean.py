@@ -78,7 +78,9 @@ class PointMean:
                     p.copy_(kept[name])
 
     def save(self, folder: str) -> None:
-        """Write the mean, and what it is, into a checkpoint."""
+        """Write the mean, and what it is, into a checkpoint; nothing while there are no points."""
+        if self.count == 0:
+            return
         save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
         content = {
             "model.safetensors": "the point that training goes on from",
@@ -91,8 +93,9 @@ class PointMean:
         Path(folder, BOOSTING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str) -> bool:
-        """Take the mean from a checkpoint; False if it has none."""
+        """Take the mean from a checkpoint; without one there begin anew with no points, and return False."""
         if not Path(folder, BOOSTED).is_file():
+            self.count, self._cycle_is_over = 0, False
             return False
         saved = load_file(os.path.join(folder, BOOSTED))
         for name, tensor in self.mean.items():

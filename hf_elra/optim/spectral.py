@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.directions import spectral_direction
+from hf_elra.optim.directions import spectral_direction, still_what_is_over
 from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.step_size import FallingGain
@@ -83,6 +83,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     takes_shards = False
+    _tables: set[int] = set()  # noqa: RUF012 - of a copy, whose parameters are others
 
     def __init__(
         self,
@@ -101,9 +102,11 @@ class ELRASpectral(LossAwareOptimizer):
     ) -> None:
         settings = {n: v for n, v in locals().items() if n not in ("self", "params", "tables", "__class__")}
         _check_settings(settings)
-        if isinstance(tables, nn.Module):
-            raise ConfigurationError("tables must be parameters, not a module; pass tables=tables_of(model).")
-        self._tables = {id(p) for p in tables}
+        listed = [] if isinstance(tables, (nn.Module, Tensor)) else list(tables)
+        if isinstance(tables, (nn.Module, Tensor)) or not all(isinstance(p, Tensor) for p in listed):
+            what = type(tables).__name__
+            raise ConfigurationError(f"tables must be a list of parameters, not {what}; pass tables=tables_of(model).")
+        self._tables = {id(p) for p in listed}
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
         self.param_groups[0]["control"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
@@ -121,6 +124,8 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
         searches = not self.settled
+        if searches:  # a schedule that begins low would be made up for by an α that is too large afterwards
+            factors = [float(g.get("initial_lr", g["lr"])) / g["base_lr"] for g in self.param_groups]
         self._control["updates"] += 1
         self._update(loss, factors)
         if searches and self.settled:
@@ -225,8 +230,12 @@ class ELRASpectral(LossAwareOptimizer):
     def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """What those parameters of a group that have a gradient step along."""
         kinds = dict(zip(group["params"], group["tables"], strict=True))
+        tables = [kinds[p] for p in params]
         averaged = self._averaged(params, gradients, self._momentum())
-        return spectral_direction(averaged, [kinds[p] for p in params])
+        directions = spectral_direction(averaged, tables)
+        if averaged is not gradients:
+            still_what_is_over(directions, averaged, gradients, tables)
+        return directions
 
     def _momentum(self) -> float:
         """The momentum of this update."""
@@ -281,7 +290,10 @@ class ELRASpectral(LossAwareOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["tables"] = [id(p) in self._tables for p in group["params"]]
-        if any(isinstance(p, DTensor) for p in group["params"]):
+
+    def _check_parameter(self, parameter: Tensor) -> None:
+        super()._check_parameter(parameter)
+        if isinstance(parameter, DTensor):
             raise ConfigurationError(
                 "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
                 "matrix is not that of its shards. Use DDP, or optim=elra."

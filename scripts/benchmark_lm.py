@@ -102,8 +102,8 @@ def rows() -> dict[str, Row]:
         "Prodigy": Row({"optim": "adamw_torch"}, _prodigy),
         "schedule-free AdamW": Row({"optim": "adamw_torch"}, _schedule_free),
         "Muon (AdamW for tables and vectors)": Row({"optim": "adamw_torch"}, _muon),
-        "elra_spectral's rule over Adam's direction": Row(OURS, lambda model: (_OverAdam, {})),
-        "elra_spectral's rule over averaged gradients": Row(OURS, lambda model: (_OverAverages, {})),
+        "elra_spectral's rule over Adam's direction": Row(OURS, lambda model: (_OverAdam, {"tables": ()})),
+        "elra_spectral's rule over averaged gradients": Row(OURS, lambda model: (_OverAverages, {"tables": ()})),
         **{
             f"elra_spectral, {end}": Row({**OURS, "elra_boost_mean": "off", **settings})
             for end, settings in ENDS.items()

@@ -22,7 +22,8 @@ from hf_elra.recipes.training_run import TABLE, TrainingRun, run_script
 def main(words: list[str]) -> None:
     """Train, evaluate, save."""
     recipe, training = image_classifier.parse_arguments(words)
-    run = TrainingRun(recipe, training, image_classifier.NOT_OF_THE_TRAJECTORY, "images")
+    defaults = image_classifier.defaults_of(recipe.preset, str(training.optim.value))
+    run = TrainingRun(recipe, training, image_classifier.NOT_OF_THE_TRAJECTORY, "images", defaults)
 
     with training.main_process_first():
         data = load_images(
@@ -64,7 +65,7 @@ def main(words: list[str]) -> None:
             "test_accuracy": accuracies[-1],
             "best_test_accuracy": max(accuracies),
             "test_loss": evaluations[-1]["eval_loss"],
-            "boosted": training.mean_of_points(training) != "off",
+            "boosted": trainer.mean_of_points != "off",
             "dataset": data.name,
         },
     )

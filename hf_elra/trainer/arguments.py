@@ -169,18 +169,20 @@ class ElraSettings:
         """Raise a ConfigurationError for a value that a run with ``args`` cannot use."""
         if self.elra_boost_mean not in (None, *MEANS):
             raise ConfigurationError(f"elra_boost_mean={self.elra_boost_mean!r} must be one of {', '.join(MEANS)}.")
+        if self.elra_boost and self.elra_boost_mean == "off":
+            raise ConfigurationError("elra_boost=True and elra_boost_mean='off' contradict each other; leave one out.")
         if self.elra_boost_every is None:
             return
         if self.elra_boost_every < 1:
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} must be at least 1.")
-        if self.mean_of_points(args) == "off":
+        if self.mean_of_points(OPTIMIZERS.get(optimizer_name(args))) == "off":
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} does nothing without --elra_boost.")
 
-    def mean_of_points(self, args: Any) -> str:
-        """Return which points are averaged in a run with ``args``: ``"off"``, ``"cycle"`` or ``"run"``."""
+    def mean_of_points(self, optimizer_class: type | None) -> str:
+        """Return which points are averaged with an optimizer (None: of others): ``"off"``, ``"cycle"`` or ``"run"``."""
         if self.elra_boost_mean is not None:
             return self.elra_boost_mean
-        if optimizer_name(args) == "elra_spectral":
+        if optimizer_class is not None and issubclass(optimizer_class, ELRASpectral):
             return "run"
         return "cycle" if self.elra_boost else "off"
 
@@ -281,7 +283,7 @@ def wants_mixin(args: Any) -> bool:
 
 
 def is_language_model(model: Any) -> bool:
-    """Return whether a model, bare or wrapped by PEFT or DDP, is trained to predict tokens."""
+    """Return whether a model, bare or wrapped by PEFT, DDP or torch.compile, is trained to predict tokens."""
     return _is_one_of(model, _LANGUAGE_MODEL_CLASSES, _LANGUAGE_MODEL_ENDINGS)
 
 
@@ -296,7 +298,7 @@ def _is_one_of(model: Any, names: frozenset[str], endings: tuple[str, ...]) -> b
         if name in names or name.endswith(endings):
             return True
         inner = getattr(model, "get_base_model", None)
-        inner = inner() if callable(inner) else getattr(model, "module", None)
+        inner = inner() if callable(inner) else getattr(model, "_orig_mod", getattr(model, "module", None))
         if inner is None or inner is model:
             return False
         model = inner
@@ -321,19 +323,28 @@ def refuse_unusable(*, fp16: bool, deepspeed: bool, fsdp_version: int | None = N
         )
 
 
-def prepare_arguments(args: TrainingArguments, *, deepspeed: bool, fsdp_version: int | None = None) -> None:
+def prepare_arguments(
+    args: TrainingArguments, *, deepspeed: bool, fsdp_version: int | None = None, ours: str = "ELRA"
+) -> None:
     """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
+
+    Args:
+        args: of the Trainer.
+        deepspeed: whether DeepSpeed is in use.
+        fsdp_version: of FSDP, where it is in use.
+        ours: what messages call the optimizer.
 
     Raises:
         ConfigurationError: a setting rules ELRA out.
     """
     refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
     replaced = []
-    ours = "elra_spectral" if optimizer_name(args) == "elra_spectral" else "ELRA"
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
         if getattr(args, name) != value and not _given_by_user(args, name):
             replaced.append(f"{name} {_plain(getattr(args, name))} -> {_plain(value)}")
             setattr(args, name, value)
+            if name == "lr_scheduler_type" and args.warmup_steps:
+                replaced.append(f"with it warmup_steps {args.warmup_steps:g} -> none")
     if args.process_index == 0:
         if replaced:
             logger.warning("%s replaces defaults of %s: %s.", ours, type(args).__name__, ", ".join(replaced))

@@ -13,9 +13,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
@@ -49,13 +50,14 @@ class BoostingMixin(_Base):
     """Gives a Trainer the mean of its points; does nothing while ``point_mean`` is None."""
 
     elra_settings: ElraSettings
+    mean_of_points: str
     point_mean: PointMean | None = None
     _at_the_mean = False
     _updates_per_cycle: float | None = None  # at the first batch
 
     def check_boosting(self) -> None:
         """Refuse what cannot be boosted, before training begins."""
-        mean = self.elra_settings.mean_of_points(self.args)
+        mean = self.mean_of_points
         if mean != "off" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(
                 f"elra_boost_mean={mean}, the mean of points, cannot be used with FSDP or DeepSpeed, which shard the "
@@ -74,7 +76,7 @@ class BoostingMixin(_Base):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if (mean := self.elra_settings.mean_of_points(self.args)) != "off":
+        if (mean := self.mean_of_points) != "off":
             model: Any = self.model
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
             self.point_mean = PointMean(trained, POWER if mean == "run" else None)
@@ -125,7 +127,12 @@ class BoostingMixin(_Base):
             torch.manual_seed(self.args.seed)
             sized = hasattr(self.train_dataset, "__len__")
             data: Any = self.train_dataset
-            loader = DataLoader(data, batch_size=size, shuffle=sized, collate_fn=self.data_collator, drop_last=sized)
+            if isinstance(data, datasets.Dataset):
+                data, collate = self._remove_unused_columns(data, description="training"), self.data_collator
+            else:
+                collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+            shuffles = sized and not isinstance(data, IterableDataset)
+            loader = DataLoader(data, batch_size=size, shuffle=shuffles, collate_fn=collate, drop_last=sized)
             number = max(1, BATCH_NORM_SAMPLES // size)
             for batch, _ in zip(loader, range(number), strict=False):
                 yield self._prepare_inputs(batch)
@@ -147,11 +154,16 @@ class BoostingMixin(_Base):
                 super().save_model(output_dir, _internal_call)
             return
         super().save_model(output_dir, _internal_call)
-        if self.point_mean is not None and self.args.should_save:
+        if self.point_mean is not None and self.args.should_save and not self._at_the_mean:
             self.point_mean.save(str(output_dir or self.args.output_dir))
 
+    def push_to_hub(self, *args, **kwargs):
+        """Stock upload, of the mean where boosting is on."""
+        with self.boosted():
+            return super().push_to_hub(*args, **kwargs)
+
     def _load_best_model(self):
-        """Stock; with boosting the best point is the mean in that checkpoint, which was evaluated."""
+        """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
         super()._load_best_model()
         if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
             with torch.no_grad():

@@ -113,6 +113,7 @@ class ElraCallback(TrainerCallback, ExportableState):
                 )
         state.stateful_callbacks[type(self).__name__] = self.state()
         self.trainer.begin_batches()
+        self.trainer.begin_intervals()
         self._cycle.completed = 0
         self._advance(state)  # cycles that ended before a resume are over already
 
@@ -135,6 +136,7 @@ class ElraCallback(TrainerCallback, ExportableState):
                 self.cycle_losses = [0, 0.0, 0.0]
                 self.trainer.finish_cycle(statistics.mean, statistics.std)
             self.trainer.correct_state(self.samples, self.tokens)
+        self.trainer.time_intervals()
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         state.stateful_callbacks[type(self).__name__] = self.state()  # for Trainer.save_state

@@ -60,6 +60,7 @@ class DynamicBatchMixin(_Base):
     batch_controller: BatchSizeController | None = None
     progress: TrainingProgress
     elra_settings: ElraSettings
+    mean_of_points: str
     _first_epoch_of_call = True
     _pass_limit: float = math.inf
     _proven_pass = 0
@@ -67,6 +68,8 @@ class DynamicBatchMixin(_Base):
     _micro_batches_per_pass = 1.0  # in the last update
     _last_accumulation: int | None = None  # micro-batches of the last update
     _flops_per_element: float | None = None
+    _accumulation_of_user = 1
+    _share_before = 0.0  # of the run
     noise_scale: NoiseScale | None = None
 
     def prepare_batch_control(self, settings: ElraSettings, wanted: str) -> None:
@@ -83,6 +86,12 @@ class DynamicBatchMixin(_Base):
                 wanted,
             )
         self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
+        bars = self.callback_handler.callbacks
+        for position, callback in enumerate(bars):
+            if type(callback) is ProgressCallback and self.batch_control is not None:
+                bars[position] = DataProgressBar(self)
+            elif type(callback) is DataProgressBar and self.batch_control is None:
+                bars[position] = ProgressCallback()
         if self.batch_control is None:
             return
         if self.batch_control.mode == "linear" and settings.elra_batch_control is None:
@@ -92,11 +101,6 @@ class DynamicBatchMixin(_Base):
                 batch_size.UPDATES_PER_GROWTH,
             )
         self.batch_controller = self.batch_control.controller
-        self.args.gradient_accumulation_steps = 1
-        bars = self.callback_handler.callbacks
-        for position, callback in enumerate(bars):
-            if type(callback) is ProgressCallback:
-                bars[position] = DataProgressBar(self)
         if self.batch_control.max_pass == "auto" and self.args.device.type == "cpu":
             logger.warning(
                 "elra_max_micro_batch=auto: on a CPU, running out of memory may end the process before it can be "
@@ -146,6 +150,20 @@ class DynamicBatchMixin(_Base):
 
     # ---- the loop's hooks ----
 
+    def train(self, *args, **kwargs):
+        """Stock; only meanwhile does the loop believe that an update is one batch, which is a group."""
+        self.take_over_accumulation()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.gradient_accumulation_steps = self._accumulation_of_user
+
+    def take_over_accumulation(self) -> None:
+        """Tell the loop to make an update of every batch, where groups do the accumulation."""
+        self._accumulation_of_user = self.args.gradient_accumulation_steps
+        if self.batch_control is not None:
+            self.args.gradient_accumulation_steps = 1
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
         if self.batch_control is None:
@@ -184,8 +202,9 @@ class DynamicBatchMixin(_Base):
 
     def _run_passes(self, model: Any, passes: list[Any], num_items: Any) -> Any:
         measures = self.noise_scale is not None and len(passes) > 1
-        weights = self._weights(passes) if num_items is None or measures else []
-        shares = [len(passes)] * len(passes) if num_items is not None else weights
+        divided = num_items is not None and getattr(self, "loss_is_scaled_for_ga", None) is not False
+        weights = [] if divided and not measures else self._weights(passes)
+        shares = [len(passes)] * len(passes) if divided else weights
         total: Any = 0.0
         square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
@@ -363,6 +382,8 @@ class DynamicBatchMixin(_Base):
         self._schedule_length = max(1, self.progress.updates_left(control.controller.initial_accumulation))
         if self.progress.limited:
             epochs = sys.maxsize
+        if not sized:  # get_batch_samples ends the epoch with the data
+            per_epoch = sys.maxsize
         return epochs, per_epoch, examples, samples, batch, in_epoch, self._schedule_length
 
     def _warn_of_limits(self, control: BatchControl) -> None:
@@ -373,11 +394,7 @@ class DynamicBatchMixin(_Base):
             logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
         if control.decides_at_cycles and updates is not None and updates >= left:
-            boosted = (
-                "; with elra_boost the mean is over all of it"
-                if self.elra_settings.mean_of_points(self.args) == "cycle"
-                else ""
-            )
+            boosted = "; with elra_boost the mean is over all of it" if self.mean_of_points == "cycle" else ""
             logger.warning(
                 "elra_control_cycle=%s is no shorter than this run: the batch size will not change%s.",
                 self.elra_settings.control_cycle(self.train_dataset),
@@ -424,6 +441,8 @@ class DynamicBatchMixin(_Base):
         saved = ElraCallback.saved_attributes(self.state)
         position = saved.get("data_position")
         self.batch_controller = dataclasses.replace(control.controller)
+        if (most := self.elra_settings.elra_max_batch_size) is not None:  # auto_find_batch_size makes smaller batches
+            self.batch_controller.max_accumulation = most // self._samples_per_batch
         self._limit_to_cycle(self.batch_controller)
         self.noise_scale = NoiseScale() if control.measures_noise else None
         self.progress.restart()
@@ -456,12 +475,8 @@ class DynamicBatchMixin(_Base):
         if self.batch_control is None:
             return
         self.progress.count(updates=self.state.global_step, samples=samples, tokens=tokens)
-        if self.batch_control.max_tokens is not None and tokens == 0:
-            name = getattr(self.model, "main_input_name", "input_ids")
-            raise ConfigurationError(
-                f"elra_max_tokens={self.batch_control.max_tokens}: the model's main input, {name!r}, holds no tokens; "
-                "use --elra_max_samples."
-            )
+        if tokens == 0:
+            self._refuse_tokens(self.batch_control)
         self._show_totals()
         if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and self._created_lr_scheduler:
             position = round(self.progress.fraction() * self._schedule_length, 9)
@@ -469,9 +484,38 @@ class DynamicBatchMixin(_Base):
                 self.lr_scheduler.last_epoch = position - 1  # type: ignore[assignment]  # a schedule takes any number
                 self.lr_scheduler.step()
 
+    def begin_intervals(self) -> None:
+        """Remember how far the run is, where training begins or goes on."""
+        self._share_before = 0.0 if self.batch_control is None else self.progress.fraction()
+
+    def time_intervals(self) -> None:
+        """After an update: let intervals that are shares of the run follow the data.
+
+        The stock ones are a fixed number of updates, which comes round ever more seldom as updates grow.
+        """
+        if self.batch_control is None:
+            return
+        before, self._share_before = self._share_before, self.progress.fraction()
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            share = getattr(self.args, name)
+            if share is not None and 0 < share < 1:
+                passed = math.floor(self._share_before / share + 1e-9) > math.floor(before / share + 1e-9)
+                # The Trainer acts where this divides the number of the update.
+                setattr(self.state, name, self.state.global_step + (0 if passed else 1))
+
+    def _refuse_tokens(self, control: BatchControl) -> None:
+        """Raise a ConfigurationError for what counts tokens, where there are none."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        none = f"the model's main input, {name!r}, holds no tokens"
+        cycle = self.elra_settings.control_cycle(self.train_dataset)
+        if control.max_tokens is not None:
+            raise ConfigurationError(f"elra_max_tokens={control.max_tokens}: {none}; use --elra_max_samples.")
+        if control.decides_at_cycles and ControlCycle.parse(cycle).unit == "tok":
+            raise ConfigurationError(f"elra_control_cycle={cycle!r}: {none}; write it in samples, e.g. 45000sp.")
+
     def _show_totals(self) -> None:
         epochs = self.progress.epochs(self.accumulation)
-        if epochs is None and self.progress.max_updates is None:
+        if epochs is None:
             epochs = self.progress.fraction()  # as in the Trainer, data without a length are one epoch
         if epochs is not None and self.state.global_step:
             self.state.epoch = epochs

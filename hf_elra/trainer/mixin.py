@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import LossAwareOptimizer
+from hf_elra.optim import ELRASpectral, LossAwareOptimizer, tables_of
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
@@ -72,10 +73,14 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
         self.elra_settings = ElraSettings.of(self.args)
         self.elra_active = trains_with_elra(self)
+        self.mean_of_points = self.elra_settings.mean_of_points(self._optimizer_class() if self.elra_active else None)
         if self.elra_active:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
             prepare_arguments(
-                self.args, deepspeed=self.is_deepspeed_enabled, fsdp_version=getattr(fsdp, "fsdp_version", None)
+                self.args,
+                deepspeed=self.is_deepspeed_enabled,
+                fsdp_version=getattr(fsdp, "fsdp_version", None),
+                ours="elra_spectral" if issubclass(self._optimizer_class(), ELRASpectral) else "ELRA",
             )
             if self.is_fsdp_enabled and not self._optimizer_class().takes_shards:
                 raise ConfigurationError(
@@ -91,14 +96,32 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.prepare_batch_control(self.elra_settings, self._suiting_control() if self.elra_active else "off")
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
+        self.callback_handler.pop_callback(ElraCallback)
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
+
+    def _hp_search_setup(self, trial):
+        """Stock; what a trial sets of ours, or of the accumulation, is taken as if the Trainer were new."""
+        if trial is None or self.hp_search_backend is None:
+            super()._hp_search_setup(trial)
+            return
+        self.args.gradient_accumulation_steps = self._accumulation_of_user
+        super()._hp_search_setup(trial)
+        self.prepare_elra()
+        self.take_over_accumulation()
 
     def _optimizer_class(self) -> Any:
         """Class of the optimizer that was passed in, else of the one that will be made."""
         if self.optimizer is not None:
-            return type(self.optimizer)
+            return type(unwrap_optimizer(self.optimizer))
         given = self.optimizer_cls_and_kwargs
         return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
+
+    def create_optimizer(self, *args, **kwargs):
+        """Stock; a class of ours that was passed in is told the model's tables, if it was not yet."""
+        given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
+        if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
+            self.optimizer_cls_and_kwargs = given[0], {"tables": tables_of(model), **given[1]}
+        return super().create_optimizer(*args, **kwargs)
 
     def _suiting_control(self) -> str:
         """The batch control that suits that optimizer."""
@@ -204,16 +227,25 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """The losses of one micro-batch for several ``num_items_in_batch``; nothing is changed by it."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        losses: list[Any] = []
         model.train()
-        with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            prepared = self._prepare_inputs(batch)
-            for number in numbers:
-                torch.manual_seed(0)  # the same dropout
-                losses.append(self.compute_loss(model, copy.copy(prepared), num_items_in_batch=number))
+        prepared = self._prepare_inputs(batch)
+
+        def loss_for(number: Any) -> float:
+            torch.manual_seed(0)  # the same dropout
+            loss: Any = self.compute_loss(model, copy.copy(prepared), num_items_in_batch=number)
+            return float(loss.detach().mean())
+
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            try:
+                with torch.no_grad():
+                    losses = [loss_for(number) for number in numbers]
+            except RuntimeError:  # a loss may be made of gradients
+                with self.accelerator.no_sync(model=model):
+                    losses = [loss_for(number) for number in numbers]
+        with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        return [float(loss.mean()) for loss in losses]
+        return losses
 
     def _divided(self, loss_function: Any) -> Any:
         """Wrap a loss function that returns a mean, which the Trainer takes for divided by the size of the group."""
@@ -290,6 +322,12 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         None at all where a run is resumed that had reached its end: the stock Trainer makes one more update then.
         """
         self._start_group()  # whatever an interrupted group left behind
+        batches, num_items = self._next_batches(epoch_iterator, num_batches, device)
+        if not batches:  # the loop would ask again for every update that it expects
+            self.control.should_epoch_stop = True
+        return batches, num_items
+
+    def _next_batches(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         if self._has_ended():
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

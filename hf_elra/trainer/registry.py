@@ -15,6 +15,7 @@ from transformers import Trainer, trainer_optimizer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
+from hf_elra.errors import ConfigurationError
 from hf_elra.optim import tables_of
 from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
@@ -58,6 +59,11 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:
     optimizer_class = OPTIMIZERS[optimizer_name(context.args)]
+    if context.model is None:
+        raise ConfigurationError(
+            f"model=None: optim={optimizer_name(context.args)} depends on the model; call "
+            "get_optimizer_cls_and_kwargs(args, model)."
+        )
     arguments = optimizer_arguments(context.args, context.model)
     if "tables" in inspect.signature(optimizer_class).parameters:
         arguments["tables"] = tables_of(context.model)

@@ -1,6 +1,7 @@
 """Flags, defaults and checks before training."""
 
 import pytest
+import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError, ElraSeq2SeqTrainingArguments, ElraTrainingArguments
@@ -105,7 +106,9 @@ def test_stock_arguments_lose_harmful_defaults_and_say_so(tmp_path, caplog_warni
     run = Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra"), train_dataset=token_rows())
     assert run.args.max_grad_norm == 0
     assert run.args.lr_scheduler_type == "constant"
-    assert "max_grad_norm 1 -> 0, lr_scheduler_type linear -> constant" in caplog_warnings.text
+    assert "max_grad_norm 1 -> 0, lr_scheduler_type linear -> constant." in caplog_warnings.text
+    Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra", warmup_steps=5), train_dataset=token_rows())
+    assert "lr_scheduler_type linear -> constant, with it warmup_steps 5 -> none." in caplog_warnings.text
     monkeypatch.setattr("sys.argv", ["script.py", "--max_grad_norm=1.0", "--lr_scheduler_type", "linear"])
     run = Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra"), train_dataset=token_rows())
     assert run.args.max_grad_norm == 1
@@ -122,6 +125,7 @@ def test_language_models_are_recognised():
             self.module = module
 
     assert is_language_model(llama())
+    assert is_language_model(torch.compile(llama()))
     assert is_language_model(CustomForCausalLM())
     assert is_language_model(Wrapper(llama()))
     assert not is_language_model(classifier())

@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 import torch
+import transformers.trainer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -189,9 +191,87 @@ def test_best_model_at_the_end_is_the_mean_that_was_evaluated(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
 
 
+def test_a_best_checkpoint_without_points_is_taken_as_it_is(tmp_path, monkeypatch):
+    """An evaluation before the first point is of the weights themselves."""
+    run = trainer(
+        tmp_path, optim="adamw_torch", elra_boost=True, elra_boost_every=8, eval_dataset=token_rows(8),
+        eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=5, max_steps=15,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    losses, evaluate = iter([1.0, 2.0, 3.0]), type(run).evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: {**evaluate(run, *a, **k), "eval_loss": next(losses)})
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-5")
+    best = type(run.model).from_pretrained(run.state.best_model_checkpoint)
+    assert torch.equal(weights(run.model), weights(best))
+    assert not (tmp_path / "checkpoint-5" / "boosted.safetensors").exists()
+    assert (tmp_path / "checkpoint-15" / "boosted.safetensors").exists()
+    with run.boosted():
+        assert torch.equal(weights(run.model), weights(best))
+
+
+def test_what_is_pushed_is_the_mean(tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, *args, **kwargs):
+            return type("Repo", (), {"repo_id": "user/model"})()
+
+        def upload_folder(self, folder_path, **kwargs):
+            uploaded.update(load_file(f"{folder_path}/model.safetensors"))
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    for name, stand_in in {
+        "hf_api": lambda: Hub(), "create_repo": Hub().create_repo, "upload_folder": Hub().upload_folder,
+    }.items():  # fmt: skip
+        if hasattr(transformers.trainer, name):
+            monkeypatch.setattr(transformers.trainer, name, stand_in)
+    run = trainer(tmp_path, optim="elra_spectral", max_steps=20)
+    run.train()
+    run.save_model()
+    saved = load_file(tmp_path / "model.safetensors")
+    run.push_to_hub()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(uploaded[name], saved[name])
+    assert torch.equal(uploaded[name], run.point_mean.mean[name])
+    assert not torch.equal(uploaded[name], run.model.model.embed_tokens.weight)
+    assert not (tmp_path / "boosted.safetensors").exists()
+
+
+class SizedStream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return iter(image_rows())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{**row, "id": number} for number, row in enumerate(image_rows())],
+        datasets.Dataset.from_list(
+            [{"pixel_values": row["pixel_values"].tolist(), "labels": row["labels"], "id": 1} for row in image_rows()]
+        ).with_format("torch"),
+        SizedStream(),
+    ],
+    ids=["list", "Dataset", "iterable with a length"],
+)
+def test_batch_norm_statistics_from_data_as_the_trainer_takes_them(tmp_path, rows):
+    """With columns that are not the model's, and of data that cannot be shuffled."""
+    run = trainer(tmp_path, model=image_model(), rows=rows, elra_boost=True, elra_boost_every=2, max_steps=4)
+    run.train()
+    before = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    with run.boosted():
+        assert not torch.equal(run.model.network[1].running_mean, before["network.1.running_mean"])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"elra_boost": True, "elra_boost_mean": "off"}, "elra_boost=True and elra_boost_mean='off' contradict"),
         ({"elra_boost": True, "elra_boost_every": 0}, "elra_boost_every=0 must be at least 1"),
         ({"elra_boost_every": 5, "elra_boost": False}, "elra_boost_every=5 does nothing without --elra_boost"),
     ],

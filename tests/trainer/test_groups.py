@@ -5,14 +5,16 @@ import random
 
 import pytest
 import torch
+import transformers.integrations.integration_utils
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS, ElraSettings
 from hf_elra.trainer.batch_control import build_batch_control
-from hf_elra.trainer.callbacks import DataProgressBar
+from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
 from tests.conftest import arguments, llama, logged, token_rows, trainer, vit, vit_rows, weights
 
 GROWING = dict(elra_batch_control="schedule", elra_batch_schedule="0:1,0.3:2,0.6:3")
@@ -240,6 +242,111 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, optim, settings, dat
         assert whole.elra_callback.state() == second.elra_callback.state()
 
 
+@pytest.mark.parametrize("stop", [2, 4, 9])
+def test_a_stream_that_ends_after_a_number_of_updates_goes_on_where_it_was(tmp_path, stop):
+    """24 batches of two a pass, so that the stream is begun anew in the twelve updates of four batches."""
+    given = dict(
+        optim="adamw_torch", rows=Stream(), max_steps=12, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        elra_batch_control="elra", elra_control_cycle="100ba",
+    )  # fmt: skip
+    whole = trainer(tmp_path / "whole", **given)
+    whole.train()
+    trainer(tmp_path / "parts", callbacks=[StopAt(stop)], **given).train()
+    second = trainer(tmp_path / "parts", model=llama(seed=9), **given)
+    second.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(whole.model), weights(second.model))
+    assert logged(whole, "epoch") == logged(second, "epoch")
+    assert whole.state.epoch == second.state.epoch == 1
+
+
+def test_a_budget_far_above_the_data_does_not_ask_them_in_vain(tmp_path):
+    asked = []
+
+    class Asking(ElraTrainer):
+        def get_batch_samples(self, *args, **kwargs):
+            asked.append(self.state.global_step)
+            return super().get_batch_samples(*args, **kwargs)
+
+    run = trainer(tmp_path, trainer_class=Asking, rows=Stream(), max_steps=-1, elra_max_tokens=10**9,
+                  elra_control_cycle="1000ba", callbacks=[StopAt(20)])  # fmt: skip
+    run.train()
+    assert run.state.global_step == 20
+    assert len(asked) < 30  # five updates a pass, and once in vain
+
+
+def test_the_users_arguments_are_left_as_they_were(tmp_path):
+    given = arguments(tmp_path, TrainingArguments, optim="elra", gradient_accumulation_steps=4, max_steps=3)
+    for _ in range(2):
+        run = Trainer(llama(), given, train_dataset=token_rows(128))
+        run.train()
+        assert run.elra_callback.samples == 3 * 4 * 8
+        assert given.gradient_accumulation_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("searched", "samples", "control"),
+    [
+        ({"gradient_accumulation_steps": 4}, 8 * 16, "elra"),
+        ({"elra_batch_control": "off", "gradient_accumulation_steps": 2}, 8 * 8, None),
+        ({"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:3"}, 4 * 4 + 4 * 12, "schedule"),
+    ],
+    ids=str,
+)
+def test_hyperparameter_search_takes_our_settings(tmp_path, monkeypatch, searched, samples, control):
+    """As a trial of Optuna's does it, without Optuna."""
+    for module in (transformers.integrations, transformers.integrations.integration_utils):
+        monkeypatch.setattr(module, "hp_params", lambda trial: trial.params)
+    given = arguments(tmp_path, max_steps=8, per_device_train_batch_size=4, disable_tqdm=False)
+    run = ElraTrainer(args=given, model_init=lambda: llama(), train_dataset=token_rows(128))
+    run.hp_search_backend, run.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    run.train(trial=type("Trial", (), {"number": 0, "params": searched})())
+    assert run.elra_callback.samples == samples
+    assert (run.batch_control.mode if run.batch_control else None) == control
+    assert sum(isinstance(c, ElraCallback) for c in run.callback_handler.callbacks) == 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_intervals_that_are_shares_of_the_run_follow_the_data(tmp_path, resumed):
+    class Note(TrainerCallback):
+        def __init__(self):
+            self.epochs = []
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.epochs.append(state.epoch)
+
+    note = Note()
+    given = dict(
+        optim="adamw_torch", per_device_train_batch_size=2, max_steps=-1, num_train_epochs=4, logging_steps=0.125,
+        eval_dataset=token_rows(4), eval_strategy="steps", eval_steps=0.25, save_strategy="steps", save_steps=0.5,
+        elra_batch_control="schedule", elra_batch_schedule="0:1,0.25:4", callbacks=[note],
+    )  # fmt: skip
+    if resumed:
+        trainer(tmp_path, **{**given, "callbacks": [note, StopAt(45)]}).train()
+        run = trainer(tmp_path, model=llama(seed=9), **given)
+        run.train(resume_from_checkpoint=True)
+    else:
+        run = trainer(tmp_path, **given)
+        run.train()
+    assert note.epochs == [1.0, 2.0, 3.0, 4.0]
+    assert [entry["epoch"] for entry in run.state.log_history if "loss" in entry] == [k / 2 for k in range(1, 9)]
+    assert {"checkpoint-40", "checkpoint-56"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_largest_batch_is_one_of_samples_whatever_size_fits(tmp_path):
+    class Small(ElraTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    run = trainer(
+        tmp_path, trainer_class=Small, auto_find_batch_size=True, max_steps=2, elra_max_batch_size=16,
+        elra_batch_control="schedule", elra_batch_schedule="0:9",
+    )  # fmt: skip
+    run.train()
+    assert run.elra_callback.samples == 2 * 16
+
+
 def test_gradient_decay(tmp_path):
     points = []
     for decay in (False, True):
@@ -364,9 +471,16 @@ def test_the_earlier_of_two_limits_counts(tmp_path):
     assert run.elra_callback.samples == 40
 
 
-def test_a_budget_in_tokens_needs_tokens(tmp_path):
-    run = trainer(tmp_path, model=vit().double(), rows=vit_rows(), elra_max_tokens=100)
-    with pytest.raises(ConfigurationError, match="'pixel_values', holds no tokens; use --elra_max_samples"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elra_max_tokens": 100}, "elra_max_tokens=100: .*'pixel_values', holds no tokens; use --elra_max_samples"),
+        ({"elra_control_cycle": "1000tok"}, "elra_control_cycle='1000tok': .*'pixel_values', holds no tokens; write"),
+    ],
+)
+def test_what_counts_tokens_needs_tokens(tmp_path, given, message):
+    run = trainer(tmp_path, model=vit().double(), rows=vit_rows(), **given)
+    with pytest.raises(ConfigurationError, match=message):
         run.train()
 
 

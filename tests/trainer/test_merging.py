@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, Trainer
 
 from hf_elra import ConfigurationError, ElraTrainer
 from hf_elra.trainer.merging import CannotMerge, merge_micro_batches, plan_passes
@@ -322,3 +322,25 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
 def test_bad_limits_are_named(tmp_path, value, message):
     with pytest.raises(ConfigurationError, match=f"elra_max_micro_batch='?{value}'?.*{message}"):
         trainer(tmp_path, elra_max_micro_batch=value)
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="this Transformers has no such attribute")
+@pytest.mark.parametrize("together", ["6", "8"])
+def test_a_subclass_that_says_its_loss_is_a_mean(tmp_path, together):
+    class Says(ElraTrainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    given = dict(
+        trainer_class=Says, optim="sgd", learning_rate=1.0, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4, max_steps=1, elra_batch_control="off",
+    )  # fmt: skip
+    apart = trainer(tmp_path / "apart", elra_max_micro_batch="2", **given)
+    apart.train()
+    merged = trainer(tmp_path / "merged", elra_max_micro_batch=together, **given)
+    merged.train()
+    assert_close(weights(apart.model), weights(merged.model), 1e-5)
+    assert logged(apart, "loss") == pytest.approx(logged(merged, "loss"), rel=1e-4)

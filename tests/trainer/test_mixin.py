@@ -152,6 +152,24 @@ def test_compute_loss_func_and_label_smoothing(tmp_path):
     assert run.elra_optimizer.param_groups[0]["min_step_norm"] == 0
 
 
+def test_a_loss_made_of_gradients(tmp_path):
+    """Whether such a loss is divided by the number of items cannot be tried without gradients."""
+
+    class Penalty(ElraTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            (gradient,) = torch.autograd.grad(outputs.loss, model.model.norm.weight, create_graph=True)
+            loss = outputs.loss + gradient.square().sum()
+            return (loss, outputs) if return_outputs else loss
+
+    run = trainer(
+        tmp_path, trainer_class=Penalty, model=llama(attn_implementation="eager"), gradient_accumulation_steps=2
+    )
+    run.train()
+    assert logged(run, "loss")[0] == pytest.approx(4.2, abs=0.3)  # a mean, not a sum over two
+    assert logged(run, "loss")[-1] < logged(run, "loss")[0]
+
+
 def test_evaluation_best_model_and_early_stopping(tmp_path):
     run = trainer(
         tmp_path,

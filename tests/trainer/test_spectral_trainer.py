@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, tables_of
 from hf_elra.control import batch_size
 from hf_elra.optim.point_mean import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
@@ -136,3 +136,25 @@ def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
 def test_wrong_settings_are_named(tmp_path, given, message):
     with pytest.raises(ConfigurationError, match=message):
         spectral(tmp_path, **given)
+
+
+def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
+    model = llama()
+    made = ELRASpectral(model.parameters(), tables=tables_of(model))
+    stock = arguments(tmp_path, TrainingArguments, max_steps=14)
+    runs = [
+        Trainer(model, stock, train_dataset=token_rows(), optimizers=(made, None)),
+        Trainer(llama(), stock, train_dataset=token_rows(), optimizer_cls_and_kwargs=(ELRASpectral, {})),
+        trainer(tmp_path, optim="elra_spectral", max_steps=14),
+    ]
+    for run in runs:
+        run.train()
+        assert run.point_mean.power == 8
+        assert run.point_mean.count == 5
+    assert torch.equal(weights(runs[1].model), weights(runs[2].model))
+    assert torch.equal(weights(runs[0].model), weights(runs[2].model))
+
+
+def test_without_a_model_there_is_nothing_to_depend_on(tmp_path):
+    with pytest.raises(ConfigurationError, match="model=None: optim=elra_spectral depends on the model"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="elra_spectral"))

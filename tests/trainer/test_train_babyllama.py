@@ -1,6 +1,7 @@
 """scripts/train_babyllama.py from end to end, as a user starts it."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -145,6 +146,21 @@ def test_stock_optimizer_from_the_same_script(tmp_path, story):
     assert code == 0, error
     assert "step norm" not in output
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize(("rate", "perplexity"), [("40", "inf"), ("1e12", "nan")])
+def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perplexity):
+    code, output, error = finish(
+        *(*SMALL, "--train_file", story, "--output_dir", str(tmp_path / "run")),
+        *("--model_card", str(tmp_path / "card.md"), "--max_steps", "10", "--optim", "adamw_torch"),
+        *("--learning_rate", rate, "--lr_scheduler_type", "constant", "--weight_decay", "0"),
+    )
+    assert code == 0, error
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert str(metrics["perplexity"]) == perplexity
+    assert math.isfinite(metrics["validation_loss"]) == (perplexity == "inf")
+    assert f"(perplexity {perplexity})" in output
+    assert f"| perplexity | {perplexity} |" in (tmp_path / "card.md").read_text()
 
 
 @pytest.mark.parametrize(

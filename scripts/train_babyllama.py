@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from transformers import set_seed
@@ -25,7 +24,8 @@ from hf_elra.report.model_card import build_model_card
 def main(words: list[str]) -> None:
     """Train, evaluate, save."""
     recipe, training = babyllama.parse_arguments(words)
-    run = TrainingRun(recipe, training, babyllama.NOT_OF_THE_TRAJECTORY, "tokens")
+    defaults = babyllama.defaults_of(recipe.preset, str(training.optim.value))
+    run = TrainingRun(recipe, training, babyllama.NOT_OF_THE_TRAJECTORY, "tokens", defaults)
 
     # Text, tokenizer, blocks of tokens. On several processes the first one fills the cache for the others.
     with training.main_process_first():
@@ -64,6 +64,7 @@ def main(words: list[str]) -> None:
         return
 
     loss = evaluations[-1]["eval_loss"]
+    perplexity = babyllama.perplexity(loss)
     with trainer.boosted():  # the model that was evaluated and saved
         sample = babyllama.generate_sample(trainer.model, tokenizer, recipe.prompt, recipe.sample_tokens)
     Path(run.folder, SAMPLE).write_text(sample + "\n", encoding="utf-8")
@@ -71,14 +72,14 @@ def main(words: list[str]) -> None:
         trainer,
         {
             "validation_loss": loss,
-            "perplexity": math.exp(loss),
+            "perplexity": perplexity,
             "unigram_entropy": entropy,
             "text": texts.name,
             "train_tokens": len(train) * recipe.block_size,
         },
     )
     print(
-        f"{sample}\n\nvalidation loss {loss:.4f} nats per token (perplexity {math.exp(loss):.2f}); unigram entropy "
+        f"{sample}\n\nvalidation loss {loss:.4f} nats per token (perplexity {perplexity:.2f}); unigram entropy "
         f"{entropy:.4f}; {run.speed(metrics)}"
     )
     print(f"model, tokenizer, {METRICS}, {SAMPLE} and {TABLE} are in {run.folder}")

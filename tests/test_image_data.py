@@ -20,6 +20,7 @@ from hf_elra.recipes.image_data import (
     channel_statistics,
     load_images,
 )
+from hf_elra.recipes.image_models import SmallImageProcessor, with_8_bits
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 10), dtype=np.uint8)
 LABELS = np.arange(12, dtype=np.uint8) % 3
@@ -72,6 +73,56 @@ def test_npz_of_arrays_and_of_encoded_images(tmp_path):
     np.savez(tmp_path / "c.npz", pixels=PIXELS)
     with pytest.raises(ConfigurationError, match="holds pixels; wanted are test_images, test_labels"):
         load_images(str(tmp_path / "c.npz"))
+
+
+@pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
+def test_labels_may_stand_in_a_column(tmp_path, shape):
+    """As in MedMNIST and in Keras' CIFAR."""
+    arrays = dict(train_images=PIXELS[:9], test_images=PIXELS[9:], test_labels=LABELS[9:].reshape(shape))
+    np.savez(tmp_path / "a.npz", train_labels=LABELS[:9].reshape(shape), **arrays)
+    data = load_images(str(tmp_path / "a.npz"))
+    assert data.train.labels.tolist() == LABELS[:9].tolist()
+    assert len(data.classes) == 3
+    for labels in (np.eye(3, dtype=int)[LABELS[:9]], LABELS[:9].astype(str), LABELS[0]):
+        np.savez(tmp_path / "a.npz", train_labels=labels, **arrays)
+        with pytest.raises(ConfigurationError, match=r"train_labels are .* of shape .*; wanted is one class number"):
+            load_images(str(tmp_path / "a.npz"))
+
+
+def test_files_that_are_no_archive_or_are_damaged_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.save(tmp_path / "a.npy", PIXELS)
+    np.savez_compressed(path, train_images=PIXELS, train_labels=LABELS, test_images=PIXELS, test_labels=LABELS)
+    damaged = bytearray(path.read_bytes())
+    damaged[200:260] = b"\xff" * 60
+    contents = [b"no zip", b"", (tmp_path / "a.npy").read_bytes(), bytes(damaged), path.read_bytes()[:-100]]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ConfigurationError, match="a.npz' cannot be read as an npz file of plain arrays"):
+            load_images(str(path))
+    zipped = bytearray(gzip.compress(idx(PIXELS % 4)))
+    zipped[200:220] = b"\xff" * 20
+    (tmp_path / "a-images-idx3-ubyte.gz").write_bytes(zipped)
+    with pytest.raises(ConfigurationError, match="a-images-idx3-ubyte.gz' cannot be read: Error -3"):
+        image_data.read_idx(tmp_path / "a-images-idx3-ubyte.gz")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_grey_values_of_16_bits_are_scaled_to_8(tmp_path, mode):
+    for split in ("train", "test"):
+        for i in range(3):
+            folder = tmp_path / split / "abc"[i]
+            folder.mkdir(parents=True)
+            values = PIXELS[i].astype(np.uint16) * 257 if mode == "I;16" else PIXELS[i].astype(np.int32)
+            picture = Image.fromarray(values)
+            assert picture.mode == mode
+            picture.save(folder / ("1.png" if mode == "I;16" else "1.tif"))
+    data = load_images(str(tmp_path))
+    assert np.array_equal(data.train.images[:, 0].numpy(), PIXELS[:3])
+    processor = SmallImageProcessor([0], [1])  # what the saved model is fed with
+    assert np.array_equal(processor([picture])["pixel_values"], PIXELS[2:3, None].astype(np.float32) / 255)
+    large = Image.fromarray(PIXELS[2].astype(np.int32) * 257)  # 16 bits in 32
+    assert np.array_equal(np.asarray(with_8_bits(large, colour=False)), PIXELS[2])
 
 
 def png(array):
@@ -158,16 +209,22 @@ def test_folder_of_images_by_class(tmp_path):
     assert load_images(str(tmp_path), image_size=16).test.images.shape == (3, 1, 16, 16)
 
 
-def test_folder_of_parquet_files(tmp_path):
+@pytest.mark.parametrize("name", ["{}-00000-of-00001.parquet", "{}/0000.parquet", "data [1]/{}/0000.parquet"])
+def test_folder_of_parquet_files(tmp_path, name):
     import datasets
 
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
     for split, part in (("train", slice(0, 9)), ("test", slice(9, 12))):
         rows = {"img": [Image.fromarray(p) for p in PIXELS[part]], "label": LABELS[part].tolist()}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        path = tmp_path / "latest" / name.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     data = load_images(str(tmp_path))
     assert np.array_equal(data.train.images[:, 0].numpy(), PIXELS[:9])
     assert data.classes == ["x", "y", "z"]
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ConfigurationError, match="holds parquet files that cannot be read: Parquet"):
+        load_images(str(tmp_path))
 
 
 def test_images_that_are_not_square_need_a_size(tmp_path):

@@ -73,6 +73,27 @@ def test_card_has_valid_metadata_and_the_numbers_of_the_run(tmp_path):
     assert "python train.py" in card.content
 
 
+@pytest.mark.parametrize(
+    ("train_file", "dataset", "stated"),
+    [
+        (None, "python-docs", ("en", "mit")),
+        (None, "roneneldan/TinyStories", ("en", "mit")),
+        (None, "somebody/german", (None, None)),
+        ("meins.txt", "python-docs", (None, None)),
+    ],
+)
+def test_card_states_language_and_licence_of_known_texts_alone(tmp_path, train_file, dataset, stated):
+    settings = {**METRICS["settings"], "train_file": train_file, "dataset": dataset}
+    card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, settings=settings))))
+    assert (card.data.language, card.data.license) == stated
+    assert "null" not in str(card).split("---")[1]
+
+
+def test_card_of_a_run_whose_loss_is_too_high_for_a_perplexity(tmp_path):
+    card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, validation_loss=1e3, perplexity=float("inf")))))
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["perplexity"] == float("inf")
+
+
 def test_card_escapes_what_it_quotes(tmp_path):
     content = str(build_model_card(folder_of_a_run(tmp_path, sample="```\n# not a heading\n```")))
     assert "my\\|text&lt;script>.txt" in content

@@ -55,6 +55,27 @@ def test_text_in_one_piece_is_cut_at_its_end():
     assert texts.validation == ["y" * 5]
 
 
+def test_names_with_brackets_and_byte_order_marks_are_no_part_of_the_text(tmp_path):
+    path = write(tmp_path, "my[1] *.jsonl", STORIES)
+    assert load_texts(train_file=path, validation_file=path).train == STORIES
+    (tmp_path / "marked.txt").write_text(STORIES[0], encoding="utf-8-sig")
+    (tmp_path / "marked.txt.gz").write_bytes(gzip.compress((tmp_path / "marked.txt").read_bytes()))
+    for name in ("marked.txt", "marked.txt.gz"):
+        path = str(tmp_path / name)
+        assert load_texts(train_file=path, validation_file=path).train == STORIES[:1]
+
+
+def damaged(content):
+    """Gzipped, with wrong bytes in its middle."""
+    zipped = bytearray(gzip.compress(content))
+    middle = len(zipped) // 2
+    zipped[middle : middle + 20] = b"\xff" * 20
+    return bytes(zipped)
+
+
+LINES = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(1000)).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -66,6 +87,17 @@ def test_text_in_one_piece_is_cut_at_its_end():
         (b"", "empty.jsonl", "is empty"),
         (b'{"txet": "a"}\n', "column.jsonl", "no column 'text'. Did you mean 'txet'"),
         (b"not json", "broken.jsonl", "cannot be read as jsonl"),
+        (b'{"text": 1}\n{"text": 2}\n', "numbers.jsonl", r"column 'text' holds Value\('int64'\), no text"),
+        (b'{"text": ["a", "b"]}\n', "lists.jsonl", "column 'text' holds List.*, no text"),
+        (b'{"text": "a"}\n{"text": 1}\n', "mixed.jsonl", "column 'text' holds .*, no text"),
+        (b'{"text": null}\n', "nulls.jsonl", "column 'text' holds no text"),
+        (b"\n\n", "blank.jsonl", "cannot be read as jsonl"),
+        (b"PAR", "none.parquet", "cannot be read as parquet"),
+        (gzip.compress(b""), "empty.jsonl.gz", "cannot be read as jsonl: nothing is in it"),
+        (LINES, "plain.jsonl.gz", "cannot be read as jsonl: Not a gzipped file"),
+        (damaged(LINES), "damaged.jsonl.gz", "cannot be read as jsonl: Error -3"),
+        (gzip.compress(LINES)[:-20], "cut.jsonl.gz", "cannot be read as jsonl: Compressed file ended"),
+        (damaged(LINES), "damaged.txt.gz", "no UTF-8 text: Error -3"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, content, name, message):
@@ -88,6 +120,14 @@ def test_data_set_in_a_local_folder_is_loaded_as_from_the_hub(tmp_path):
     write(tmp_path, "validation.jsonl", STORIES[:3])
     texts = load_texts(dataset=str(tmp_path))
     assert (len(texts.train), len(texts.validation)) == (40, 3)
+
+
+def test_data_set_without_training_split_is_named_and_nulls_are_passed_over(tmp_path):
+    write(tmp_path, "test.jsonl", STORIES)
+    with pytest.raises(ConfigurationError, match=r"has the split\(s\) test; wanted is one called train.*--train_file"):
+        load_texts(dataset=str(tmp_path))
+    write(tmp_path, "train.jsonl", [None, *STORIES, None])
+    assert load_texts(dataset=str(tmp_path)).train == STORIES
 
 
 def test_python_documentation_is_english_and_deterministic():

@@ -6,6 +6,7 @@ and tokenizers are in ``text_data.py``; the run itself is ``scripts/train_babyll
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,9 +137,14 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "tiny", PRESETS)
     optim = choose_optimizer(words, OPTIMIZER)
-    defaults = {
+    output_dir = f"runs/babyllama-{preset}" + ("" if optim == OPTIMIZER else f"-{optim}")
+    return parse(BabyLlamaArguments, words, {"output_dir": output_dir, **defaults_of(preset, optim)})
+
+
+def defaults_of(preset: str, optim: str) -> dict[str, Any]:
+    """Return the values of the flags that are not given, for this preset and optimizer."""
+    return {
         "optim": optim,
-        "output_dir": f"runs/babyllama-{preset}" + ("" if optim == OPTIMIZER else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "steps",
         "save_strategy": "steps",
@@ -150,7 +156,6 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
         **{name: value for name, value in PRESETS[preset].items() if name not in _NOT_OF.get(optim, _ELRA_ONLY)},
         **{name: pick(value, preset) for name, value in settings_for(optim).items()},
     }
-    return parse(BabyLlamaArguments, words, defaults)
 
 
 def settings_for(optim: str) -> dict[str, Any]:
@@ -191,6 +196,14 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats; infinity where that is more than a float holds (a loss above 709)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """Return ``prompt`` continued by ``tokens`` tokens, sampled at temperature 0.8 with a fixed seed."""
     model.eval()
@@ -205,6 +218,7 @@ def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str,
             do_sample=True,
             temperature=0.8,
             top_k=50,
+            remove_invalid_values=True,  # a model that diverged gives a sample too, so that its run ends with results
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

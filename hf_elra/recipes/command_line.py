@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers.training_args import OptimizerNames
@@ -26,8 +26,28 @@ TRAINING = (
     "seed",
     "max_steps",
     "num_train_epochs",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",  # of Transformers before 5.9
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "auto_find_batch_size",
+    "bf16",
+    "fp16",
+    "tf32",
+    "data_seed",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 )
-"""Training arguments that decide the trajectory, beside the ``--elra_*`` flags."""
+"""Training arguments that decide the trajectory or what is saved of it, beside the ``--elra_*`` flags."""
 
 
 def choose(flag: str, words: list[str], default: str, known: Any) -> str:
@@ -70,12 +90,13 @@ def parse(recipe_class: type, words: list[str], defaults: dict[str, Any]) -> tup
 
 
 def value_of(flag: str, words: list[str], default: str) -> str:
-    """Return the word after ``flag``, or after its equals sign."""
+    """Return the word after ``flag``, or after its equals sign; the last one, as argparse does."""
+    found = default
     for position, word in enumerate(words):
         name, _, value = word.partition("=")
         if name == flag:
-            return value or (words[position + 1] if position + 1 < len(words) else "")
-    return default
+            found = value or (words[position + 1] if position + 1 < len(words) else "")
+    return found
 
 
 def given(flag: str, words: list[str]) -> bool:
@@ -86,10 +107,30 @@ def given(flag: str, words: list[str]) -> bool:
 def recorded_settings(recipe: Any, training: ElraTrainingArguments, ignored: set[str]) -> dict[str, Any]:
     """The settings that decide the trajectory: what a resumed run must share with the interrupted one."""
     settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ignored}
-    for name in (*TRAINING, *(f.name for f in fields(ElraSettings))):
+    for name in _recorded(training):
         value = getattr(training, name)
         settings[name] = getattr(value, "value", value)
+    settings["devices"] = training.world_size * max(training.n_gpu, 1)  # each has a batch of its own
     return settings
+
+
+def default_settings(settings: dict[str, Any], recipe: Any, training: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values that ``settings`` would have had without flags, to stand in for those an old file lacks.
+
+    Args:
+        settings: those of this run. Its number of devices counts as the old one, which nothing tells.
+        recipe, training: whose fields they are.
+        defaults: of this preset and optimizer; they come before those of the fields.
+    """
+    of_fields = {f.name: f.default for of in (recipe, training) for f in fields(of) if f.default is not MISSING}
+    known = {"devices": settings["devices"], **of_fields, **defaults}
+    return {name: known[name] for name in settings if name in known}
+
+
+def _recorded(training: ElraTrainingArguments) -> list[str]:
+    """The names of training arguments to write down, without those that this version of Transformers does not have."""
+    names = (*TRAINING, *(f.name for f in fields(ElraSettings)))
+    return [name for name in names if hasattr(training, name)]
 
 
 def command_line() -> str:

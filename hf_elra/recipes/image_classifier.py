@@ -118,10 +118,15 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "digits", PRESETS)
     optim = choose_optimizer(words, "elra")
-    ours = optim == "elra"
     source = value_of("--dataset", words, preset)
+    output_dir = f"runs/{Path(source).resolve().stem or preset}" + ("" if optim == "elra" else f"-{optim}")
+    return parse(ImageClassifierArguments, words, {"output_dir": output_dir, **defaults_of(preset, optim)})
+
+
+def defaults_of(preset: str, optim: str) -> dict[str, Any]:
+    """Return the values of the flags that are not given, for this preset and optimizer."""
+    ours = optim == "elra"
     defaults: dict[str, Any] = {
-        "output_dir": f"runs/{Path(source).resolve().stem or preset}" + ("" if optim == "elra" else f"-{optim}"),
         "report_to": ["none"],
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -141,7 +146,7 @@ def parse_arguments(words: list[str]) -> tuple[ImageClassifierArguments, ElraTra
         defaults.pop("elra_control_cycle", None)
         family = next((f for f in FAMILIES if optim.startswith(f) or f"_{f}" in optim), "adam")
         defaults |= {"lr_scheduler_type": "constant", **FAMILIES[family]}
-    return parse(ImageClassifierArguments, words, defaults)
+    return defaults
 
 
 def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:

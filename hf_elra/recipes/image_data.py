@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import gzip
 import io
 import logging
 import math
+import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,7 +34,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.recipes.image_models import middle_crop, shorter_side_to
+from hf_elra.recipes.image_models import middle_crop, shorter_side_to, with_8_bits
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ CROP_PADDING = 4
 AUGMENTATIONS = ("none", "flip", "flip+crop")
 
 TEST_SPLITS = ("test", "validation", "valid")
+SPLIT_WORDS = {"train": {"train", "training"}, "valid": {"valid", "val", "validation"}, "test": {"test", "testing"}}
+GREY_MODES = ("L", "1", "I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's
 MEMORY_SHARE = 0.5  # of what is free, which images may take
 SAMPLED_IMAGES = 2000  # from which mean and standard deviation are taken where images stay encoded
 
@@ -300,7 +306,7 @@ def load_images(
     images: dict[str, Any] = {
         split: _as_images(arrays[f"{split}_images"], image_size, source) for split in ("train", "test")
     }
-    labels = {split: torch.as_tensor(np.asarray(arrays[f"{split}_labels"]).astype(np.int64)) for split in images}
+    labels = {split: _as_labels(arrays[f"{split}_labels"], f"{split}_labels", source) for split in images}
     mean, std = channel_statistics(images["train"])
     number = int(max(values.max() for values in labels.values())) + 1
     if unknown := set(labels["test"].tolist()) - set(labels["train"].tolist()):
@@ -333,8 +339,35 @@ def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | Encode
     return images.contiguous()
 
 
+def _as_labels(array: Any, what: str, name: str) -> Tensor:
+    """Class numbers, one for each image; a column of them counts as well."""
+    labels = np.asarray(array)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iufb":
+        raise ConfigurationError(
+            f"dataset={name!r}: {what} are {labels.dtype} of shape {labels.shape}; wanted is one class number for each "
+            "image, shape (number,)."
+        )
+    return torch.as_tensor(labels.astype(np.int64))
+
+
 def _from_npz(file: Any, name: str) -> dict[str, Any]:
-    arrays = np.load(file, allow_pickle=False)
+    try:
+        arrays = np.load(file, allow_pickle=False)
+        if not hasattr(arrays, "files"):
+            raise ValueError("it holds a single array")
+        with arrays:
+            return _named_arrays(arrays, name)
+    except ConfigurationError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigurationError(
+            f"dataset={name!r} cannot be read as an npz file of plain arrays (numpy.savez writes one): {error}"
+        ) from error
+
+
+def _named_arrays(arrays: Any, name: str) -> dict[str, Any]:
     found = set(arrays.files)
     if {"train_bytes", "train_offsets", "test_bytes", "test_offsets"} <= found:  # encoded images, one after the other
         decoded: dict[str, Any] = {"lossy_copy": arrays["train_bytes"][:2].tobytes() == b"\xff\xd8"}
@@ -355,7 +388,7 @@ def _from_npz(file: Any, name: str) -> dict[str, Any]:
 def _decode(content: bytes) -> Any:
     from PIL import Image
 
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    return with_8_bits(Image.open(io.BytesIO(content)), colour=True)
 
 
 def _from_idx(folder: Path) -> dict[str, Any]:
@@ -380,7 +413,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with opener(path, "rb") as file:
             content = file.read()
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error}.") from None
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ConfigurationError(f"{str(path)!r} is no idx file of unsigned bytes.")
@@ -395,8 +428,13 @@ def read_idx(path: Path) -> np.ndarray:
 def _local_dataset(path: Path) -> Any:
     import datasets
 
-    if path.is_dir() and (parquet := sorted(str(file) for file in path.rglob("*.parquet"))):
-        return datasets.load_dataset("parquet", data_files=_by_split(parquet))
+    if path.is_dir() and (parquet := sorted(path.rglob("*.parquet"))):
+        try:
+            return datasets.load_dataset("parquet", data_files=_by_split(parquet, path))
+        except Exception as error:  # pyarrow's, for a file that is none, or datasets', for columns that differ
+            raise ConfigurationError(
+                f"dataset={str(path)!r} holds parquet files that cannot be read: {error.__cause__ or error}"
+            ) from error
     if path.suffix == ".parquet":
         raise ConfigurationError(f"dataset={str(path)!r}: give the folder that holds the train and test parquet files.")
     if path.is_dir():
@@ -407,13 +445,21 @@ def _local_dataset(path: Path) -> Any:
     raise ConfigurationError(f"dataset={str(path)!r} is no folder and no npz file.")
 
 
-def _by_split(paths: list[str]) -> dict[str, list[str]]:
+def _by_split(files: list[Path], folder: Path) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
-    for path in paths:
-        name = Path(path).name.lower()
-        split = next((split for split in ("train", "valid", "test") if split in name), "train")
-        splits.setdefault(split, []).append(path)
+    for file in files:
+        splits.setdefault(_split_of(file.relative_to(folder)), []).append(glob.escape(str(file)))
     return splits
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file's name says, or else the nearest of its folders: test-00000.parquet, test/00000.parquet."""
+    for part in reversed(file.parts):
+        words = set(re.split("[^a-z]+", part.lower()))
+        for split, names in SPLIT_WORDS.items():
+            if words & names:
+                return split
+    return next((split for split in SPLIT_WORDS if split in file.name.lower()), "train")
 
 
 def _hub_dataset(name: str) -> Any:
@@ -451,7 +497,7 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
     with naming_broken_images():
         first = [row[image] for row in splits["train"].select(range(min(8, len(splits["train"]))))]
     decode = functools.partial(
-        _pixels, image_size=image_size, colour=any(p.mode not in ("L", "1") for p in first), name=name
+        _pixels, image_size=image_size, colour=any(p.mode not in GREY_MODES for p in first), name=name
     )
     height, width, channels = np.atleast_3d(decode(first[0])).shape
     encoded = {
@@ -468,7 +514,7 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
 
 def _pixels(picture: Any, *, image_size: int | None, colour: bool, name: str) -> np.ndarray:
     """One decoded image; with ``image_size`` its shorter side is resized to it and the middle cut out."""
-    picture = picture.convert("RGB" if colour else "L")
+    picture = with_8_bits(picture, colour=colour)
     if image_size is None:
         if picture.width != picture.height:
             raise ConfigurationError(f"dataset={name!r} holds images that are not square; give --image_size.")

@@ -248,7 +248,7 @@ class SmallImageProcessor(BaseImageProcessor):
         pixels = []
         for image in images:
             picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-            picture = picture.convert("RGB" if self.num_channels == 3 else "L")
+            picture = with_8_bits(picture, colour=self.num_channels == 3)
             if self.image_size is not None:
                 picture = shorter_side_to(picture, self.image_size)
             array = np.atleast_3d(np.asarray(picture, np.float32)).transpose(2, 0, 1) / 255
@@ -259,6 +259,18 @@ class SmallImageProcessor(BaseImageProcessor):
             )
             pixels.append((array - mean) / std)
         return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
+
+
+def with_8_bits(picture: Any, *, colour: bool) -> Any:
+    """Return a PIL image as 8-bit colour or grey; grey values of 16 bits are scaled, where PIL would cut them off."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits, or integers that may stand for 8 or for 16
+        values = np.asarray(picture)
+        if picture.mode != "I" or values.max() > 255:
+            values = np.round(values / 257)
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB" if colour else "L")
 
 
 def middle_crop(pixels: Any, size: int) -> Any:

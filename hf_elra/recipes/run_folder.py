@@ -1,7 +1,7 @@
 """The output folder of a run: may it be used, is there something to resume, and what is written into it.
 
-A folder holds a run if it holds ``settings.json``; the run is finished once ``metrics.json`` is there. Checkpoints are
-the Trainer's.
+A folder holds a run if it holds a ``settings.json`` that this package wrote; the run is finished once ``metrics.json``
+is there. Checkpoints are the Trainer's. No other folder that holds anything is ever emptied.
 """
 
 from __future__ import annotations
@@ -17,6 +17,18 @@ from hf_elra.trainer.checkpoints import last_whole_checkpoint
 
 SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
+PART = ".part"
+"""Ending of a JSON file that is being written."""
+
+MARK = {"written_by": "hf_elra"}
+"""What ``settings.json`` says beside the settings, to tell a run of ours from somebody's folder."""
+
+ALWAYS_WRITTEN = {
+    *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("preset", "dataset", "elra_control_cycle"),
+}
+"""What tells a ``settings.json`` from before :data:`MARK`."""
 
 LENGTH = ("max_steps", "num_train_epochs", "elra_max_samples", "elra_max_tokens")
 """Settings in which a resumed run may differ from the interrupted one."""
@@ -26,7 +38,14 @@ class AlreadyFinished(Exception):
     """The run that was asked for is there already; its text says so."""
 
 
-def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> str | None:
+def check_run_folder(
+    folder: str,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    defaults: dict[str, Any] | None = None,
+) -> str | None:
     """Decide, before any work, what happens to ``folder``; return the checkpoint to resume from, or None.
 
     Args:
@@ -35,6 +54,7 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         resume: go on with an interrupted run.
         overwrite: replace a run that is there. With ``resume`` too, an interrupted run goes on, a finished one is left
             alone, and only a run with other settings is replaced.
+        defaults: the values that settings had which an earlier version did not write down.
 
     Raises:
         ConfigurationError: the folder cannot be used that way; nothing was touched.
@@ -49,12 +69,13 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         if resume and not overwrite:
             raise ConfigurationError(f"output_dir={folder!r} holds nothing to resume; leave --resume out.")
         return None
-    if not (path / SETTINGS).is_file():
+    written = read_settings(path / SETTINGS)
+    if written is None:
         raise ConfigurationError(
             f"output_dir={folder!r} holds files that are no run of this script; choose another folder."
         )
     finished = (path / METRICS).is_file()
-    before = read_json(path / SETTINGS)
+    before = {**(defaults or {}), **written}
     changed = {name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
     checkpoint = last_whole_checkpoint(folder)
     if resume and finished and overwrite and not changed:
@@ -64,36 +85,66 @@ def check_run_folder(folder: str, settings: dict[str, Any], *, resume: bool, ove
         )
     if resume and not finished and not changed - set(LENGTH) and checkpoint is not None:
         return checkpoint
-    # Interrupted before its first checkpoint: nothing in it is worth keeping.
-    if overwrite or (not finished and checkpoint is None and not resume):
+    # Interrupted before its first checkpoint: nothing in it is worth keeping, if it holds nothing else.
+    only_begun = {file.name for file in path.iterdir()} <= {SETTINGS, SETTINGS + PART}
+    if overwrite or (only_begun and not resume):
         return None
     state = "a finished run" if finished else "an interrupted run"
     if not resume:
-        remedy = "--overwrite to replace it" if finished else "--resume to go on with it, --overwrite to replace it"
+        remedy = "--overwrite to replace it"
+        if not finished:
+            goes_on = "--resume to go on with it, " if checkpoint is not None else ""
+            remedy = f"{goes_on}{remedy}"
     elif finished:
         remedy = "--overwrite instead of --resume to replace it"
     elif changed - set(LENGTH):
         shown = "; ".join(f"{name} {before.get(name)!r} -> {settings.get(name)!r}" for name in sorted(changed))
         remedy = f"the settings it had to resume it, or --overwrite to replace it (changed: {shown})"
-    else:
+    elif only_begun:
         remedy = "no --resume, as it was interrupted before its first checkpoint and begins anew"
+    else:
+        remedy = "--overwrite instead of --resume to replace it, as it has no whole checkpoint to go on from"
     raise ConfigurationError(f"output_dir={folder!r} holds {state}; pass {remedy}, or choose another folder.")
 
 
 def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> None:
-    """Empty the folder unless a run goes on from ``checkpoint``, saying so, and write down the settings."""
+    """Empty the folder unless a run goes on from ``checkpoint``, saying so, and write down the settings.
+
+    The folder itself stays, which may be a link or a mount point.
+    """
     path = Path(folder)
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
     else:
         if (path / SETTINGS).is_file():
             print(f"replacing the run in {folder}")
-        shutil.rmtree(path, ignore_errors=True)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
+            for file in list(path.iterdir()):
+                if file.name == SETTINGS:  # replaced below: were this cut short, the folder must still count as ours
+                    continue
+                if file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
         except OSError as error:
-            raise ConfigurationError(f"output_dir={folder!r} cannot be written: {error.strerror}.") from error
-    write_json(path / SETTINGS, settings)
+            raise ConfigurationError(
+                f"output_dir={folder!r} cannot be written: {error.strerror} ({error.filename})."
+            ) from error
+    write_json(path / SETTINGS, {**MARK, **settings})
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Read the ``settings.json`` of a run of ours, without :data:`MARK`; None if there is none or it is not ours."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError, RecursionError):  # a folder, no text, no JSON
+        return None
+    if not isinstance(content, dict):
+        return None
+    if not (content.items() >= MARK.items() or content.keys() >= ALWAYS_WRITTEN):
+        return None
+    return {name: value for name, value in content.items() if name not in MARK}
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +154,6 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the whole file or none of it."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + PART)
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -7,11 +7,13 @@ packing happen once; ``datasets`` caches the result. Models and training setting
 from __future__ import annotations
 
 import ast
+import glob
 import gzip
 import hashlib
 import math
 import sysconfig
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -60,7 +61,8 @@ def load_texts(
     out.
 
     Raises:
-        ConfigurationError: a file is missing, empty, or has no column ``text_column``; the data set cannot be loaded.
+        ConfigurationError: a file is missing, empty or damaged, or has no text in a column ``text_column``; the data
+            set cannot be loaded or has no training split.
     """
     if validation_file and not train_file:
         raise ConfigurationError(f"validation_file={validation_file!r} needs --train_file beside it.")
@@ -80,6 +82,11 @@ def load_texts(
             f"dataset={dataset!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).{hint} "
             f"Give a data set of the hub, local files with --train_file, or --dataset {PYTHON_DOCS}."
         ) from error
+    if "train" not in loaded:
+        raise ConfigurationError(
+            f"dataset={dataset!r} has the split(s) {', '.join(loaded)}; wanted is one called train. Give its file with "
+            "--train_file instead."
+        )
     train = _column(loaded["train"], text_column, f"dataset={dataset!r}")
     for split in ("validation", "test"):
         if split in loaded:
@@ -97,15 +104,18 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
         if file.stat().st_size == 0:
             raise ConfigurationError(f"{flag}={path!r} is empty.")
         try:
-            loaded = load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
-        except DatasetGenerationError as error:
-            raise ConfigurationError(f"{flag}={path!r} cannot be read as {kind}: {error.__cause__}") from error
+            loaded = load_dataset(
+                "parquet" if kind == "parquet" else "json", data_files=glob.escape(path), split="train"
+            )
+        except Exception as error:  # each way of being damaged has its own, from datasets, pyarrow, gzip or zlib
+            reason = str(error.__cause__ or error) or "nothing is in it"
+            raise ConfigurationError(f"{flag}={path!r} cannot be read as {kind}: {reason}") from error
         documents = _column(loaded, text_column, f"{flag}={path!r}")
     else:
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as stream:
                 documents = [part.strip() for part in stream.read().split(END_OF_TEXT)]
-        except (UnicodeDecodeError, OSError, EOFError) as error:
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise ConfigurationError(f"{flag}={path!r} is no UTF-8 text: {error}.") from error
     documents = [document for document in documents if document]
     if not documents:
@@ -119,7 +129,13 @@ def _column(data: Dataset, name: str, source: str) -> list[str]:
             f"{source} has no column {name!r}.{nearest(name, data.column_names)} "
             f"Its columns: {', '.join(data.column_names)}. Choose with --text_column."
         )
-    return list(data[name])
+    kind = data.features[name]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ConfigurationError(f"{source}: its column {name!r} holds {kind}, no text. Choose with --text_column.")
+    documents = [document for document in data[name] if document is not None]
+    if not documents:
+        raise ConfigurationError(f"{source}: its column {name!r} holds no text. Choose with --text_column.")
+    return documents
 
 
 def hold_out(documents: list[str], name: str) -> Texts:

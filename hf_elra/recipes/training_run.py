@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from hf_elra.errors import CheckpointError, ConfigurationError
-from hf_elra.recipes.command_line import command_line, recorded_settings
+from hf_elra.recipes.command_line import command_line, default_settings, recorded_settings
 from hf_elra.recipes.run_folder import LOG, METRICS, AlreadyFinished, check_run_folder, start_run, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import training_table
@@ -45,6 +45,7 @@ class TrainingRun:
         training: the Trainer's.
         ignored: settings of ``recipe`` in which a resumed run may differ.
         unit: what progress is counted in, ``"tokens"`` or ``"images"``.
+        defaults: values of the flags that are not given, where they are not those of the fields.
 
     Attributes:
         callbacks: for the Trainer.
@@ -55,11 +56,24 @@ class TrainingRun:
         AlreadyFinished: there is nothing left to do.
     """
 
-    def __init__(self, recipe: Any, training: ElraTrainingArguments, ignored: set[str], unit: str) -> None:
+    def __init__(
+        self,
+        recipe: Any,
+        training: ElraTrainingArguments,
+        ignored: set[str],
+        unit: str,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         check_trainable(training)
         self.recipe, self.folder = recipe, str(training.output_dir)
         self.settings = recorded_settings(recipe, training, ignored)
-        self.checkpoint = check_run_folder(self.folder, self.settings, resume=recipe.resume, overwrite=recipe.overwrite)
+        self.checkpoint = check_run_folder(
+            self.folder,
+            self.settings,
+            resume=recipe.resume,
+            overwrite=recipe.overwrite,
+            defaults=default_settings(self.settings, recipe, training, defaults or {}),
+        )
         self._stop, self._progress = StopOnSignal(), ProgressLine(unit)
         self.callbacks = [self._stop, self._progress]
 

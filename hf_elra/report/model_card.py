@@ -12,6 +12,9 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.recipes.run_folder import LOG, METRICS, SAMPLE
 from hf_elra.report.table import training_table
 
+ENGLISH = ("python-docs", "roneneldan/TinyStories")
+"""The presets' texts. Language and licence of another text are not known here, so that cards name none."""
+
 
 def build_model_card(folder: str) -> ModelCard:
     """Build the card of the language model whose run is in ``folder``.
@@ -27,6 +30,7 @@ def build_model_card(folder: str) -> ModelCard:
     sample = (path / SAMPLE).read_text(encoding="utf-8")
     settings = metrics["settings"]
     name = f"babyllama-{settings['preset']}"
+    ours = not settings["train_file"] and settings["dataset"] in ENGLISH
     from_hub = not settings["train_file"] and settings["dataset"] != "python-docs"
     results = [
         EvalResult(
@@ -39,8 +43,8 @@ def build_model_card(folder: str) -> ModelCard:
         for kind, key in (("loss", "validation_loss"), ("perplexity", "perplexity"))
     ]
     data = ModelCardData(
-        language="en",
-        license="mit",
+        language="en" if ours else None,
+        license="mit" if ours else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llama", "hf_elra", settings["optim"]],

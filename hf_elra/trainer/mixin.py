@@ -121,7 +121,10 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
             self.optimizer_cls_and_kwargs = given[0], {"tables": tables_of(model), **given[1]}
-        return super().create_optimizer(*args, **kwargs)
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # the next model has tables of its own
 
     def _suiting_control(self) -> str:
         """The batch control that suits that optimizer."""

@@ -151,6 +151,7 @@ def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
         run.train()
         assert run.point_mean.power == 8
         assert run.point_mean.count == 5
+    assert runs[1].optimizer_cls_and_kwargs == (ELRASpectral, {})
     assert torch.equal(weights(runs[1].model), weights(runs[2].model))
     assert torch.equal(weights(runs[0].model), weights(runs[2].model))
 

@@ -100,7 +100,7 @@ def test_files_that_are_no_archive_or_are_damaged_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ConfigurationError, match="a.npz' cannot be read as an npz file of plain arrays"):
             load_images(str(path))
-    zipped = bytearray(gzip.compress(idx(PIXELS % 4)))
+    zipped = bytearray(gzip.compress(idx(PIXELS % 4), mtime=0))
     zipped[200:220] = b"\xff" * 20
     (tmp_path / "a-images-idx3-ubyte.gz").write_bytes(zipped)
     with pytest.raises(ConfigurationError, match="a-images-idx3-ubyte.gz' cannot be read: Error -3"):

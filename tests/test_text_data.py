@@ -67,7 +67,7 @@ def test_names_with_brackets_and_byte_order_marks_are_no_part_of_the_text(tmp_pa
 
 def damaged(content):
     """Gzipped, with wrong bytes in its middle."""
-    zipped = bytearray(gzip.compress(content))
+    zipped = bytearray(gzip.compress(content, mtime=0))
     middle = len(zipped) // 2
     zipped[middle : middle + 20] = b"\xff" * 20
     return bytes(zipped)
@@ -93,12 +93,13 @@ LINES = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(1000)).en
         (b'{"text": null}\n', "nulls.jsonl", "column 'text' holds no text"),
         (b"\n\n", "blank.jsonl", "cannot be read as jsonl"),
         (b"PAR", "none.parquet", "cannot be read as parquet"),
-        (gzip.compress(b""), "empty.jsonl.gz", "cannot be read as jsonl: nothing is in it"),
+        (gzip.compress(b"", mtime=0), "empty.jsonl.gz", "cannot be read as jsonl: nothing is in it"),
         (LINES, "plain.jsonl.gz", "cannot be read as jsonl: Not a gzipped file"),
         (damaged(LINES), "damaged.jsonl.gz", "cannot be read as jsonl: Error -3"),
-        (gzip.compress(LINES)[:-20], "cut.jsonl.gz", "cannot be read as jsonl: Compressed file ended"),
+        (gzip.compress(LINES, mtime=0)[:-20], "cut.jsonl.gz", "cannot be read as jsonl: Compressed file ended"),
         (damaged(LINES), "damaged.txt.gz", "no UTF-8 text: Error -3"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_unusable_files_are_named(tmp_path, content, name, message):
     path = tmp_path / name

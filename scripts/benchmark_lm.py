@@ -5,11 +5,12 @@
         --output docs/results/lm --batches 16 --seeds 0
     python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm --print
 
-A Llama of 128 x 4 layers over a byte-level BPE of 1,024 pieces made from the text, 128 positions, float32. Every run
-has its own file under --output: what is finished there is not repeated, so that the same command goes on after an
-interruption; two of them with other --seeds may run side by side. Rows named "..., rate x" are a grid; all others run
-with one setting, whatever the text, the batch and the seed. The last rows are elra_spectral with other ends of training
-than the mean of the run. --help lists all flags.
+A Llama of 128 x 4 layers (with --model mixture a Mixtral of these sizes and 8 experts) over a byte-level BPE of 1,024
+pieces made from the text, 128 positions, float32. Every run has its own file under --output: what is finished there is
+not repeated, so that the same command goes on after an interruption; two of them with other --seeds may run side by
+side. Rows named "..., rate x" are a grid; all others run with one setting, whatever the text, the model, the batch and
+the seed. Towards the end are elra_spectral with other ends of training than the mean of the run, and, for mixtures,
+with one polar factor for all experts. --help lists all flags.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, set_seed
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, tables_of
 from hf_elra.recipes import text_data
@@ -38,7 +39,18 @@ from hf_elra.recipes.run_folder import read_json, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
 
-PIECES, POSITIONS, WIDTH, LAYERS, HEADS = 1024, 128, 128, 4, 4
+PIECES, POSITIONS = 1024, 128
+SHAPE: dict[str, Any] = {
+    "vocab_size": PIECES, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS, "tie_word_embeddings": True,
+}  # fmt: skip
+MIXTURE = {
+    "intermediate_size": 128, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=344)),
+    "mixture": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, **MIXTURE)),
+}
 HELD_OUT = 0.1
 """Share of a text without a validation file that is held out, at its end."""
 OURS = {"optim": "elra_spectral"}
@@ -108,6 +120,7 @@ def rows() -> dict[str, Row]:
             f"elra_spectral, {end}": Row({**OURS, "elra_boost_mean": "off", **settings})
             for end, settings in ENDS.items()
         },
+        "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"stacks": ()})),
     }
 
 
@@ -194,17 +207,12 @@ class Text:
         self.validation = text_data.tokenise(validation, tokenizer, POSITIONS, "validation")
 
 
-def run(title: str, text: Text, tokens: int, batch: int, seed: int) -> dict[str, Any]:
+def run(title: str, text: Text, model_name: str, tokens: int, batch: int, seed: int) -> dict[str, Any]:
     """Train once; return losses and what was logged."""
     row = rows()[title]
     updates = tokens // (batch * POSITIONS)
     set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=PIECES, hidden_size=WIDTH, intermediate_size=344, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, max_position_embeddings=POSITIONS, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    model = MODELS[model_name]()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "output_dir": folder, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 64,
@@ -243,7 +251,8 @@ def pending(given: argparse.Namespace, text: str) -> Iterator[tuple[str, int, in
             for number, title in enumerate(titles):
                 if given.rows is None or number in given.rows:
                     name = "".join(c if c.isalnum() or c in "-." else "_" for c in title.replace("α", "alpha"))
-                    folder = Path(given.output, f"{text}-{given.tokens}")
+                    kind = "" if given.model == "llama" else f"-{given.model}"
+                    folder = Path(given.output, f"{text}{kind}-{given.tokens}")
                     yield title, batch, seed, folder / f"{name}-batch{batch}-seed{seed}.json"
 
 
@@ -263,7 +272,7 @@ def table(given: argparse.Namespace, text: str) -> str:
         if any(cells):
             lines.append([title, *cells])
     heads = [f"batch {batch}: nats (runs)" for batch in given.batches]
-    return f"{text}, {given.tokens:,} tokens\n\n" + markdown_table(["", *heads], lines)
+    return f"{text}, {given.model}, {given.tokens:,} tokens\n\n" + markdown_table(["", *heads], lines)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -273,6 +282,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--train_file", required=True, help="txt, jsonl or parquet, gzipped or not")
     parser.add_argument("--validation_file", help="without it the last tenth of the text is held out")
     parser.add_argument("--name", help="of the text; default: that of its folder")
+    parser.add_argument("--model", choices=MODELS, default="llama", help="default: llama")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of every run; default: 1000000")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="sequences an update; default: 16 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -305,8 +315,8 @@ def main(words: list[str]) -> int:
         if text is None or path.is_file():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = run(title, text, given.tokens, batch, seed)
-        about = {"row": title, "text": name, "tokens": given.tokens, "batch": batch, "seed": seed}
+        result = run(title, text, given.model, given.tokens, batch, seed)
+        about = {"row": title, "text": name, "model": given.model, "tokens": given.tokens, "batch": batch, "seed": seed}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         command = shlex.join(["python", *sys.argv])
         write_json(path, {**about, "command": command, **environment(device), **result})

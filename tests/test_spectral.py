@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_elra import ELRA, ConfigurationError, ELRASpectral, tables_of
+from hf_elra import ELRA, ConfigurationError, ELRASpectral, stacks_of, tables_of
 from hf_elra.optim.directions import polar_factor, spectral_direction
 from hf_elra.optim.step_size import FallingGain
 from tests.conftest import llama, token_rows
@@ -73,6 +74,64 @@ def test_tables_are_embeddings_and_the_output_layer():
     assert tables_of(nn.Linear(2, 2)) == []
 
 
+def test_stacks_are_experts_and_not_convolutions():
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    experts = [layer.mlp.experts for layer in MixtralForCausalLM(config).model.layers]
+    wanted = {tuple(p.shape) for expert in experts for p in expert.parameters()}
+    model = MixtralForCausalLM(config)
+    assert {tuple(p.shape) for p in stacks_of(model)} == wanted == {(3, 24, 8), (3, 8, 12)}
+    assert len(stacks_of(model)) == 4
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+    assert stacks_of(nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), normed)) == []
+    positions = nn.ParameterList([nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(3, 1, 4))])
+    assert stacks_of(positions) == []
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_matrices_of_a_stack_move_as_if_each_were_a_parameter(momentum):
+    """Also what is not chosen any more stands still by itself."""
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 6, 4))
+    single = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    table, other = (nn.Parameter(torch.ones(5, 4)) for _ in range(2))
+    one = ELRASpectral([stack, table], stacks=[stack], tables=[table], momentum=momentum)
+    apart = ELRASpectral([*single, other], tables=[other], momentum=momentum)
+    for update in range(100):
+        stack.grad, table.grad = torch.randn(3, 6, 4), torch.randn(5, 4)
+        if update >= 15:
+            stack.grad[1] = 0
+        other.grad = table.grad.clone()
+        for p, gradient in zip(single, stack.grad, strict=True):
+            p.grad = gradient.clone()
+        if update == 90:
+            before = stack.detach().clone()
+        for optimizer in (one, apart):
+            optimizer.step(loss=1.0)
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+    torch.testing.assert_close(table, other)
+    assert torch.equal(stack[1], before[1])
+    assert not torch.equal(stack[0], before[0])
+
+
+def test_a_state_from_before_there_were_stacks_goes_on():
+    parameter = nn.Parameter(torch.eye(3))
+    optimizer = ELRASpectral([parameter], search=0)
+    parameter.grad = torch.ones(3, 3)
+    optimizer.step(loss=1.0)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["stacks"]
+    other = ELRASpectral([nn.Parameter(parameter.detach().clone())], search=0)
+    other.load_state_dict(state)
+    other.param_groups[0]["params"][0].grad = torch.ones(3, 3)
+    other.step(loss=1.0)
+    optimizer.step(loss=1.0)
+    assert torch.equal(other.param_groups[0]["params"][0], parameter)
+
+
 # ---- the rule ----
 
 
@@ -132,11 +191,12 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
-def test_what_is_no_list_of_parameters_is_no_tables():
+@pytest.mark.parametrize("name", ["tables", "stacks"])
+def test_what_is_no_list_of_parameters_is_refused(name):
     model = llama()
-    for wrong in (model, model.lm_head.weight, [model.lm_head]):
-        with pytest.raises(ConfigurationError, match=r"pass tables=tables_of\(model\)"):
-            ELRASpectral(model.parameters(), tables=wrong)
+    for wrong in (model, model.lm_head.weight, [model.lm_head], None, 3):
+        with pytest.raises(ConfigurationError, match=rf"{name} must be .* pass {name}={name}_of\(model\)"):
+            ELRASpectral(model.parameters(), **{name: wrong})
 
 
 def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():

@@ -7,11 +7,12 @@ do not care which direction is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 Direction = Callable[[list[Tensor]], list[Tensor]]
 
@@ -124,6 +125,31 @@ def tables_of(model: nn.Module) -> list[nn.Parameter]:
     modules.append(getattr(model, "get_output_embeddings", lambda: None)())
     found = [getattr(module, "weight", None) for module in modules]
     return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
+
+
+def stacks_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that are several matrices in one: those of three dimensions, as Transformers
+    stacks the experts of a mixture, that are no convolution's."""
+    convolved = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
+    return [p for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in convolved]
+
+
+KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"tables": tables_of, "stacks": stacks_of}
+"""Parameters for which a direction of their own is taken: names of the arguments that tell them, and who finds them."""
+
+
+def apart(tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
+    """Views of the matrices that are stacked in some tensors, and the other tensors, in order."""
+    return [part for t, is_stack in zip(tensors, stacked, strict=True) for part in (t.unbind() if is_stack else (t,))]
+
+
+def together(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
+    """Of tensors that :func:`apart` took apart, the like of which are ``parts``: the whole ones again."""
+    parts = iter(parts)
+    return [
+        torch.stack([next(parts) for _ in t]) if is_stack else next(parts)
+        for t, is_stack in zip(tensors, stacked, strict=True)
+    ]
 
 
 def _near_one(tensor: Tensor, dim: tuple[int, ...]) -> Tensor:

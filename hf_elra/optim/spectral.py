@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.directions import spectral_direction, still_what_is_over
+from hf_elra.optim.directions import KINDS, apart, spectral_direction, still_what_is_over, together
 from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.step_size import FallingGain
@@ -55,6 +55,8 @@ class ELRASpectral(LossAwareOptimizer):
             itself. Default: 0.9.
         tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
+        stacks (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
+            experts of a mixture; see :func:`~hf_elra.optim.directions.stacks_of`. Default: none.
         search (int): updates of the search, which are taken back; 0 for none. Default: 10.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
@@ -83,7 +85,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     takes_shards = False
-    _tables: set[int] = set()  # noqa: RUF012 - of a copy, whose parameters are others
+    _kinds: dict[str, set[int]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class ELRASpectral(LossAwareOptimizer):
         *,
         momentum: float = 0.9,
         tables: Iterable[Tensor] = (),
+        stacks: Iterable[Tensor] = (),
         search: int = 10,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
@@ -100,13 +103,9 @@ class ELRASpectral(LossAwareOptimizer):
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
     ) -> None:
-        settings = {n: v for n, v in locals().items() if n not in ("self", "params", "tables", "__class__")}
+        settings = {n: v for n, v in locals().items() if n not in (*KINDS, "self", "params", "__class__")}
         _check_settings(settings)
-        listed = [] if isinstance(tables, (nn.Module, Tensor)) else list(tables)
-        if isinstance(tables, (nn.Module, Tensor)) or not all(isinstance(p, Tensor) for p in listed):
-            what = type(tables).__name__
-            raise ConfigurationError(f"tables must be a list of parameters, not {what}; pass tables=tables_of(model).")
-        self._tables = {id(p) for p in listed}
+        self._kinds = {"tables": _identities("tables", tables), "stacks": _identities("stacks", stacks)}
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
         self.param_groups[0]["control"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
@@ -229,13 +228,16 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """What those parameters of a group that have a gradient step along."""
-        kinds = dict(zip(group["params"], group["tables"], strict=True))
-        tables = [kinds[p] for p in params]
+        places = {p: index for index, p in enumerate(group["params"])}
+        tables, stacks = ([group[kind][places[p]] for p in params] for kind in KINDS)
         averaged = self._averaged(params, gradients, self._momentum())
-        directions = spectral_direction(averaged, tables)
+        matrices = apart(averaged, stacks)
+        counts = [len(p) if is_stack else 1 for p, is_stack in zip(params, stacks, strict=True)]
+        tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
+        directions = spectral_direction(matrices, tables)
         if averaged is not gradients:
-            still_what_is_over(directions, averaged, gradients, tables)
-        return directions
+            still_what_is_over(directions, matrices, apart(gradients, stacks), tables)
+        return together(directions, params, stacks)
 
     def _momentum(self) -> float:
         """The momentum of this update."""
@@ -289,7 +291,13 @@ class ELRASpectral(LossAwareOptimizer):
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["tables"] = [id(p) in self._tables for p in group["params"]]
+        for kind in KINDS:
+            group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state from before there were stacks
+            group.setdefault("stacks", [False] * len(group["params"]))
 
     def _check_parameter(self, parameter: Tensor) -> None:
         super()._check_parameter(parameter)
@@ -298,6 +306,16 @@ class ELRASpectral(LossAwareOptimizer):
                 "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
                 "matrix is not that of its shards. Use DDP, or optim=elra."
             )
+
+
+def _identities(name: str, given: Any) -> set[int]:
+    """Whose parameters an argument tells; raise a ConfigurationError if it is no list of them."""
+    is_list = isinstance(given, Iterable) and not isinstance(given, (nn.Module, Tensor))
+    listed = list(given) if is_list else []
+    if not is_list or not all(isinstance(p, Tensor) for p in listed):
+        what = type(given).__name__
+        raise ConfigurationError(f"{name} must be a list of parameters, not {what}; pass {name}={name}_of(model).")
+    return {id(p) for p in listed}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

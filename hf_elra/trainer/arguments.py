@@ -24,6 +24,7 @@ from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim import ELRA, ELRASpectral, LossAwareOptimizer
+from hf_elra.optim.directions import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -424,7 +425,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
     """
     hints = typing.get_type_hints(optimizer_class.__init__)
     parameters = inspect.signature(optimizer_class).parameters
-    valid = [name for name in parameters if name not in ("params", "weight_decay", "tables")]
+    valid = [name for name in parameters if name not in ("params", "weight_decay", *KINDS)]
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))

@@ -21,7 +21,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRASpectral, LossAwareOptimizer, tables_of
+from hf_elra.optim import ELRASpectral, LossAwareOptimizer
+from hf_elra.optim.directions import KINDS
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
@@ -117,10 +118,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
 
     def create_optimizer(self, *args, **kwargs):
-        """Stock; a class of ours that was passed in is told the model's tables, if it was not yet."""
+        """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
-            self.optimizer_cls_and_kwargs = given[0], {"tables": tables_of(model), **given[1]}
+            kinds = {kind: find(model) for kind, find in KINDS.items()}
+            self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
         try:
             return super().create_optimizer(*args, **kwargs)
         finally:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import tables_of
+from hf_elra.optim.directions import KINDS
 from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
     OPTIMIZERS,
@@ -65,8 +65,9 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
             "get_optimizer_cls_and_kwargs(args, model)."
         )
     arguments = optimizer_arguments(context.args, context.model)
-    if "tables" in inspect.signature(optimizer_class).parameters:
-        arguments["tables"] = tables_of(context.model)
+    for kind, find in KINDS.items():
+        if kind in inspect.signature(optimizer_class).parameters:
+            arguments[kind] = find(context.model)
     return optimizer_class, arguments
 
 

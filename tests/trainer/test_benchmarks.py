@@ -70,7 +70,12 @@ def test_language_models(tmp_path):
         assert result["log_history"][-1]["step"] == 20
     code, again, error = finish("benchmark_lm.py", *words)
     assert code == 0, error
-    assert again.strip() == output[output.index("texts, 5,120 tokens") :].strip()
+    assert again.strip() == output[output.index("texts, llama, 5,120 tokens") :].strip()
     code, _, error = finish("benchmark_lm.py", *words[:-7], "99")
     assert code == 2
     assert "--rows 99 is no row" in error
+    code, _, error = finish("benchmark_lm.py", *words[:-7], "0", "26", "--model", "mixture")
+    assert code == 0, error
+    results = [json.loads(path.read_text()) for path in (tmp_path / "texts-mixture-5120").iterdir()]
+    assert {result["row"] for result in results} == {"elra_spectral", "elra_spectral, experts as one matrix"}
+    assert results[0]["validation_loss"] != results[1]["validation_loss"]

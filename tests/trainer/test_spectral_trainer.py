@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, tables_of
 from hf_elra.control import batch_size
@@ -129,6 +129,7 @@ def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
         ({"elra_min_step_norm": 0.1}, "elra_min_step_norm=0.1 is a setting of optim=elra; elra_spectral needs no"),
         ({"optim_args": "momentum=2"}, "momentum=2.0 must be a number in"),
         ({"optim_args": "tables=1"}, "'tables' is no argument of ELRASpectral"),
+        ({"optim_args": "stacks=1"}, "'stacks' is no argument of ELRASpectral"),
         ({"elra_boost_mean": "all"}, "elra_boost_mean='all' must be one of off, cycle, run"),
         ({"elra_boost_mean": "off", "elra_boost_every": 2}, "elra_boost_every=2 does nothing"),
     ],
@@ -154,6 +155,23 @@ def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
     assert runs[1].optimizer_cls_and_kwargs == (ELRASpectral, {})
     assert torch.equal(weights(runs[1].model), weights(runs[2].model))
     assert torch.equal(weights(runs[0].model), weights(runs[2].model))
+
+
+@pytest.mark.parametrize("passed_in", [False, True])
+def test_the_experts_of_a_mixture_are_told_apart(tmp_path, passed_in):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    given = {"optimizer_cls_and_kwargs": (ELRASpectral, {})} if passed_in else {}
+    settings = arguments(tmp_path, TrainingArguments, max_steps=14, **({} if passed_in else {"optim": "elra_spectral"}))
+    run = Trainer(model, settings, train_dataset=token_rows(), **given)
+    run.train()
+    groups = run.elra_optimizer.param_groups
+    marked = {id(p) for g in groups for p, stack in zip(g["params"], g["stacks"], strict=True) if stack}
+    assert marked == {id(p) for p in model.model.layers[0].mlp.experts.parameters()}
+    assert len(marked) == 2
 
 
 def test_without_a_model_there_is_nothing_to_depend_on(tmp_path):

@@ -1,4 +1,4 @@
-"""The exception types for wrong input and for checkpoints that cannot be written.
+"""What is said to a user: the exception types for wrong input and for checkpoints that cannot be written, and warnings.
 
 They live outside every room because all of them raise them. Scripts and the launcher turn wrong input into one line on
 stderr and exit code 2; nothing else is handled here.
@@ -7,7 +7,11 @@ stderr and exit code 2; nothing else is handled here.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+
+_NOT_THE_USERS = ("hf_elra", "torch", "accelerate", "transformers")
 
 
 class ConfigurationError(ValueError):
@@ -22,3 +26,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the valid name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def warn_user(message: str) -> None:
+    """Warn of what the user's code does, at that line of it which called into this package or those it serves."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)

@@ -279,7 +279,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Read the command line."""
     titles = "; ".join(f"{number}: {title}" for number, title in enumerate(rows()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_file", required=True, help="txt, jsonl or parquet, gzipped or not")
+    parser.add_argument("--train_file", required=True, help="txt, jsonl, csv or parquet, gzipped or not")
     parser.add_argument("--validation_file", help="without it the last tenth of the text is held out")
     parser.add_argument("--name", help="of the text; default: that of its folder")
     parser.add_argument("--model", choices=MODELS, default="llama", help="default: llama")

@@ -88,6 +88,7 @@ def main(words: list[str]) -> None:
         card.parent.mkdir(parents=True, exist_ok=True)
         build_model_card(run.folder).save(card)
         print(f"model card: {card}")
+    run.check_finite(loss)
 
 
 if __name__ == "__main__":

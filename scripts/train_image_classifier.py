@@ -74,6 +74,7 @@ def main(words: list[str]) -> None:
         f"{metrics['test_loss']:.4f}; {run.speed(metrics)}"
     )
     print(f"model, {METRICS} and {TABLE} are in {run.folder}")
+    run.check_finite(metrics["test_loss"])
 
 
 if __name__ == "__main__":

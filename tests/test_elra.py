@@ -171,8 +171,9 @@ def test_without_a_loss_it_steps_and_warns_once():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     optimizer = ELRA([x], lr=0.1)
     (x**2).sum().backward()
-    with pytest.warns(UserWarning, match="not told the loss"):
+    with pytest.warns(UserWarning, match="not told the loss") as warned:
         optimizer.step()
+    assert warned[0].filename == __file__  # the line to mend
     assert x[0].item() != 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,6 +188,8 @@ def test_loss_that_is_no_number_is_refused():
         optimizer.observe_loss("1.0")
     with pytest.raises(ConfigurationError, match="one of them"):
         optimizer.step(lambda: 1.0, loss=1.0)
+    with pytest.raises(ConfigurationError, match=r"tell a loss as step\(loss=loss\)"):
+        optimizer.step(torch.tensor(1.0))
 
 
 # ---- restarts ----
@@ -395,17 +398,31 @@ def test_scheduler_acts_as_a_factor_and_zero_freezes():
     assert optimizer.param_groups[0]["alpha"] == optimizer.alpha
 
 
-def test_rate_is_computed_from_the_step_really_taken():
-    """On a parabola one measured step gives the exact rate 1/h, whatever factor the step was scaled by."""
+def test_without_noise_the_rule_makes_up_for_a_factor():
+    """On a parabola one measured step gives the exact step 1/h, whatever factor it is scaled by."""
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = ELRA([x], lr=0.1, noise_correction=0, max_growth=1e6)
+    optimizer = ELRA([x], lr=0.1, noise_correction=0, max_growth=1e6, max_step_norm=None)
     optimizer.param_groups[0]["lr"] = 0.01
     for _ in range(3):
         optimizer.zero_grad()
         loss = (2 * x**2).sum()
         loss.backward()
         optimizer.step(loss=loss)
-    assert optimizer.alpha == pytest.approx(0.25)
+    assert optimizer.alpha * 0.1 == pytest.approx(0.25)
+    assert x.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_under_noise_alone_a_factor_does_not_add_up(decays):
+    """Gradients that have nothing to do with one another say nothing, so α stays where it is."""
+    x = torch.zeros(1000, dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=1e-3, noise_correction=0)
+    noise = torch.Generator().manual_seed(0)
+    for update in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (0.99 - 0.0098 * update if decays else 0.5)
+        x.grad = torch.randn(1000, dtype=torch.float64, generator=noise)
+        optimizer.step(loss=1.0)
+    assert 0.1 < optimizer.alpha / 1e-3 < 10
 
 
 def test_a_groups_own_lr_is_its_share():

@@ -199,6 +199,26 @@ def test_what_is_no_list_of_parameters_is_refused(name):
             ELRASpectral(model.parameters(), **{name: wrong})
 
 
+def test_tables_of_another_model_are_warned_of():
+    model = llama()
+    with pytest.warns(UserWarning, match="tables: none of these 1 parameters is among params") as warned:
+        ELRASpectral(model.parameters(), tables=tables_of(llama()))
+    assert warned[0].filename == __file__
+
+
+def test_a_search_that_noise_led_astray_ends_with_a_small_but_useful_rate():
+    """Every step seems to have gone much too far."""
+    matrix = nn.Parameter(torch.randn(8, 8))
+    optimizer = ELRASpectral([matrix], lr=1e-5)
+    gradient = torch.randn(8, 8)
+    for number in range(10):
+        matrix.grad = gradient * (-1) ** number
+        optimizer.step(loss=1.0)
+        assert number == 9 or optimizer.alpha <= 1e-5
+    size = matrix.detach().square().mean().sqrt().item()
+    assert optimizer.alpha == pytest.approx(1e-3 * size)
+
+
 def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():
     optimizer = copy.deepcopy(ELRASpectral([nn.Parameter(torch.eye(3))], search=0))
     with pytest.raises(ConfigurationError, match="complex parameters are not supported"):
@@ -354,6 +374,16 @@ def test_the_state_of_another_optimizer_is_refused(other):
         ELRASpectral([parameter]).load_state_dict(other([parameter]).state_dict())
     with pytest.raises(ConfigurationError, match="state_dict: it was not written by ELRA"):
         ELRA([parameter]).load_state_dict(ELRASpectral([parameter]).state_dict())
+
+
+@pytest.mark.parametrize("kind", [ELRA, ELRASpectral])
+def test_the_state_of_another_model_is_refused(kind):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = kind([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step(loss=1.0)
+    with pytest.raises(ConfigurationError, match=r"of parameter 0 has shape \(3,\), but that parameter has \(4,\)"):
+        kind([nn.Parameter(torch.ones(4))]).load_state_dict(optimizer.state_dict())
 
 
 def test_groups_factors_and_parameters_without_gradient():

@@ -34,12 +34,14 @@ def write(folder, name, documents):
         path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     elif "jsonl" in name:
         path.write_text("".join(json.dumps({"text": d, "n": i}) + "\n" for i, d in enumerate(documents)))
+    elif "csv" in name:
+        Dataset.from_dict({"text": documents}).to_csv(str(path), index=False)
     else:
         Dataset.from_dict({"text": documents}).to_parquet(str(path))
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["stories.txt", "stories.txt.gz", "stories.jsonl", "stories.parquet"])
+@pytest.mark.parametrize("name", ["stories.txt", "stories.txt.gz", "stories.jsonl", "stories.csv", "stories.parquet"])
 def test_files_of_every_kind_give_the_same_documents(tmp_path, name):
     path = write(tmp_path, name, STORIES)
     texts = load_texts(train_file=path, validation_file=path)

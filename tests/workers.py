@@ -1,6 +1,7 @@
 """What only tests run on several processes, by ``hf_elra.recipes.many_processes.together``."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_elra import ELRA, ElraTrainer
+from hf_elra import ELRA, ELRASpectral, ElraTrainer
 from hf_elra.recipes.many_processes import answer, flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows
 
@@ -36,6 +37,40 @@ def broken_on_one(kernels):
         differing += not same_everywhere(flat_weights(model))
     finite = bool(flat_weights(model).isfinite().all())
     return {"differing": differing, "finite": finite, "non_finite": optimizer.metrics["non_finite"]}
+
+
+def bare_loops():
+    """DDP in a loop of the user's own, where every process has its own data and one meets outliers alone."""
+    dist.init_process_group("gloo")
+    return {
+        f"{kind.__name__}, {'told the group' if told else 'alone'}": bare_loop(kind, told)
+        for kind in (ELRA, ELRASpectral)
+        for told in (True, False)
+    }
+
+
+def bare_loop(kind, told):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    together = nn.parallel.DistributedDataParallel(model)
+    optimizer = kind(model.parameters())
+    if told:
+        optimizer.process_group = dist.group.WORLD
+    differing = 0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for number in range(40):
+            data = torch.randn(16, 7, generator=torch.Generator().manual_seed(2 * number + dist.get_rank()))
+            outlier = 1000.0 if number in (20, 30) and dist.get_rank() == 1 else 1.0
+            optimizer.zero_grad()
+            loss = outlier * (together(data[:, :4]) - data[:, :3] - data[:, 4:]).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+            differing += not same_everywhere(flat_weights(model))
+    texts = [str(warning.message) for warning in warned]
+    return {
+        "differing": differing, "restarts": optimizer.restarts, "warnings": sum("process_group" in t for t in texts),
+    }  # fmt: skip
 
 
 def sharded_offload():
@@ -117,6 +152,5 @@ def noise_scale(folder):
 
 
 if __name__ == "__main__":
-    answer(
-        {function.__name__: function for function in (one_reads_garbage, sharded_offload, fsdp_trainer, noise_scale)}
-    )
+    functions = one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale
+    answer({function.__name__: function for function in functions})

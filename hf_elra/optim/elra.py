@@ -52,7 +52,7 @@ def elra_alpha(
     """
     if line.previous_slope > 0:
         correction = 1 + noise_correction / (1 + step_size * step_size)
-        proposal = step_size * STEP_RULES[step_rule](line) * correction
+        proposal = alpha * STEP_RULES[step_rule](line) * correction  # not of step_size: noise makes the ratio near 1
     else:  # the last gradient was zero: it says nothing
         proposal = alpha
     return guards.apply(proposal, alpha, direction_norm)
@@ -114,13 +114,14 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             its lower bound (with kernels: from :attr:`metrics`, as nothing is known before it is read).
 
     The learning rate in force is :attr:`alpha` and every group's ``"alpha"``. A scheduler that writes ``group["lr"]``
-    acts as a factor: the step taken is α·lr/initial_lr, and the next α is computed from the step really taken. A factor
-    of 0 freezes the parameters and leaves α alone.
+    acts as a factor: the step taken is α·lr/initial_lr. The rule sees that step, and where noise does not dominate it
+    makes up for the factor. A factor of 0 freezes the parameters and leaves α alone.
 
-    Several processes that keep the same parameters (DDP) must decide alike. They do where gradients and losses are the
-    same to the last bit. Set the attribute :attr:`process_group` (the Trainer does) and they also do on different
-    hardware, or where one of them reads a gradient that is not finite: scalar products are then averaged over it, in
-    one all-reduce an update. Of DTensors (FSDP2, tensor parallelism) the sums are taken over all shards in any case.
+    Several processes that keep the same parameters (DDP) must decide alike, and every one of them sees a loss of its
+    own. Set the attribute :attr:`process_group` (the Trainer does): losses and scalar products are then averaged over
+    it, in small all-reduces, so that processes take the same step also on different hardware, and where one of them
+    reads a gradient that is not finite. Of DTensors (FSDP2, tensor parallelism) the sums are taken over all shards in
+    any case.
 
     Source: "A gradient descent optimizer with auto controlled large learning rates, dynamic batch sizes and without
     momentum" (ELRA, 2024), sections 2 and 3. State: one tensor per parameter, the last direction.
@@ -270,9 +271,11 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             gradient_norm_squared += square
             slope += weight * (square if same else dot(gradient, direction))
             norm_squared += weight * weight * (square if same else dot(direction, direction))
-        gradient_norm_squared, slope, norm_squared, current_slope = self._agreed(
-            gradient_norm_squared, slope, norm_squared, current_slope
+        told = [] if loss is None else [loss]
+        gradient_norm_squared, slope, norm_squared, current_slope, *told = self._agreed(
+            gradient_norm_squared, slope, norm_squared, current_slope, *told
         )
+        loss = told[0] if told else None
         control["gradient_norm"] = math.sqrt(gradient_norm_squared) if gradient_norm_squared >= 0 else math.nan
 
         if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):

@@ -224,7 +224,7 @@ def control_kernel(
         convex = curvature > 0
     correction = 1 + noise_correction / (1 + step_size * step_size)
     most = max_growth * alpha
-    proposal = tl.where(convex, tl.minimum(step_size * best * correction, most), most)
+    proposal = tl.where(convex, tl.minimum(alpha * best * correction, most), most)
     proposal = tl.where(known & (previous_slope > 0), proposal, tl.minimum(alpha, most))
     moving = norm > 0
     divisor = tl.where(moving, norm, 1.0)
@@ -434,7 +434,7 @@ class FusedUpdate:
             loss: of this update; a tensor on the device is not waited for.
             scale: the largest factor.
             settings: of the optimizer.
-            process_group: its processes decide by the mean of their numbers.
+            process_group: its processes decide by the mean of their losses and numbers.
         """
         device = launches[0].params[0].device
         assert self.numbers is not None
@@ -444,8 +444,9 @@ class FusedUpdate:
         programs = [len(tensors) for _, tensors, _ in pieces]
         partials = self._cached(
             ("partials", sum(programs), device),
-            lambda: torch.empty(sum(programs), 4, dtype=torch.float64, device=device),
+            lambda: torch.empty(sum(programs) + 1, 4, dtype=torch.float64, device=device),
         )
+        told: Tensor = partials[-1, 0]  # the loss, so that one reduction serves for all
         shares = [self._row("shares", launch.shares, device) for launch in launches]
         first = 0
         for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
@@ -455,13 +456,17 @@ class FusedUpdate:
                 ALIGNED=launch.aligned, TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
             first += number
+        if isinstance(loss, Tensor) and loss.device == device:
+            if process_group is None:
+                told = loss
+            else:
+                told.copy_(loss.view(()))
+        elif loss is not None:
+            told.fill_(float(loss))
         if process_group is not None:
-            partials = mean_over_processes(partials, process_group)
-        given = self.numbers if loss is None else loss
-        if not isinstance(given, Tensor) or given.device != device:
-            given = torch.full((), float(given), dtype=torch.float64, device=device)
+            mean_over_processes(partials, process_group)
         control_kernel[(1,)](
-            self.numbers, partials, sum(programs), given, self._settings(settings, scale, device),
+            self.numbers, partials, sum(programs), told, self._settings(settings, scale, device),
             HAS_LOSS=loss is not None, SOFT=settings["soft_restart"],
             HAS_RATIO=settings["initial_restart_ratio"] is not None,
             DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2", BLOCK=BLOCK,

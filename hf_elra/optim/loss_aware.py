@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
 from hf_elra.optim.tensors import mean_over_processes
 
@@ -34,9 +33,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     takes_shards = True
     """Whether parameters may be sharded (DTensor)."""
     process_group: dist.ProcessGroup | None = None
-    """Processes whose scalar products are averaged; not part of the state."""
+    """Processes whose losses and scalar products are averaged; not part of the state."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
+    _warned_of_processes = False
 
     # ---- what a user reads ----
 
@@ -80,7 +80,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
 
         Args:
-            loss (Tensor with one element, or float): on several processes the same value on every one of them.
+            loss (Tensor with one element, or float): the mean over the batch; over all micro-batches where gradients
+                are accumulated. On several processes that of this process's part, with :attr:`process_group` set.
         """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
@@ -111,6 +112,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         Returns:
             What the closure returned, else ``loss``.
         """
+        if closure is not None and not callable(closure):
+            raise ConfigurationError(f"closure={closure!r} cannot be called; tell a loss as step(loss=loss).")
         if closure is not None and loss is not None:
             raise ConfigurationError("step() got both closure and loss; give one of them.")
         if closure is not None:
@@ -122,11 +125,19 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
         if observed is None and not self._warned_no_loss and max(factors) > 0:
             self._warned_no_loss = True
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__} was not told the loss, so it cannot take back a step that went too far. Call "
-                "step(closure), step(loss=loss) or observe_loss(loss) before step(); in a Hugging Face Trainer, import "
-                "hf_elra first.",
-                stacklevel=3,
+                "step(closure), step(loss=loss) or observe_loss(loss) before step() (where Accelerate has wrapped it, "
+                "observe_loss of what was wrapped). In a Hugging Face Trainer import hf_elra first, and name the "
+                "optimizer by optim=... or pass it as optimizers=(optimizer, None): one that an overridden "
+                "create_optimizer makes is found only if ElraTrainerMixin stands in front of the Trainer's class."
+            )
+        if observed is not None and self.process_group is None and not self._warned_of_processes and _are_several():
+            self._warned_of_processes = True
+            warn_user(
+                f"{type(self).__name__} decides by the loss of this process alone, so that the weights of several "
+                "processes come to differ. Set optimizer.process_group = torch.distributed.group.WORLD, or to the "
+                "group that trains together."
             )
         self._take_step(observed, factors)
         return loss
@@ -195,7 +206,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """As in torch.
 
         Raises:
-            ConfigurationError: another optimizer wrote ``state_dict``.
+            ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
         """
         given = state_dict["param_groups"][0].get("control")
         if given is None or not given.keys() <= self._numbers().keys():  # fewer: those of an older version
@@ -203,6 +214,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
                 "weights alone (from_pretrained) and begin a new run."
             )
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip((i for g in state_dict["param_groups"] for i in g["params"]), params, strict=False):
+            for name, kept in state_dict["state"].get(number, {}).items():
+                if isinstance(kept, Tensor) and kept.shape != p.shape:
+                    raise ConfigurationError(
+                        f"state_dict: {name} of parameter {number} has shape {tuple(kept.shape)}, but that parameter "
+                        f"has {tuple(p.shape)}; it is the state of another model."
+                    )
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -244,6 +263,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
         told = torch.tensor(values, dtype=torch.float64, device=device)
         return cast(list[float], mean_over_processes(told, self.process_group).tolist())
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shares(factors: list[float]) -> list[float]:

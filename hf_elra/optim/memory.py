@@ -15,7 +15,6 @@ offload     u_{t-1}, in host memory              as ``gradient``
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.tensors import descend, local, squares_and_products
 
 
@@ -98,11 +97,10 @@ class GradientMemory:
     def _copy_from_now_on(self) -> None:
         self.copies = True
         self._versions.clear()
-        warnings.warn(
+        warn_user(
             "A gradient that ELRA had kept is in use after step(): by zero_grad(set_to_none=False), by gradients that "
             "always lie in the same memory, or by a second step() with the same ones. The last step is forgotten, and "
-            "gradients are copied from now on. Let zero_grad() set them to None, or pass capturable=True.",
-            stacklevel=6,
+            "gradients are copied from now on. Let zero_grad() set them to None, or pass capturable=True."
         )
 
     def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
@@ -209,10 +207,9 @@ class PointMemory(GradientMemory):
         rounded = part.rounding_seed is None and any(p.dtype == torch.bfloat16 for p in part.params)
         if rounded and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 "memory='point' finds the last step from what it did to the parameters; of bfloat16 ones rounding "
-                "leaves little of a short step. Pass stochastic_rounding=True.",
-                stacklevel=6,
+                "leaves little of a short step. Pass stochastic_rounding=True."
             )
         self._descend(part, directions, 0.0, part.group["step_decay"])
         kept = self.tensors(part.states, part.params)

@@ -7,7 +7,6 @@ until the first update in kernels; from then on those on the device count, until
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.directions import Direction, gradient_direction
 from hf_elra.optim.loss_aware import shares
 from hf_elra.optim.memory import MEMORIES, GradientMemory, Part
@@ -162,10 +161,9 @@ class UpdatesOnDevice:
                 raise
             text = (str(error).strip().splitlines() or [""])[-1]
             self._kernel_error, kernels.in_force = f"{type(error).__name__}: {text[:200]}", False
-            warnings.warn(
+            warn_user(
                 f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
-                "fused=False does so from the start.",
-                stacklevel=4,
+                "fused=False does so from the start."
             )
             return False
         kernels.has_worked = True

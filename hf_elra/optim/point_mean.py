@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
 
+from hf_elra.errors import ConfigurationError
+
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
 """Training samples from which the BatchNorm statistics of the mean are computed."""
@@ -31,9 +33,23 @@ class PointMean:
         parameters (dict of str to Parameter): what to average, by name.
         power (int, optional): the mean is over all points from the first one on, whatever cycles there are, and the
             t-th has the weight t^power. (polynomial-decay averaging: O. Shamir and T. Zhang, 2013)
+
+    Raises:
+        ConfigurationError: an argument cannot be used.
+
+    Attributes:
+        count: how many points are in the mean.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], power: int | None = None) -> None:
+        is_dict = isinstance(parameters, dict) and all(isinstance(p, Tensor) for p in parameters.values())
+        if not is_dict or not parameters:
+            what = "an empty dict" if is_dict else type(parameters).__name__
+            raise ConfigurationError(
+                f"parameters must be a dict of parameters by name, not {what}; pass dict(model.named_parameters())."
+            )
+        if power is not None and (isinstance(power, bool) or not isinstance(power, int) or power < 0):
+            raise ConfigurationError(f"power={power!r} must be a whole number >= 0, e.g. 8, or None for cycles.")
         self.parameters = parameters
         self.power = power
         self.mean = {name: self._wide(p).clone() for name, p in parameters.items()}
@@ -65,7 +81,10 @@ class PointMean:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the mean into the parameters for the length of a ``with`` block."""
+        """Put the mean into the parameters for the length of a ``with`` block; without points they stay."""
+        if self.count == 0:
+            yield
+            return
         with torch.no_grad():
             kept = {name: p.detach().clone() for name, p in self.parameters.items()}
             for name, p in self.parameters.items():

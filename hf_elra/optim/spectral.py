@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.directions import KINDS, apart, spectral_direction, still_what_is_over, together
 from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
@@ -30,6 +30,9 @@ SIGMA, GAIN = 0.2, 2.5
 """Constants of the rule for α, see :class:`~hf_elra.optim.step_size.FallingGain`."""
 MOMENTUM_OF_THE_SEARCH = 0.9
 """Where there is none otherwise."""
+LEAST_FOUND = 1e-3
+"""A search ends with an α of at least this share of the matrices' root mean square: where slopes are mostly noise, it
+goes anywhere."""
 
 
 class ELRASpectral(LossAwareOptimizer):
@@ -57,7 +60,8 @@ class ELRASpectral(LossAwareOptimizer):
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
         stacks (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.stacks_of`. Default: none.
-        search (int): updates of the search, which are taken back; 0 for none. Default: 10.
+        search (int): updates of the search, which are taken back; 0 for none. It ends with an α of at least a
+            thousandth of the matrices' root mean square. Default: 10.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - d)·x, once per update and not scaled by α. Default: 0.
@@ -113,6 +117,12 @@ class ELRASpectral(LossAwareOptimizer):
             "consecutive_restarts": 0, "tries_at_lower_bound": 0, "rule": FallingGain.new_memory(),
             "memory": new_restart_memory(),
         }  # fmt: skip
+        for kind, identities in self._kinds.items():
+            if identities and not any(any(group[kind]) for group in self.param_groups):
+                warn_user(
+                    f"{kind}: none of these {len(identities)} parameters is among params, so that none is taken for "
+                    f"one; pass {kind}={kind}_of(model) of the model that is trained."
+                )
 
     @property
     def updates_to_settle(self) -> int:
@@ -133,8 +143,9 @@ class ELRASpectral(LossAwareOptimizer):
     def _update(self, loss: Tensor | float | None, factors: list[float]) -> None:
         control = self._control
         params, gradients = self._gather()
-        value = None if loss is None else float(loss)
-        square, current_slope = self._agreed(*self._slopes(params, gradients))
+        told = [] if loss is None else [float(loss)]
+        square, current_slope, *told = self._agreed(*self._slopes(params, gradients), *told)
+        value = told[0] if told else None
         control["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
         if not math.isfinite(square) or not (value is None or math.isfinite(value)):
             self._restart(NON_FINITE_BACKOFF, finite=False)
@@ -172,8 +183,15 @@ class ELRASpectral(LossAwareOptimizer):
         return squares, slope
 
     def _bounded(self, alpha: float) -> float:
-        """α within its bounds and below its share of the matrices' root mean square (of all parameters without any)."""
-        settings = self.param_groups[0]
+        """α within its bounds and below its share of the matrices' size."""
+        settings, size = self.param_groups[0], self._size()
+        low, high = settings["lr_bounds"]
+        if size > 0:
+            high = min(high, settings["max_relative_step"] * size)
+        return max(min(alpha, high), low)
+
+    def _size(self) -> float:
+        """Root mean square of all matrices; of all parameters without any."""
         weights = [p for group in self.param_groups for p in group["params"]]
         matrices = [
             p
@@ -183,11 +201,7 @@ class ELRASpectral(LossAwareOptimizer):
         ]
         counted = [p for p in matrices or weights if p.numel() > 0]
         (square,) = self._agreed(dot(counted, counted))
-        low, high = settings["lr_bounds"]
-        if square > 0:
-            size = math.sqrt(square / sum(p.numel() for p in counted))
-            high = min(high, settings["max_relative_step"] * size)
-        return max(min(alpha, high), low)
+        return math.sqrt(square / sum(p.numel() for p in counted)) if square > 0 else 0.0
 
     def _descend(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
@@ -281,6 +295,9 @@ class ELRASpectral(LossAwareOptimizer):
                 start = self.state.pop(p, {}).get("start")
                 if start is not None:
                     p.copy_(start)
+        size = self._size()
+        if size > 0:
+            self._set_alpha(max(self.alpha, min(LEAST_FOUND * size, self.param_groups[0]["lr_bounds"][1])))
         FallingGain.end_search(control["rule"])
         control["slope"] = control["previous_loss"] = None
         control["memory"] = new_restart_memory()

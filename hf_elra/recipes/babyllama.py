@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.recipes.command_line import choose, choose_optimizer, parse
+from hf_elra.recipes.command_line import choose, choose_optimizer, given, parse
 from hf_elra.recipes.text_data import PYTHON_DOCS
 from hf_elra.trainer import ElraTrainingArguments
 
@@ -90,8 +90,8 @@ class BabyLlamaArguments:
         preset (str): ``tiny`` or ``15m``.
         dataset (str): ``python-docs`` (in every Python, no network) or a data set of the hub with a text column.
         dataset_config, text_column (str): its configuration and column.
-        train_file, validation_file (str): local text instead: txt with ``<|endoftext|>`` between documents, jsonl or
-            parquet, gzipped or not.
+        train_file, validation_file (str): local text instead: txt with ``<|endoftext|>`` between documents, jsonl,
+            csv or parquet, gzipped or not.
         tokenizer (str): a tokenizer of the hub, a folder or a ``tokenizer.model``; without it a BPE is trained.
         vocab_size (int): its pieces, where it is trained here.
         hidden_size, num_layers, num_heads, intermediate_size, block_size (int): the Llama; ``block_size`` is the number
@@ -108,7 +108,7 @@ class BabyLlamaArguments:
     dataset: str = field(default=PYTHON_DOCS, metadata={"help": "python-docs or a name on the hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    train_file: str | None = field(default=None, metadata={"help": "Local txt, jsonl or parquet file, maybe .gz."})
+    train_file: str | None = field(default=None, metadata={"help": "Local txt, jsonl, csv or parquet file, maybe .gz."})
     validation_file: str | None = field(default=None, metadata={"help": "The same for validation."})
     tokenizer: str | None = field(default=None, metadata={"help": "Hub name, folder or tokenizer.model."})
     vocab_size: int = field(default=_TINY["vocab_size"], metadata={"help": "Pieces of the tokenizer trained here."})
@@ -137,6 +137,8 @@ def parse_arguments(words: list[str]) -> tuple[BabyLlamaArguments, ElraTrainingA
     """Read the command line: preset, then the optimizer's own settings, then the flags given."""
     preset = choose("--preset", words, "tiny", PRESETS)
     optim = choose_optimizer(words, OPTIMIZER)
+    if given("--dataset", words) and given("--train_file", words):
+        raise ConfigurationError("--dataset and --train_file are two texts; give one of them.")
     output_dir = f"runs/babyllama-{preset}" + ("" if optim == OPTIMIZER else f"-{optim}")
     return parse(BabyLlamaArguments, words, {"output_dir": output_dir, **defaults_of(preset, optim)})
 

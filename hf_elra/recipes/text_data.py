@@ -95,18 +95,16 @@ def load_texts(
 
 
 def read_documents(path: str, flag: str, text_column: str) -> list[str]:
-    """Read the documents of a txt (``<|endoftext|>`` between them), jsonl or parquet file, gzipped or not."""
+    """Read the documents of a txt (``<|endoftext|>`` between them), jsonl, csv or parquet file, gzipped or not."""
     file = Path(path)
     if not file.is_file():
         raise ConfigurationError(f"{flag}={path!r} does not exist or is no file.")
     kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if kind in ("jsonl", "json", "parquet"):
+    if kind in ("jsonl", "json", "csv", "parquet"):
         if file.stat().st_size == 0:
             raise ConfigurationError(f"{flag}={path!r} is empty.")
         try:
-            loaded = load_dataset(
-                "parquet" if kind == "parquet" else "json", data_files=glob.escape(path), split="train"
-            )
+            loaded = load_dataset(kind.removesuffix("l"), data_files=glob.escape(path), split="train")
         except Exception as error:  # each way of being damaged has its own, from datasets, pyarrow, gzip or zlib
             reason = str(error.__cause__ or error) or "nothing is in it"
             raise ConfigurationError(f"{flag}={path!r} cannot be read as {kind}: {reason}") from error

@@ -5,6 +5,7 @@ What may happen to the output folder is decided in ``run_folder.py``; what is tr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_elra.recipes.run_folder import LOG, METRICS, AlreadyFinished, check_run_
 from hf_elra.report.environment import environment
 from hf_elra.report.table import training_table
 from hf_elra.trainer import ElraTrainingArguments
+from hf_elra.trainer.arguments import optimizer_arguments, uses_elra
 from hf_elra.trainer.callbacks import ProgressLine, StopOnSignal
 from hf_elra.trainer.leaving import leave, part
 
@@ -35,6 +37,10 @@ class Interrupted(Exception):
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+class Diverged(Exception):
+    """Training ended at a loss that is no number; its results are written."""
 
 
 class TrainingRun:
@@ -131,6 +137,14 @@ class TrainingRun:
         print(f"\n{table}\n")
         return metrics
 
+    def check_finite(self, loss: float) -> None:
+        """Raise :class:`Diverged` where a run has led nowhere, so that scripts that wait for it learn of it."""
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the run diverged: its validation loss is {loss}. Lower --learning_rate, or choose --optim elra or "
+                "elra_spectral, which take back steps that went too far."
+            )
+
     def speed(self, metrics: dict[str, Any]) -> str:
         """Seconds and speed, as text."""
         unit, since = self._progress.unit, " since the last resume" if self.checkpoint else ""
@@ -139,6 +153,8 @@ class TrainingRun:
 
 def check_trainable(training: ElraTrainingArguments) -> None:
     """Refuse what the Trainer would stumble over later, or ignore."""
+    if uses_elra(training):
+        optimizer_arguments(training, None)
     for name, least in (
         ("per_device_train_batch_size", 1),
         ("per_device_eval_batch_size", 1),
@@ -178,6 +194,10 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        part()
+        code = 1
     except CheckpointError as error:
         print(f"error: {error} Pass --resume for that.", file=sys.stderr)
         code = 1

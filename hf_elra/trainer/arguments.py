@@ -396,6 +396,9 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
     """
     name = optimizer_name(args)
     optimizer_class = OPTIMIZERS[name]
+    for setting in ("learning_rate", "weight_decay"):
+        if isinstance(value := getattr(args, setting), bool) or not isinstance(value, (int, float)):
+            raise ConfigurationError(f"{setting}={value!r} must be a number (in YAML 1.0e-3: 1e-3 is text there).")
     if not args.learning_rate > 0:
         raise ConfigurationError(
             f"--learning_rate {args.learning_rate:g} must be above 0; it is only the first one (try 1e-3)."
@@ -423,6 +426,8 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
 
     A pair is written with a colon, ``lr_bounds=1e-8:1e6``.
     """
+    if text is not None and not isinstance(text, str):
+        raise ConfigurationError(f'optim_args={text!r} must be text, "name=value,name=value".')
     hints = typing.get_type_hints(optimizer_class.__init__)
     parameters = inspect.signature(optimizer_class).parameters
     valid = [name for name in parameters if name not in ("params", "weight_decay", *KINDS)]

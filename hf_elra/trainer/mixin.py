@@ -157,6 +157,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train; ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end."""
+        if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+            raise ConfigurationError("train_dataset is empty; give it samples to train on.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:

@@ -61,6 +61,24 @@ def test_bad_optim_args_are_refused_before_training(tmp_path, text, message, arg
         Trainer(llama(), args, train_dataset=token_rows())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate='1e-3' must be a number"),
+        ({"weight_decay": "3e-4"}, "weight_decay='3e-4' must be a number"),
+        ({"optim_args": {"max_step_norm": 1}}, r"optim_args=\{'max_step_norm': 1\} must be text"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_before_training(tmp_path, given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path, optim="elra", **given)
+
+
+def test_empty_data_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="train_dataset is empty"):
+        trainer(tmp_path, rows=[], optim="elra").train()
+
+
 def test_optim_args_reach_the_optimizer_and_win(tmp_path):
     run = trainer(tmp_path, optim_args="min_step_norm=0.2,max_step_norm=1.5", elra_min_step_norm=0.3, max_steps=1)
     run.train()

@@ -42,6 +42,29 @@ def test_mean_of_points(dtype):
     assert mean.mean["p"][0] == 8
 
 
+def test_without_points_there_is_no_mean_to_put_in_place():
+    p = torch.nn.Parameter(torch.zeros(3))
+    mean = PointMean({"p": p}, power=8)
+    p.data.fill_(4.0)
+    with mean.in_place():
+        assert p[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "power", "message"),
+    [
+        ([torch.nn.Parameter(torch.zeros(3))], 8, r"not list; pass dict\(model.named_parameters\(\)\)"),
+        (torch.nn.Linear(2, 2), 8, "not Linear; pass dict"),
+        ({}, 8, "not an empty dict"),
+        ({"p": torch.nn.Parameter(torch.zeros(3))}, -3, "power=-3 must be a whole number >= 0"),
+        ({"p": torch.nn.Parameter(torch.zeros(3))}, 2.5, "power=2.5 must be a whole number >= 0"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(parameters, power, message):
+    with pytest.raises(ConfigurationError, match=message):
+        PointMean(parameters, power)
+
+
 @pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
 def test_evaluation_prediction_and_saving_use_the_mean_and_training_does_not(tmp_path, optim):
     points = Points()

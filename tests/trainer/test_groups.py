@@ -431,6 +431,12 @@ def test_cycles_shorter_than_one_update_are_refused(tmp_path, cycle, rows):
         trainer(tmp_path, rows=rows, elra_control_cycle=cycle, gradient_accumulation_steps=2)
 
 
+def test_a_first_update_larger_than_the_data_is_refused(tmp_path):
+    message = r"takes 96 samples, but the training data have 40; lower --per_device_train_batch_size \(now 8\)"
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path, rows=token_rows(40), elra_control_cycle="30sp", gradient_accumulation_steps=12)
+
+
 @pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
 @pytest.mark.parametrize("budget", [{"elra_max_samples": 90}, {"elra_max_tokens": 90 * 16}])
 @pytest.mark.parametrize("rows", [token_rows(40), Stream()], ids=["map-style", "stream"])

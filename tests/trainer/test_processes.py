@@ -36,6 +36,17 @@ def test_a_process_that_reads_garbage_alone_does_not_part_ways():
     assert plain == kernels == {"differing": 0, "finite": True, "non_finite": 3}
 
 
+def test_bare_loops_decide_alike_once_they_are_told_the_group():
+    """An outlier that one process meets alone is taken back on both; without the group a warning says what happens."""
+    found = together(workers.bare_loops, 2)
+    for name in ("ELRA", "ELRASpectral"):
+        told, alone = found[f"{name}, told the group"], found[f"{name}, alone"]
+        assert told["differing"] == told["warnings"] == 0
+        assert told["restarts"] > 0
+        assert alone["differing"] > 0
+        assert alone["warnings"] == 1
+
+
 @pytest.mark.parametrize(
     ("processes", "cases"),
     [

@@ -155,7 +155,8 @@ def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perple
         *("--model_card", str(tmp_path / "card.md"), "--max_steps", "10", "--optim", "adamw_torch"),
         *("--learning_rate", rate, "--lr_scheduler_type", "constant", "--weight_decay", "0"),
     )
-    assert code == 0, error
+    assert code == (1 if perplexity == "nan" else 0)
+    assert ("error: the run diverged: its validation loss is nan." in error) == (perplexity == "nan")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert str(metrics["perplexity"]) == perplexity
     assert math.isfinite(metrics["validation_loss"]) == (perplexity == "inf")
@@ -172,6 +173,8 @@ def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perple
             "optim_args: 'min_norm' is no argument of ELRA. Did you mean 'min_step_norm'?",
         ),
         (["--train_file", "no_such_file.txt"], "train_file='no_such_file.txt' does not exist"),
+        (["--dataset", "wiki"], "--dataset and --train_file are two texts; give one of them."),
+        (["--per_device_train_batch_size", "9999", "--optim", "elra"], "the first update takes 9999 samples, but the"),
         (["--block_size", "100000"], "fewer than one block of 100000; give more text or lower --block_size."),
     ],
 )

@@ -359,10 +359,10 @@ def prepare_arguments(
             )
         if args.lr_scheduler_type != SchedulerType.CONSTANT:
             logger.warning(
-                "lr_scheduler_type=%s multiplies %s's own learning rate%s. Use constant.",
+                "lr_scheduler_type=%s multiplies %s's own learning rate, which then makes up for it where it can. Use "
+                "constant.",
                 _plain(args.lr_scheduler_type),
                 ours,
-                "; small factors over many noisy updates let it collapse" if ours == "ELRA" else "",
             )
         if args.weight_decay > 1e-3:
             logger.warning(

@@ -217,16 +217,16 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
     if cycle.unit == "ep" and cycle.length >= 1:
         return  # an update is never larger than an epoch
     samples = _samples_of_cycle(cycle, train_dataset)
+    if samples is None or samples >= first:
+        return
     if has_length(train_dataset) and len(train_dataset) < first:
         raise ConfigurationError(
             f"the first update takes {first} samples, but the training data have {len(train_dataset)}; lower "
             f"--per_device_train_batch_size (now {args.per_device_train_batch_size}) or what multiplies it."
         )
-    if samples is not None and samples < first:
-        raise ConfigurationError(
-            f"elra_control_cycle={text!r} is shorter than the first update of {first} samples; write at least "
-            f"{first}sp."
-        )
+    raise ConfigurationError(
+        f"elra_control_cycle={text!r} is shorter than the first update of {first} samples; write at least {first}sp."
+    )
 
 
 def tokens_of_first_row(train_dataset: Any) -> int | None:

@@ -219,7 +219,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, optim, settings, dat
         per_device_train_batch_size=2,
         elra_batch_control="elra",
         elra_batch_growth=1.6,
-        elra_control_cycle="10sp",
+        elra_control_cycle="6sp",
         **{"lr_scheduler_type": "constant", **settings},
         **DATA[data],
     )

@@ -129,8 +129,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} was not told the loss, so it cannot take back a step that went too far. Call "
                 "step(closure), step(loss=loss) or observe_loss(loss) before step() (where Accelerate has wrapped it, "
                 "observe_loss of what was wrapped). In a Hugging Face Trainer import hf_elra first, and name the "
-                "optimizer by optim=... or pass it as optimizers=(optimizer, None): one that an overridden "
-                "create_optimizer makes is found only if ElraTrainerMixin stands in front of the Trainer's class."
+                "optimizer by optim=... or pass it as optimizers=(optimizer, None); what an overridden "
+                "create_optimizer makes is seen too late."
             )
         if observed is not None and self.process_group is None and not self._warned_of_processes and _are_several():
             self._warned_of_processes = True

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -204,6 +205,10 @@ def test_tables_of_another_model_are_warned_of():
     with pytest.warns(UserWarning, match="tables: none of these 1 parameters is among params") as warned:
         ELRASpectral(model.parameters(), tables=tables_of(llama()))
     assert warned[0].filename == __file__
+    table = tables_of(model)[0].requires_grad_(False)  # as with PEFT: not among the parameters, and rightly so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ELRASpectral([p for p in model.parameters() if p is not table], tables=[table])
 
 
 def test_a_search_that_noise_led_astray_ends_with_a_small_but_useful_rate():

@@ -89,7 +89,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     takes_shards = False
-    _kinds: dict[str, set[int]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
+    _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class ELRASpectral(LossAwareOptimizer):
             "memory": new_restart_memory(),
         }  # fmt: skip
         for kind, identities in self._kinds.items():
-            if identities and not any(any(group[kind]) for group in self.param_groups):
+            if any(identities.values()) and not any(any(group[kind]) for group in self.param_groups):
                 warn_user(
                     f"{kind}: none of these {len(identities)} parameters is among params, so that none is taken for "
                     f"one; pass {kind}={kind}_of(model) of the model that is trained."
@@ -325,14 +325,14 @@ class ELRASpectral(LossAwareOptimizer):
             )
 
 
-def _identities(name: str, given: Any) -> set[int]:
-    """Whose parameters an argument tells; raise a ConfigurationError if it is no list of them."""
+def _identities(name: str, given: Any) -> dict[int, bool]:
+    """Which parameters an argument tells, and whether each is trained; raise a ConfigurationError if it is no list."""
     is_list = isinstance(given, Iterable) and not isinstance(given, (nn.Module, Tensor))
     listed = list(given) if is_list else []
     if not is_list or not all(isinstance(p, Tensor) for p in listed):
         what = type(given).__name__
         raise ConfigurationError(f"{name} must be a list of parameters, not {what}; pass {name}={name}_of(model).")
-    return {id(p) for p in listed}
+    return {id(p): p.requires_grad for p in listed}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

@@ -164,6 +164,6 @@ def finish(script, *words, folder=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *words],
-        env=environment, capture_output=True, text=True, timeout=900, check=False, cwd=folder,
+        env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

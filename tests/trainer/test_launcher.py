@@ -138,7 +138,7 @@ def test_missing_script(capsys):
 
 def command(*words):
     environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
 def test_installed_command(tmp_path):

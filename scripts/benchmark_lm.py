@@ -4,13 +4,17 @@
     python scripts/benchmark_lm.py --train_file train.txt.gz --validation_file validation.txt.gz --tokens 10000000 \\
         --output docs/results/lm --batches 16 --seeds 0
     python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm --print
+    python scripts/benchmark_lm.py --train_file input.txt --tokens 500000 --output docs/results/lm \\
+        --start runs/stories --kept_file validation.txt.gz
 
 A Llama of 128 x 4 layers (with --model mixture a Mixtral of these sizes and 8 experts) over a byte-level BPE of 1,024
 pieces made from the text, 128 positions, float32. Every run has its own file under --output: what is finished there is
 not repeated, so that the same command goes on after an interruption; two of them with other --seeds may run side by
 side. Rows named "..., rate x" are a grid; all others run with one setting, whatever the text, the model, the batch and
-the seed. Towards the end are elra_spectral with other ends of training than the mean of the run, and, for mixtures,
-with one polar factor for all experts. --help lists all flags.
+the seed. Towards the end are elra_spectral with other ends of training than the mean of the run, for mixtures with one
+polar factor for all experts, and AdamW as models are fine-tuned. With --start a saved model and its tokenizer are
+trained further; --kept_file is text of the kind it was trained on, whose loss shows what it forgets. --help lists all
+flags.
 """
 
 from __future__ import annotations
@@ -28,9 +32,17 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    set_seed,
+)
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, tables_of
 from hf_elra.recipes import text_data
@@ -53,11 +65,15 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 HELD_OUT = 0.1
 """Share of a text without a validation file that is held out, at its end."""
+KEPT_BLOCKS = 512
+"""How much of a --kept_file is evaluated, from its beginning."""
 OURS = {"optim": "elra_spectral"}
 NO_MOMENTUM = {**OURS, "optim_args": "momentum=0"}
 BY_HALVES = {"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:2,0.75:4"}
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+LINEAR = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "max_grad_norm": 1.0}
+LINEAR_RATES = ("5e-5", "3e-4", "1e-3", "3e-3")  # the first is Transformers' default, with the settings above
 CONSTANT_RATES = ("3e-4", "3e-3")  # beside torch's default, 1e-3
 FIRST_RATES = ("1e-7", "1e-5", "1e-1")
 ENDS: dict[str, dict[str, Any]] = {
@@ -121,6 +137,7 @@ def rows() -> dict[str, Row]:
             for end, settings in ENDS.items()
         },
         "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"stacks": ()})),
+        **{f"AdamW, linear, rate {rate}": Row({**LINEAR, "learning_rate": float(rate)}) for rate in LINEAR_RATES},
     }
 
 
@@ -191,7 +208,7 @@ class _OverAverages(ELRASpectral):
 
 
 class Text:
-    """Blocks of tokens for training and validation, and the name of the text."""
+    """Blocks of tokens for training and validation, and maybe of a text that a model should not forget."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         if given.validation_file:
@@ -202,17 +219,42 @@ class Text:
             cut = int(len(whole) * (1 - HELD_OUT))
             train, validation = [whole[:cut]], [whole[cut:]]
         self.name = given.name or Path(given.train_file).absolute().parent.name
-        tokenizer = text_data.train_tokenizer(train, PIECES)
+        tokenizer = text_data.load_tokenizer(given.start) if given.start else text_data.train_tokenizer(train, PIECES)
         self.train = text_data.tokenise(train, tokenizer, POSITIONS, "training")
         self.validation = text_data.tokenise(validation, tokenizer, POSITIONS, "validation")
+        self.kept: Dataset | None = None
+        if given.kept_file:
+            kept = text_data.read_documents(given.kept_file, "kept_file", "text")
+            blocks = text_data.tokenise(kept, tokenizer, POSITIONS, "kept")
+            self.kept = blocks.select(range(min(len(blocks), KEPT_BLOCKS)))
 
 
-def run(title: str, text: Text, model_name: str, tokens: int, batch: int, seed: int) -> dict[str, Any]:
+def new_model(given: argparse.Namespace) -> Any:
+    """The model that a run begins with."""
+    return AutoModelForCausalLM.from_pretrained(given.start) if given.start else MODELS[given.model]()
+
+
+def losses_before(given: argparse.Namespace, text: Text) -> dict[str, float]:
+    """What a saved model's losses are before it is trained further; nothing of a new one."""
+    if not given.start:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ElraTrainingArguments(
+            output_dir=folder, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True
+        )
+        trainer = ElraTrainer(new_model(given), settings, data_collator=collate)
+        found = {"validation_loss_before": trainer.evaluate(text.validation)["eval_loss"]}
+        if text.kept is not None:
+            found["kept_loss_before"] = trainer.evaluate(text.kept)["eval_loss"]
+    return found
+
+
+def run(title: str, text: Text, given: argparse.Namespace, batch: int, seed: int) -> dict[str, Any]:
     """Train once; return losses and what was logged."""
-    row = rows()[title]
+    row, tokens = rows()[title], given.tokens
     updates = tokens // (batch * POSITIONS)
     set_seed(seed)
-    model = MODELS[model_name]()
+    model = new_model(given)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "output_dir": folder, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 64,
@@ -237,8 +279,9 @@ def run(title: str, text: Text, model_name: str, tokens: int, batch: int, seed: 
             loss = evaluations[-1]["eval_loss"]
         else:
             loss = trainer.evaluate()["eval_loss"]
+        kept = {} if text.kept is None else {"kept_loss": trainer.evaluate(text.kept)["eval_loss"]}
     return {
-        "validation_loss": loss, "updates": trainer.state.global_step, "seconds": seconds,
+        "validation_loss": loss, **kept, "updates": trainer.state.global_step, "seconds": seconds,
         "training_tokens": len(text.train) * POSITIONS, "log_history": trainer.state.log_history,
     }  # fmt: skip
 
@@ -251,28 +294,43 @@ def pending(given: argparse.Namespace, text: str) -> Iterator[tuple[str, int, in
             for number, title in enumerate(titles):
                 if given.rows is None or number in given.rows:
                     name = "".join(c if c.isalnum() or c in "-." else "_" for c in title.replace("α", "alpha"))
-                    kind = "" if given.model == "llama" else f"-{given.model}"
+                    kind = "" if _kind(given) == "llama" else f"-{_kind(given).replace(' ', '-')}"
                     folder = Path(given.output, f"{text}{kind}-{given.tokens}")
                     yield title, batch, seed, folder / f"{name}-batch{batch}-seed{seed}.json"
 
 
 def table(given: argparse.Namespace, text: str) -> str:
-    """Mean and standard deviation over seeds of the validation loss, of what there is."""
-    found: dict[tuple[str, int], list[float]] = {}
+    """Mean and standard deviation over seeds of the losses, of what there is."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for title, batch, _, path in pending(given, text):
         if path.is_file():
-            found.setdefault((title, batch), []).append(read_json(path)["validation_loss"])
-    lines = []
+            found.setdefault((title, batch), []).append(read_json(path))
+    results = [result for several in found.values() for result in several]
+    kinds = {"validation_loss": "nats (runs)"}
+    if any("kept_loss" in result for result in results):
+        kinds["kept_loss"] = "kept text"
+    lines = [["before", *([_cell(results[:1], f"{kind}_before") for kind in kinds] * len(given.batches))]]
     for title in rows():
-        cells = []
-        for batch in given.batches:
-            losses = found.get((title, batch), [])
-            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-            cells.append(f"{statistics.fmean(losses):.3f}{spread} ({len(losses)})" if losses else "")
-        if any(cells):
-            lines.append([title, *cells])
-    heads = [f"batch {batch}: nats (runs)" for batch in given.batches]
-    return f"{text}, {given.model}, {given.tokens:,} tokens\n\n" + markdown_table(["", *heads], lines)
+        lines.append(
+            [title, *(_cell(found.get((title, batch), []), kind) for batch in given.batches for kind in kinds)]
+        )
+    heads = [f"batch {batch}: {kind}" for batch in given.batches for kind in kinds.values()]
+    return f"{text}, {_kind(given)}, {given.tokens:,} tokens\n\n" + markdown_table(
+        ["", *heads], [line for line in lines if any(line[1:])]
+    )
+
+
+def _cell(results: list[dict[str, Any]], kind: str) -> str:
+    losses = [result[kind] for result in results if kind in result]
+    if not losses:
+        return ""
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    runs = f" ({len(losses)})" if kind == "validation_loss" else ""
+    return f"{statistics.fmean(losses):.3f}{spread}{runs}"
+
+
+def _kind(given: argparse.Namespace) -> str:
+    return f"from {Path(given.start).absolute().name}" if given.start else given.model
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -283,6 +341,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--validation_file", help="without it the last tenth of the text is held out")
     parser.add_argument("--name", help="of the text; default: that of its folder")
     parser.add_argument("--model", choices=MODELS, default="llama", help="default: llama")
+    parser.add_argument("--start", help="folder of a saved model and tokenizer to train further, instead of a new one")
+    parser.add_argument("--kept_file", help="text of the kind that the model of --start was trained on")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of every run; default: 1000000")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="sequences an update; default: 16 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -295,6 +355,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < least:
                 parser.error(f"--{name} {value} must be at least {least}")
+    if given.start and not Path(given.start, "config.json").is_file():
+        parser.error(f"--start {given.start} is no folder of a saved model: there is no config.json in it")
+    if given.start and given.model != "llama":
+        parser.error(f"--model {given.model} is for new models; leave it out beside --start")
+    if given.kept_file and not given.start:
+        parser.error("--kept_file needs --start: a new model has nothing to forget")
     if given.rows and max(given.rows) >= len(rows()):
         parser.error(f"--rows {max(given.rows)} is no row; {titles}")
     return given
@@ -311,12 +377,15 @@ def main(words: list[str]) -> int:
         return 2
     name = text.name if text is not None else given.name or Path(given.train_file).absolute().parent.name
     wanted = list(pending(given, name))
+    if text is not None and any(not path.is_file() for *_, path in wanted):
+        before = losses_before(given, text)
     for number, (title, batch, seed, path) in enumerate(wanted, start=1):
         if text is None or path.is_file():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = run(title, text, given.model, given.tokens, batch, seed)
-        about = {"row": title, "text": name, "model": given.model, "tokens": given.tokens, "batch": batch, "seed": seed}
+        result = run(title, text, given, batch, seed)
+        about = {"row": title, "text": name, "model": _kind(given)}
+        about |= {"tokens": given.tokens, "batch": batch, "seed": seed, **before}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         command = shlex.join(["python", *sys.argv])
         write_json(path, {**about, "command": command, **environment(device), **result})

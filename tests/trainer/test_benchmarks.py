@@ -1,9 +1,13 @@
 """The benchmark scripts still run, measure both sides, and write what they print. Speeds are not tested."""
 
 import json
+import math
+import statistics
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_elra.recipes.text_data import train_tokenizer
 from tests.conftest import ROOT, finish
 
 
@@ -79,3 +83,36 @@ def test_language_models(tmp_path):
     results = [json.loads(path.read_text()) for path in (tmp_path / "texts-mixture-5120").iterdir()]
     assert {result["row"] for result in results} == {"elra_spectral", "elra_spectral, experts as one matrix"}
     assert results[0]["validation_loss"] != results[1]["validation_loss"]
+
+
+def test_language_models_trained_further(tmp_path):
+    """From a saved model: with its tokenizer, its losses before and after, and wrong starts refused."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "input.txt").write_text(text * 3)
+    tokenizer = train_tokenizer([text], 300)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    words = ["--train_file", str(tmp_path / "input.txt"), "--tokens", "5120", "--output", str(tmp_path)]
+    words += ["--batches", "2", "--seeds", "0", "1", "--rows", "0", "30", "--name", "readme"]
+    start = ["--start", str(tmp_path / "saved"), "--kept_file", str(ROOT / "README.md")]
+    code, output, error = finish("benchmark_lm.py", *words, *start)
+    assert code == 0, error
+    results = [json.loads(path.read_text()) for path in (tmp_path / "readme-from-saved-5120").iterdir()]
+    assert len(results) == 4
+    assert {result["row"] for result in results} == {"elra_spectral", "AdamW, linear, rate 3e-3"}
+    for result in results:
+        assert result["validation_loss_before"] == pytest.approx(math.log(300), rel=0.02)
+        assert result["kept_loss_before"] == results[0]["kept_loss_before"]
+        assert result["kept_loss"] < result["kept_loss_before"]
+        assert f" {result['validation_loss_before']:.3f} | " in output
+    kept = statistics.fmean(result["kept_loss"] for result in results if result["row"] == "elra_spectral")
+    assert f" {kept:.3f} ± " in output
+    for wrong, message in (
+        (["--start", str(tmp_path)], f"--start {tmp_path} is no folder of a saved model"),
+        ([*start, "--model", "mixture"], "--model mixture is for new models"),
+        (start[2:], "--kept_file needs --start"),
+    ):
+        code, _, error = finish("benchmark_lm.py", *words, *wrong)
+        assert code == 2
+        assert message in error

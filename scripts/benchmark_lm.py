@@ -240,7 +240,11 @@ def losses_before(given: argparse.Namespace, text: Text) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         settings = ElraTrainingArguments(
-            output_dir=folder, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True
+            output_dir=folder,
+            per_device_eval_batch_size=64,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = ElraTrainer(new_model(given), settings, data_collator=collate)
         found = {"validation_loss_before": trainer.evaluate(text.validation)["eval_loss"]}

@@ -359,7 +359,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < least:
                 parser.error(f"--{name} {value} must be at least {least}")
-    if given.start and not Path(given.start, "config.json").is_file():
+    if given.start and not given.print and not Path(given.start, "config.json").is_file():
         parser.error(f"--start {given.start} is no folder of a saved model: there is no config.json in it")
     if given.start and given.model != "llama":
         parser.error(f"--model {given.model} is for new models; leave it out beside --start")

@@ -253,6 +253,12 @@ def losses_before(given: argparse.Namespace, text: Text) -> dict[str, float]:
     return found
 
 
+def _same(before: dict[str, float], result: dict[str, Any]) -> bool:
+    """Whether a run began where these losses were measured, to rounding."""
+    found = {name: value for name, value in result.items() if name.endswith("_before")}
+    return found.keys() == before.keys() and all(math.isclose(found[n], before[n], rel_tol=1e-4) for n in found)
+
+
 def run(title: str, text: Text, given: argparse.Namespace, batch: int, seed: int) -> dict[str, Any]:
     """Train once; return losses and what was logged."""
     row, tokens = rows()[title], given.tokens
@@ -361,6 +367,8 @@ def parse(words: list[str]) -> argparse.Namespace:
                 parser.error(f"--{name} {value} must be at least {least}")
     if given.start and not given.print and not Path(given.start, "config.json").is_file():
         parser.error(f"--start {given.start} is no folder of a saved model: there is no config.json in it")
+    if given.start and not given.print and not list(Path(given.start).glob("tokenizer*")):
+        parser.error(f"--start {given.start} has no tokenizer saved beside the model (tokenizer.save_pretrained)")
     if given.start and given.model != "llama":
         parser.error(f"--model {given.model} is for new models; leave it out beside --start")
     if given.kept_file and not given.start:
@@ -381,8 +389,15 @@ def main(words: list[str]) -> int:
         return 2
     name = text.name if text is not None else given.name or Path(given.train_file).absolute().parent.name
     wanted = list(pending(given, name))
-    if text is not None and any(not path.is_file() for *_, path in wanted):
-        before = losses_before(given, text)
+    before = losses_before(given, text) if text is not None else {}
+    for *_, path in wanted:
+        if text is not None and path.is_file() and not _same(before, read_json(path)):
+            print(
+                f"error: --start {given.start}: {path.parent} holds runs of another saved model or kept text, whose "
+                "losses before training were others. Give another --name or --output.",
+                file=sys.stderr,
+            )
+            return 2
     for number, (title, batch, seed, path) in enumerate(wanted, start=1):
         if text is None or path.is_file():
             continue

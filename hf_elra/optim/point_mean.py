@@ -97,9 +97,10 @@ class PointMean:
                     p.copy_(kept[name])
 
     def save(self, folder: str) -> None:
-        """Write the mean, and what it is, into a checkpoint; nothing while there are no points."""
+        """Write the mean, and what it is, into a folder or checkpoint; nothing while there are no points."""
         if self.count == 0:
             return
+        os.makedirs(folder, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
         content = {
             "model.safetensors": "the point that training goes on from",

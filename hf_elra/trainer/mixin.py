@@ -55,7 +55,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     With ``optim="elra"`` the optimizer is told the true mean loss of every update: over all micro-batches of the group
     and, through one all-reduce, over all processes. Logs get ``alpha``, ``step_norm``, ``restarts`` and ``cosine``, and
-    ``learning_rate`` there is the α in force. With any other optimizer only the counting is added.
+    ``learning_rate`` there is α times a scheduler's factor. With any other optimizer only the counting is added.
     """
 
     _group_loss: Any = 0.0
@@ -409,8 +409,12 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _get_learning_rate(self) -> float:
+        """α times what a scheduler makes of it, as the update took it: during a search schedulers do not count."""
         optimizer = self.elra_optimizer
-        return optimizer.alpha if optimizer is not None else super()._get_learning_rate()
+        if optimizer is None:
+            return super()._get_learning_rate()
+        group = optimizer.param_groups[0]
+        return optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.settled else 1.0)
 
     def log(self, logs, *args, **kwargs):
         """Log, with the optimizer's own numbers beside the training loss."""

@@ -108,7 +108,21 @@ def test_language_models_trained_further(tmp_path):
         assert f" {result['validation_loss_before']:.3f} | " in output
     kept = statistics.fmean(result["kept_loss"] for result in results if result["row"] == "elra_spectral")
     assert f" {kept:.3f} ± " in output
+    code, again, error = finish("benchmark_lm.py", *words, *start)
+    assert code == 0, error
+    assert again[again.index("readme, from saved") :].strip() in output
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "other" / "saved")
+    for path in (tmp_path / "saved").glob("tokenizer*"):
+        (tmp_path / "other" / "saved" / path.name).write_bytes(path.read_bytes())
+    another = ["--start", str(tmp_path / "other" / "saved")]
+    for wrong in ([*another, *start[2:]], start[:2]):  # its runs have the same names; those have a kept text
+        code, _, error = finish("benchmark_lm.py", *words, *wrong)
+        assert code == 2
+        assert "holds runs of another saved model or kept text" in error
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
     for wrong, message in (
+        (["--start", str(tmp_path / "bare")], "has no tokenizer saved beside the model"),
         (["--start", str(tmp_path)], f"--start {tmp_path} is no folder of a saved model"),
         ([*start, "--model", "mixture"], "--model mixture is for new models"),
         (start[2:], "--kept_file needs --start"),

@@ -11,7 +11,7 @@ from tests.conftest import arguments, llama, logged, token_rows, trainer, weight
 
 
 def spectral(folder, **given):
-    return trainer(folder, rows=token_rows(256), optim="elra_spectral", **{"max_steps": 40, **given})
+    return trainer(folder, rows=token_rows(256), **{"optim": "elra_spectral", "max_steps": 40, **given})
 
 
 def test_it_trains_a_stock_trainer(tmp_path):
@@ -30,6 +30,18 @@ def test_it_trains_a_stock_trainer(tmp_path):
     assert logged(run, "alpha")[-1] == pytest.approx(logged(run, "learning_rate")[-1])
 
 
+def test_the_logged_rate_counts_the_schedule(tmp_path):
+    schedule = {"lr_scheduler_type": "linear", "logging_steps": 1, "max_steps": 20}
+    run = spectral(tmp_path, **schedule)
+    run.train()
+    stock = spectral(tmp_path / "stock", optim="adamw_torch", learning_rate=1.0, **schedule)
+    stock.train()
+    shares = [rate / alpha for rate, alpha in zip(logged(run, "learning_rate"), logged(run, "alpha"), strict=True)]
+    assert shares[:9] == [1.0] * 9  # during the search it does not count
+    assert shares[10:] == pytest.approx(logged(stock, "learning_rate")[10:])
+    assert shares[15] < 0.5
+
+
 def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
     run = spectral(tmp_path, eval_dataset=token_rows(32, seed=1))
     run.train()
@@ -44,7 +56,7 @@ def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
     assert torch.equal(weights(off.model), last)  # the training step never sees it
 
 
-def test_mean_of_the_run_weights_points_by_a_power_of_their_number():
+def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     mean = PointMean({"x": parameter}, power=2)
     points = [1.0, 5.0, -2.0, 7.0]
@@ -56,6 +68,10 @@ def test_mean_of_the_run_weights_points_by_a_power_of_their_number():
     factors = [t * (t + 1) for t in range(1, 5)]
     expected = sum(f * p for f, p in zip(factors, points, strict=True)) / sum(factors)
     assert mean.mean["x"].item() == pytest.approx(expected)
+    mean.save(str(tmp_path / "new" / "folder"))
+    again = PointMean({"x": parameter}, power=2)
+    assert again.load(str(tmp_path / "new" / "folder"))
+    assert (again.count, again.mean["x"].item()) == (4, mean.mean["x"].item())
 
 
 @pytest.mark.parametrize("at", [5, 20])

@@ -106,8 +106,8 @@ class ElraCallback(TrainerCallback, ExportableState):
             updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
             if 0 < updates <= search:
                 logger.warning(
-                    "%d updates are no more than the %d of the search for a learning rate, which are taken back at "
-                    "its end: nothing is learned. Train longer, or pass --optim_args search=0.",
+                    "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
+                    "to be kept and are taken back at its end. Train longer, or pass --optim_args search=0.",
                     updates,
                     search,
                 )

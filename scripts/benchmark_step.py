@@ -54,7 +54,7 @@ def shapes_of(model: str) -> list[torch.Size]:
     return [p.shape for p in network.parameters()]
 
 
-LLAMAS = {"llama-124m": (768, 14, 12, 2048), "llama-1b": (2048, 19, 16, 5504)}
+LLAMAS = {"llama-124m": (768, 14, 12, 2048), "llama-1b": (2048, 19, 16, 5504), "llama-2m": (64, 2, 2, 128)}
 MODELS = ("babyllama-15m", "resnet18", *LLAMAS)
 
 

@@ -229,17 +229,27 @@ def test_what_has_no_kernels_is_refused_if_asked_for(given, reason):
 
 
 COMPILE = """
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 from hf_elra.optim import fused
 
-TYPES = dict.fromkeys(["gradients", "kept", "params", "sizes", "tensors", "starts"], "*i64")
+TYPES = dict.fromkeys(["gradients", "kept", "points", "sizes", "tensors", "starts"], "*i64")
 TYPES |= dict.fromkeys(["shares", "partials", "numbers", "settings"], "*fp64")
 TYPES |= {"loss_address": "*fp32", "count": "i32", "seed": "i32"}
 
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def bind(kernel):
+    # what Triton does with the arguments at every launch
+    bound = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound(**{name: 1 if name in TYPES and TYPES[name] == "i32" else torch.zeros(4) for name in kernel.arg_names})
+
 def compile(kernel, **constants):
+    bind(kernel)
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     made = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32))

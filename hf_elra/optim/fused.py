@@ -261,7 +261,7 @@ def control_kernel(
 
 @triton.jit
 def update_kernel(
-    params, gradients, kept, sizes, tensors, starts, shares, numbers,
+    points, gradients, kept, sizes, tensors, starts, shares, numbers,
     ALIGNED: tl.constexpr, COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -269,12 +269,16 @@ def update_kernel(
 
     With ``COPY`` the gradient is copied to where ``kept`` points. Without, the host keeps the gradient tensor itself as
     the new G_{t-1}; after a restart that must be the old one, which is then written there.
+
+    Args:
+        points, gradients, kept: tables of addresses, as of ``products_kernel``. (An argument called ``params`` cannot
+            be launched: Triton's own launcher has a variable of that name.)
     """
     program = tl.program_id(0)
     tensor = tl.load(tensors + program)
     size = tl.load(sizes + tensor)
     start = tl.load(starts + program)
-    p = tl.load(params + tensor).to(tl.pointer_type(TYPE))
+    p = tl.load(points + tensor).to(tl.pointer_type(TYPE))
     g = tl.load(gradients + tensor).to(tl.pointer_type(TYPE))
     u = tl.load(kept + tensor).to(tl.pointer_type(TYPE))
     if ALIGNED:

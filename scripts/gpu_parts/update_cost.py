@@ -1,0 +1,165 @@
+"""Part 2: what one update costs, beside other optimizers: time, bytes, memory, waits for the device.
+
+The optimizers and models are those of ``benchmark_step.py``, which interleaves its rounds. Here one optimizer is made
+after the other, so that a billion parameters fit; fused AdamW is timed first.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from gpu_parts.part import Part, lines
+
+TITLE = "Cost of an update"
+SECONDS = 120
+BASELINE = "AdamW, fused"
+ORDER = (
+    BASELINE,
+    "ELRA",
+    "elra_spectral",
+    "Muon (AdamW, fused, for tables and vectors)",
+    "SGD with momentum, fused",
+    "ELRA, memory=point",
+    "ELRA, memory=offload",
+    "elra_spectral, momentum=0",
+    "Lion",
+    "Prodigy",
+    "schedule-free AdamW, foreach",  # it writes to gradients
+)
+SIZES = {"llama-2m": "2 M", "babyllama-15m": "15 M", "llama-124m": "124 M", "llama-1b": "1 B"}
+
+
+def _models(tiny: bool) -> list[str]:
+    return ["llama-2m"] if tiny else ["llama-124m", "babyllama-15m", "llama-1b"]
+
+
+def rows(tiny: bool) -> list[str]:
+    """Names of what is measured."""
+    return [f"{SIZES[model]}, {name}" for model in _models(tiny) for name in ORDER[: 3 if tiny else None]]
+
+
+def run(part: Part) -> None:
+    """Measure everything."""
+    for index, model in enumerate(_models(part.tiny)):
+        share = part.left / (len(_models(part.tiny)) - index)
+        _measure_model(part, model, part.left - share)
+
+
+def table(entries: list[dict[str, Any]], tiny: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and lines."""
+    header = [
+        "parameters, optimizer",
+        "ms an update",
+        f"ratio to {BASELINE}",
+        "of copying speed",
+        "state, bytes a parameter on the device",
+        "peak beside it, MiB",
+        "waits for the device",
+    ]
+
+    def cells(entry: dict[str, Any]) -> list[str]:
+        roofline, peak = entry["of_copying_speed"], entry["peak_bytes"]
+        return [
+            f"{1000 * entry['seconds']:.2f}",
+            f"{entry['ratio']:.2f}" if entry["ratio"] else "",
+            "" if roofline is None else f"{100 * roofline:.0f} %",
+            f"{entry['state_bytes'] / entry['parameters']:.1f}",
+            "" if peak is None else f"{peak / 2**20:,.0f}",
+            str(entry["waits"]),
+        ]
+
+    return header, lines(rows(tiny), entries, 6, cells)
+
+
+def host_waits(work: Callable[[], Any], device: str) -> int:
+    """How often the host waits for the device in ``work``; on a CPU how often a number is read from a tensor."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        work()
+    # Not cudaDeviceSynchronize, by which the profiler itself ends.
+    names = ("cudaStreamSynchronize", "cudaEventSynchronize") if device == "cuda" else ("aten::_local_scalar_dense",)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    return sum(counts.get(name, 0) for name in names)
+
+
+def _measure_model(part: Part, model: str, until: float) -> None:
+    """The rows of one model, while more than ``until`` seconds are left."""
+    import torch
+    from benchmark_step import POOL, copy_bandwidth, optimizers, shapes_of
+
+    names = [name for name in ORDER[: 3 if part.tiny else None] if not part.is_done(f"{SIZES[model]}, {name}")]
+    if not names:
+        return
+    torch.manual_seed(0)
+    shapes = shapes_of(model)
+    number = sum(shape.numel() for shape in shapes)
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape, device=part.device)) for shape in shapes]
+    pool = [[1e-3 * torch.randn(shape, device=part.device) for shape in shapes] for _ in range(POOL)]
+    loss = torch.tensor(1.0, device=part.device)
+    given = type("Given", (), {"device": part.device, "rounds": 2 if part.tiny else 10})
+    bandwidth = copy_bandwidth(number, given)
+    part.write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
+    known = optimizers(model)
+
+    def measure(name: str) -> dict[str, Any]:
+        numbers, build = known[name]
+        try:
+            found = _measure(build(params), params, pool, loss, part)
+        finally:
+            for p in params:
+                p.grad = None
+            gc.collect()
+            if part.device == "cuda":
+                torch.cuda.empty_cache()
+        seconds = found["seconds"]
+        if name == BASELINE:
+            baselines[model] = seconds
+        return {
+            "model": model, "optimizer": name, "parameters": number, **found,
+            "ratio": seconds / baselines[model] if model in baselines else None, "copy_bytes_per_second": bandwidth,
+            "of_copying_speed": numbers * 4 * number / bandwidth / seconds if numbers else None,
+        }  # fmt: skip
+
+    baselines = {entry["model"]: entry["seconds"] for entry in part.entries if entry.get("optimizer") == BASELINE}
+    for name in names:
+        if part.left <= until:
+            print(f"{part.name}: {model}: its time is over", flush=True)
+            break
+        if name in known:
+            part.measure(f"{SIZES[model]}, {name}", lambda name=name: measure(name))
+        else:
+            part.write(row=f"{SIZES[model]}, {name}", error="its package is not installed")
+
+
+def _measure(optimizer: Any, params: list[Any], pool: list[list[Any]], loss: Any, part: Part) -> dict[str, Any]:
+    """Time, memory and waits of one optimizer's updates; its state is made, and kernels compiled, before."""
+    import torch
+    from benchmark_step import POOL, tensors_in, timed, update
+
+    update(optimizer, params, pool, POOL, loss)
+    peak = None
+    if part.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        update(optimizer, params, pool, 1, loss)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    updates, least, most = (1, 2, 2) if part.tiny else (5, 2, 12)
+    seconds: list[float] = []
+    while len(seconds) < least or (len(seconds) < most and updates * sum(seconds) < 2.0):
+        seconds.append(timed(lambda: update(optimizer, params, pool, updates, loss), part.device) / updates)
+    waits = host_waits(lambda: update(optimizer, params, pool, 1, loss), part.device)
+    state = [tensor for tensor in tensors_in(optimizer.state) if tensor.device == params[0].device]
+    return {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state),
+        "peak_bytes": peak,
+        "waits": waits,
+    }

@@ -1,6 +1,7 @@
 # make train   set up a virtual environment and train a BabyLlama (resumes an interrupted run)
 # make test    set it up and run the tests
 # make lint    ruff and mypy
+# make gpu-bundle   what scripts/gpu_check.py needs on a machine without a network (docs/gpu_check.md)
 # make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="--max_steps 500" passes flags to the training script.
@@ -14,7 +15,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: train test lint audit setup clean
+.PHONY: train test lint gpu-bundle audit setup clean
 
 train: setup
 	$(PY) scripts/train_babyllama.py --resume --overwrite $(ARGS)
@@ -26,6 +27,9 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+gpu-bundle: setup
+	$(PY) scripts/gpu_bundle.py --output gpu-bundle $(ARGS)
 
 audit: setup
 	@$(VENV)-audit/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)-audit

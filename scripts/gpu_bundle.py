@@ -5,8 +5,8 @@
 
 Tokens are made here, with the tokenizer of --tokenizer or a BPE of 32,000 pieces that is trained on the text; without
 --text the text is the documentation that every Python carries. Pictures are an npz file as for
-``train_image_classifier.py``; without them gpu_check.py takes the digits of this package. Wheels are those of the Python
-and the platform of that machine, without what they need: name every package that is missing there.
+``train_image_classifier.py``; without them gpu_check.py takes the digits of this package. Wheels are those of the
+Python and the platform of that machine, without what they need: name every package that is missing there.
 """
 
 from __future__ import annotations

@@ -20,17 +20,20 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from gpu_parts import PARTS
-from gpu_parts.part import Part, failed, measured, read
+from gpu_parts import PARTS  # noqa: E402 - found by the line above
+from gpu_parts.part import Part, failed, measured, read  # noqa: E402
 
 MINUTES = 12
 GRACE = 6.0
 """Seconds that a part may take beyond its budget before it is stopped."""
+WHOLE_PART = "the part as a whole"
+"""The row of what goes wrong outside of all others."""
 SITE = "packages"
 """Where the packages of the bundle are installed, in the output folder."""
 
@@ -70,9 +73,7 @@ def main(words: list[str]) -> int:
     if given.part:
         return run_here(given)
     if given.device == "cpu" and not given.tiny:
-        print(
-            "no GPU was found: everything is measured on the CPU, for which it is far too large (--tiny).", flush=True
-        )
+        print("No GPU was found, and for a CPU all of this is far too large: try --tiny.", flush=True)
     names = [name for name in PARTS if given.only is None or name in given.only]
     for index, name in enumerate(names):
         left = 60 * given.minutes - (time.monotonic() - begun)
@@ -135,7 +136,13 @@ def run_here(given: argparse.Namespace) -> int:
     packages = ("lion-pytorch", "prodigyopt", "schedulefree", "triton", "datasets")
     command = " ".join(["python", "scripts/gpu_check.py", "--only", given.part, *(["--tiny"] if given.tiny else [])])
     part.write(command=command, **environment(given.device, *packages), seconds=given.seconds, tiny=given.tiny)
-    PARTS[given.part].run(part)
+    try:
+        PARTS[given.part].run(part)
+    except Exception as error:  # outside of any row
+        traceback.print_exc()
+        part.write(row=WHOLE_PART, error=f"{type(error).__name__}: {str(error)[:400]}")
+        return 1
+    part.write(row=WHOLE_PART)
     return 0
 
 

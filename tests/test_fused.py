@@ -281,7 +281,7 @@ def test_parameters_on_a_cpu_are_refused_outside_the_interpreter():
         "hf_elra.ELRA([p], fused=True).step(loss=1.0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
     )
     assert "fused=True cannot be done: parameters lie on cpu, and the kernels are for CUDA. Leave" in done.stderr
 

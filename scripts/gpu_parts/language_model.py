@@ -17,7 +17,7 @@ TITLE = "BabyLlama 15m"
 SECONDS = 300
 OURS = "elra_spectral"
 ADAMW_RATES = ("1e-3", "2e-3", "4e-3")
-MUON_RATES = ("1e-3", "2e-3")
+MUON_RATE = "2e-3"
 MOST_UPDATES = 2000
 EVALUATIONS = 5
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
@@ -30,35 +30,31 @@ class Row(NamedTuple):
     Attributes:
         settings: of the Trainer.
         muon: the rate of Muon, where that is the optimizer.
-        same_seconds: as many updates as fit into the seconds of elra_spectral.
     """
 
     settings: dict[str, Any]
     muon: float | None = None
-    same_seconds: bool = False
 
 
 def _rows() -> dict[str, Row]:
     rows = {OURS: Row({"optim": OURS})}
     rows |= {f"AdamW, cosine, {rate}": Row({**ADAMW, "learning_rate": float(rate)}) for rate in ADAMW_RATES[1::-1]}
-    rows |= {
-        f"Muon, constant, with the mean of the run, {rate}": Row(
-            {"optim": "adamw_torch", "elra_boost_mean": "run"}, muon=float(rate)
-        )
-        for rate in MUON_RATES[::-1]
-    }
+    muon = {"optim": "adamw_torch", "elra_boost_mean": "run"}
+    rows[f"Muon, constant, with the mean of the run, {MUON_RATE}"] = Row(muon, muon=float(MUON_RATE))
     rows[f"AdamW, cosine, {ADAMW_RATES[2]}"] = Row({**ADAMW, "learning_rate": float(ADAMW_RATES[2])})
     rows["elra"] = Row({"optim": "elra", "elra_batch_control": "off"})
     return rows
 
 
-SAME_SECONDS = ("best AdamW, at the seconds of elra_spectral", "best Muon, at the seconds of elra_spectral")
+SAME_SECONDS = "best AdamW, at the seconds of elra_spectral"
 
 
 def rows(tiny: bool) -> list[str]:
     """Names of what is trained; the rows of the second seed come last."""
     names = list(_rows())
-    first = [*names[:2], names[3], *names[6:], SAME_SECONDS[0]] if tiny else [*names, *SAME_SECONDS]
+    first = [*(name for name in names if name.split(", ")[-1] not in ADAMW_RATES[::2]), SAME_SECONDS]
+    if not tiny:
+        first = [*names, SAME_SECONDS]
     again = [] if tiny else [f"{name}, seed 1" for name in (OURS, *names[1:3])]
     return [*first, *again]
 
@@ -72,8 +68,8 @@ def run(part: Part) -> None:
         part.write(plan=plan)
     known = _rows()
     for name in rows(part.tiny):
-        if name in SAME_SECONDS:
-            chosen = _at_the_same_seconds(part, name.split()[1].rstrip(","))
+        if name == SAME_SECONDS:
+            chosen = _at_the_same_seconds(part)
             if chosen is None:
                 print(f"{part.name}: {name}: what it is compared with was not measured", flush=True)
                 continue
@@ -258,19 +254,19 @@ def _plan(part: Part, text: dict[str, Any]) -> dict[str, Any]:
         speeds[kind.split(",")[0]] = trial["seconds"] / warm_up
     per_update = {name: speeds[name.split(",")[0]] for name in known if name.split(",")[0] in speeds}
     first_seed = [name for name in rows(part.tiny) if name in known]
-    # Rows at the same seconds take as long as elra_spectral; a quarter is for evaluations and making models.
-    all_of_it = sum(per_update[name] for name in first_seed) + len(SAME_SECONDS) * per_update[OURS]
+    # The row at the same seconds takes as long as elra_spectral; a quarter is for evaluations and making models.
+    all_of_it = sum(per_update[name] for name in first_seed) + per_update[OURS]
     updates = int(0.75 * part.left / all_of_it)
     lowest, highest = (12, 20) if part.tiny else (100, MOST_UPDATES)
     return {"updates": min(max(updates, lowest), highest), "seconds_per_update": per_update}
 
 
-def _at_the_same_seconds(part: Part, kind: str) -> tuple[str, int] | None:
-    """The best row of this kind, and how many updates it makes in the seconds of elra_spectral."""
+def _at_the_same_seconds(part: Part) -> tuple[str, int] | None:
+    """The best row of AdamW, and how many updates it makes in the seconds of elra_spectral."""
     good = measured(part.entries)
-    of_kind = {name: entry for name, entry in good.items() if name.startswith(f"{kind}, ") and entry["seed"] == 0}
-    if OURS not in good or not of_kind:
+    adamw = {name: entry for name, entry in good.items() if name.startswith("AdamW") and entry["seed"] == 0}
+    if OURS not in good or not adamw:
         return None
-    best = min(of_kind, key=lambda name: of_kind[name]["validation_loss"])
-    pace = of_kind[best]["seconds"] / of_kind[best]["updates"]
+    best = min(adamw, key=lambda name: adamw[name]["validation_loss"])
+    pace = adamw[best]["seconds"] / adamw[best]["updates"]
     return best, max(1, round(good[OURS]["seconds"] / pace))

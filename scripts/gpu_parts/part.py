@@ -36,6 +36,9 @@ class Part:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
         self.entries = read(self.file)
+        if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):  # the last line was cut short
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     @property
     def left(self) -> float:

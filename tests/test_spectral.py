@@ -316,6 +316,98 @@ def test_a_step_that_went_too_far_is_taken_back():
     assert torch.equal(optimizer.state[x]["momentum"], average)  # the bad gradient is not in it
 
 
+def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+    optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
+    expected = x.detach().clone()
+    for number in range(25):
+        x.grad = torch.zeros(8, 8, dtype=torch.float64)
+        optimizer.step(loss=1.0)
+        if number >= 5:
+            expected *= 1 - 0.1 * optimizer.alpha
+        elif number == 4:
+            assert torch.equal(x, expected)  # nothing is left of the search
+    torch.testing.assert_close(x.detach(), expected)
+    assert x.norm() > 0.99 * 8 * 0.8
+    assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 300.0])
+def test_the_way_back_undoes_the_decay_too(decay):
+    torch.manual_seed(0)
+    x, plain = (nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [x], "weight_decay": decay, "lr": 5e-3}, {"params": [plain]}]
+    optimizer = ELRASpectral(groups, lr=1e-2, search=0)
+    starts = [x.detach().clone(), plain.detach().clone()]
+    for loss in (1.0, 1e4, 1e4, 1.3):
+        x.grad, plain.grad = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
+        optimizer.step(loss=loss)
+        if loss == 1.0:
+            directions = [optimizer.state[p]["direction"].clone() for p in (x, plain)]
+        length = optimizer.alpha / 2 * directions[0]
+        expected = (1 - min(optimizer.alpha / 2 * decay, 0.5)) * starts[0] - length
+        torch.testing.assert_close(x.detach(), expected)
+        torch.testing.assert_close(plain.detach(), starts[1] - optimizer.alpha * directions[1])
+    assert optimizer.restarts == 3
+
+
+def test_an_update_without_a_gradient_keeps_the_average():
+    def path(without):
+        x, other = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
+        optimizer = ELRASpectral([x, other], search=0)
+        generator = torch.Generator().manual_seed(0)
+        for number in range(6):
+            gradient = torch.randn(4, 4, generator=generator)
+            if number == without:
+                before, average = x.detach().clone(), optimizer.state[x]["momentum"].clone()
+            x.grad, other.grad = None if number == without else gradient, torch.ones(3)
+            optimizer.step(loss=1.0)
+            if number == without:
+                assert torch.equal(x, before)
+                assert torch.equal(optimizer.state[x]["momentum"], average)
+                optimizer.step(loss=1e6)  # nothing of it to take back
+                assert torch.equal(x, before)
+        return optimizer.state[x]["momentum"]
+
+    kept = path(without=4)
+    assert torch.nn.functional.cosine_similarity(kept.flatten(), path(without=9).flatten(), dim=0) > 0.5
+    assert kept.norm() > 1.2 * 0.1 * 4  # more than the last gradient alone
+
+
+def test_steps_that_rounding_swallows_are_warned_of_once_and_stochastic_rounding_makes_them():
+    def run(dtype, rounds):
+        torch.manual_seed(0)
+        x = nn.Parameter(torch.full((400, 1), 1.0, dtype=dtype))
+        optimizer = ELRASpectral(
+            [x], lr=1e-4, search=0, momentum=0.5, stochastic_rounding=rounds, lr_bounds=(1e-9, 1e-4)
+        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for _ in range(150):
+                x.grad = torch.ones(400, 1, dtype=dtype)
+                optimizer.step(loss=1.0)
+        return 1 - x.detach().double().mean().item(), [str(w.message) for w in warned]
+
+    moved, told = run(torch.bfloat16, rounds=False)
+    assert moved == 0
+    assert len(told) == 1
+    assert "100% of the numbers stay where they are" in told[0]
+    assert "stochastic_rounding=True" in told[0]
+    exact, told = run(torch.float32, rounds=False)
+    assert not told
+    moved, told = run(torch.bfloat16, rounds=True)
+    assert moved == pytest.approx(exact, rel=0.1)
+    assert not told
+
+
+def test_a_resumed_run_may_round_in_another_way():
+    x = nn.Parameter(torch.ones(3, 3))
+    optimizer = ELRASpectral([x], stochastic_rounding=True)
+    optimizer.load_state_dict(ELRASpectral([x]).state_dict())
+    assert optimizer.param_groups[0]["stochastic_rounding"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("when", [0, 4, 15])
@@ -400,7 +492,7 @@ def test_groups_factors_and_parameters_without_gradient():
     before = b.detach().clone()
     a.grad, b.grad = torch.randn(4, 4), torch.randn(4, 4)
     optimizer.step(loss=1.0)
-    step = before * 0.9 - b.detach()
+    step = before * (1 - 0.1 * optimizer.alpha / 2) - b.detach()
     assert step.square().mean().sqrt().item() == pytest.approx(optimizer.alpha / 2, rel=1e-3)
     assert unused not in optimizer.state
     for group in optimizer.param_groups:
@@ -421,6 +513,7 @@ def test_groups_factors_and_parameters_without_gradient():
         ({"weight_decay": -1}, "weight_decay=-1 must be"),
         ({"lr_bounds": (1, 0.1)}, "lr_bounds"),
         ({"soft_restart": "no"}, "soft_restart='no' must be True or False"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding=1 must be True or False"),
     ],
 )
 def test_bad_arguments_are_named(given, message):

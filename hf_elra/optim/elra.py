@@ -352,6 +352,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
                     self.state.pop(p, None)
             group["step_size"], group["step_factor"] = self.alpha * factor, factor
             group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
+            self._warn_of_rounding(group_params, group_directions, group["step_size"])
             self._memory.advance(self._part(group, group_params, to_write=True), group_directions)
 
     def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
@@ -377,7 +378,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
     need = partial(need_number, settings)
     need("lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
-    check_weight_decay(settings)
+    check_weight_decay(settings, scaled=False)
     need("noise_correction", lambda v: v >= 0, "a number >= 0 (0.15 in the paper, 0 for noise-free problems)")
     need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
     need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
-from hf_elra.optim.tensors import mean_over_processes
+from hf_elra.optim.tensors import lost_in_rounding, mean_over_processes
 
 PER_GROUP = ("lr", "weight_decay")
 """What a parameter group may set for itself."""
+FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
+"""When it is looked whether steps are lost in rounding: once α has found itself, and as it falls."""
 
 
 class LossAwareOptimizer(torch.optim.Optimizer):
@@ -32,11 +34,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     takes_shards = True
     """Whether parameters may be sharded (DTensor)."""
+    scales_weight_decay = False
+    """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
     process_group: dist.ProcessGroup | None = None
     """Processes whose losses and scalar products are averaged; not part of the state."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
+    _warned_of_rounding = False
 
     # ---- what a user reads ----
 
@@ -237,7 +242,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if "lr" in param_group:
             need_number(param_group, "lr", lambda v: v >= 0, "a number >= 0, relative to that of the optimizer")
         if "weight_decay" in param_group:
-            check_weight_decay(param_group)
+            check_weight_decay(param_group, scaled=self.scales_weight_decay)
         given = param_group["params"]
         if not isinstance(given, (Tensor, set)):  # torch refuses sets
             param_group["params"] = given = list(given)
@@ -254,6 +259,27 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             raise ConfigurationError(
                 f"params: complex parameters are not supported (one of shape {tuple(parameter.shape)} is "
                 f"{parameter.dtype}); optimise torch.view_as_real(parameter) instead."
+            )
+
+    def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:
+        """Warn once, now and then looked for, where steps are too short for bfloat16 parameters to move.
+
+        Args:
+            params, directions: before a step.
+            step_size: of this step.
+        """
+        settings = self.param_groups[0]
+        due = settings["control"]["updates"] % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.settled
+        if not due or self._warned_of_rounding or settings["stochastic_rounding"] or step_size == 0:
+            return
+        lost = lost_in_rounding(params, directions, step_size)
+        if lost > 0.5:
+            self._warned_of_rounding = True
+            warn_user(
+                f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "
+                f"{type(self).__name__} is less than half of their precision. Pass stochastic_rounding=True "
+                "(--optim_args stochastic_rounding=true), or keep the weights in float32 (--bf16 computes in bfloat16 "
+                "all the same)."
             )
 
     def _agreed(self, *values: float) -> Sequence[float]:
@@ -297,7 +323,10 @@ def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
         raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
 
 
-def check_weight_decay(settings: dict[str, Any]) -> None:
-    """Raise a ConfigurationError if ``weight_decay`` cannot be used."""
+def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
+    """Raise a ConfigurationError if ``weight_decay``, which may be ``scaled`` by α, cannot be used."""
+    if scaled:
+        need_number(settings, "weight_decay", lambda v: v >= 0, "a number >= 0, which α multiplies (0.1 as of AdamW)")
+        return
     meaning = "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update"
     need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)

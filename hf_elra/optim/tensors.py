@@ -165,7 +165,7 @@ def descend(
     Args:
         params, directions: of equal shapes and types.
         step_size: of this update.
-        decay: weight decay of this update, not scaled by the step.
+        decay: share of the parameters that this update takes off.
         foreach: False for one tensor at a time.
         rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
     """
@@ -185,6 +185,19 @@ def descend(
             torch._foreach_mul_(xs, 1 - decay)
         if step_size != 0:
             torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:
+    """The largest share, over bfloat16 parameters, of numbers that a step x - step_size·u would not move."""
+    shares = [0.0]
+    for p, u in zip(params, directions, strict=True):
+        x, along = local(p), local(u)
+        if x.dtype == torch.bfloat16 and x.numel() > 0:
+            moves = along != 0
+            stays = (x.float() - step_size * along.float()).to(x.dtype) == x
+            lost, moving = torch.stack([(moves & stays).sum(), moves.sum()]).tolist()
+            shares.append(lost / max(moving, 1))
+    return max(shares)
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -364,7 +364,7 @@ def prepare_arguments(
                 _plain(args.lr_scheduler_type),
                 ours,
             )
-        if args.weight_decay > 1e-3:
+        if args.weight_decay > 1e-3 and ours == "ELRA":  # elra_spectral scales it, as AdamW does
             logger.warning(
                 "weight_decay=%g shrinks the weights by this share at every update, whatever the learning rate "
                 "(half gone after %d updates). The paper uses 3e-4; AdamW's 0.1 at a rate of 5e-4 amounts to 5e-5.",

@@ -279,6 +279,20 @@ def test_what_has_no_gradient_any_more_comes_to_a_stand():
     assert not torch.equal(points[40][1], points[30][1])  # momentum carries it on for a while
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(apart):
+    """As a Trainer's groups with and without weight decay divide parameters."""
+    torch.manual_seed(0)
+    dead, alive = (nn.Parameter(torch.randn(6)) for _ in range(2))
+    groups = [{"params": [dead]}, {"params": [alive]}] if apart else [{"params": [dead, alive]}]
+    optimizer = ELRASpectral(groups, search=0)
+    for update in range(100):
+        dead.grad, alive.grad = torch.randn(6) if update < 2 else torch.zeros(6), torch.randn(6)
+        before = dead.detach().clone()
+        optimizer.step(loss=1.0)
+    assert torch.equal(dead, before)
+
+
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
     a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
     optimizer = ELRASpectral([a, b], search=3)

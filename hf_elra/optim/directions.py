@@ -95,8 +95,11 @@ def still_what_is_over(
     largest mean square of all tensors' averages.
 
     Args:
-        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`.
+        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`; those of all
+            groups of an optimizer, which are compared with each other.
     """
+    if not directions:
+        return
     peaks = [_peaks(gradient, table) for gradient, table in zip(gradients, tables, strict=True)]
     if not torch.cat([peak.to(peaks[0].device) == 0 for peak in peaks]).any():  # one wait, and mostly the end
         return

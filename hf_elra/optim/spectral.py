@@ -214,8 +214,9 @@ class ELRASpectral(LossAwareOptimizer):
         """x ← (1 - α·factor·d)·x - α·factor·u; remember u."""
         control = self._control
         slope = norm_squared = 0.0
-        for group, group_params, group_gradients, factor, share in zip(
-            self.param_groups, params, gradients, factors, shares(factors), strict=True
+        all_directions = self._directions(params, gradients)
+        for group, group_params, group_gradients, directions, factor, share in zip(
+            self.param_groups, params, gradients, all_directions, factors, shares(factors), strict=True
         ):
             used = set(group_params)
             for p in group["params"]:
@@ -223,7 +224,6 @@ class ELRASpectral(LossAwareOptimizer):
                     self.state.get(p, {}).pop("direction", None)
             if not group_params:
                 continue
-            directions = self._directions(group, group_params, group_gradients)
             square, product = squares_and_products(directions, group_gradients)
             slope += share * product
             norm_squared += share * share * square
@@ -246,18 +246,23 @@ class ELRASpectral(LossAwareOptimizer):
         control["previous_loss"] = loss
         control["slope"] = slope if scale > 0 else None
 
-    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """What those parameters of a group that have a gradient step along."""
-        places = {p: index for index, p in enumerate(group["params"])}
-        tables, stacks = ([group[kind][places[p]] for p in params] for kind in KINDS)
-        averaged = self._averaged(params, gradients, self._momentum())
-        matrices = apart(averaged, stacks)
-        counts = [len(p) if is_stack else 1 for p, is_stack in zip(params, stacks, strict=True)]
-        tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
-        directions = spectral_direction(matrices, tables)
-        if averaged is not gradients:
-            still_what_is_over(directions, matrices, apart(gradients, stacks), tables)
-        return together(directions, params, stacks)
+    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+        """What those parameters that have a gradient step along, group by group."""
+        momentum, directions = self._momentum(), []
+        of_all: list[list[Any]] = [[], [], [], []]
+        for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+            places = {p: index for index, p in enumerate(group["params"])}
+            tables, stacks = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
+            matrices = apart(self._averaged(group_params, group_gradients, momentum), stacks)
+            counts = [len(p) if is_stack else 1 for p, is_stack in zip(group_params, stacks, strict=True)]
+            tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
+            along = spectral_direction(matrices, tables)
+            for kept, found in zip(of_all, (along, matrices, apart(group_gradients, stacks), tables), strict=True):
+                kept.extend(found)
+            directions.append((along, group_params, stacks))
+        if momentum > 0:
+            still_what_is_over(*of_all)
+        return [together(*group) for group in directions]
 
     def _momentum(self) -> float:
         """The momentum of this update."""
@@ -267,7 +272,7 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _averaged(self, params: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
-        if momentum == 0:
+        if momentum == 0 or not params:
             for p in params:
                 self.state[p].pop("momentum", None)
             return gradients

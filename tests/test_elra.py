@@ -380,6 +380,31 @@ def test_weight_decay_is_a_factor_per_update_and_group():
     assert plain[0].item() == 1.0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_bb2_with_several_rates_is_refused(fused):
+    """It takes ‖G‖² for the slope along the step, which is that only where all shares are equal."""
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    groups = [{"params": [x], "lr": 0.1}, {"params": [y], "lr": 0.2}]
+    with pytest.raises(ConfigurationError, match=r"lr=0.2 of a group cannot be used with step_rule='bb2'.*lr=0.1"):
+        ELRA(groups, step_rule="bb2", fused=fused)
+    optimizer = ELRA([{"params": [x]}, {"params": [y]}], step_rule="bb2", fused=fused)
+    with pytest.raises(ConfigurationError, match="lr=0.5 of a group"):
+        optimizer.add_param_group({"params": [torch.ones(1, requires_grad=True)], "lr": 0.5})
+    assert len(optimizer.param_groups) == 2
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 1 - k / 4, lambda k: 1 - k / 4 * (k > 1)])
+    x.grad, y.grad = torch.ones(2), torch.ones(2)
+    optimizer.step(loss=1.0)
+    schedule.step()
+    with pytest.raises(ConfigurationError, match="step_rule='bb2' cannot be used with .* groups have 1 and 0.75 times"):
+        optimizer.step(loss=1.0)
+
+    class Signs(ELRA):
+        direction = staticmethod(lambda gradients: [g.sign() for g in gradients])
+
+    with pytest.raises(ConfigurationError, match="step_rule='bb2' is only for steps along the gradient"):
+        Signs([x], step_rule="bb2")
+
+
 def test_scheduler_acts_as_a_factor_and_zero_freezes():
     x = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
     optimizer = ELRA([x], lr=1e-2, noise_correction=0, max_step_norm=None)

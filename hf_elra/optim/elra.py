@@ -72,7 +72,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
             share relative to the ``lr`` below) and its own ``weight_decay``; everything else is one per optimizer.
         lr (float): α_0, the first learning rate; it is adapted exponentially fast. Default: 1e-3.
-        step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems. Default: ``"bb1"``.
+        step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems, and only with one rate in
+            all groups. Default: ``"bb1"``.
         noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²); 0 for deterministic problems. Default: 0.15.
         max_growth (float): largest α_t/α_{t-1}, γ_max in the paper. Default: 10.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-8, 1e6).
@@ -163,6 +164,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_settings(settings)
+        if step_rule == "bb2" and self.direction is not gradient_direction:
+            raise ConfigurationError("step_rule='bb2' is only for steps along the gradient; use step_rule='bb1'.")
         settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **_NO_STEP})
@@ -183,6 +186,17 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             "tries_at_lower_bound": 0,
             "memory": new_restart_memory(restart_window),
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        lr = param_group.get("lr", self.defaults["lr"])
+        others = {float(group.get("initial_lr", group["lr"])) for group in self.param_groups}
+        if self.defaults["step_rule"] == "bb2" and others - {lr}:
+            raise ConfigurationError(
+                f"lr={lr!r} of a group cannot be used with step_rule='bb2', which takes ‖G‖² for the slope, as another "
+                f"group has lr={max(others - {lr})!r}. Give all groups the same lr, or use step_rule='bb1'."
+            )
+        super().add_param_group(param_group)
 
     # ---- checkpoints ----
 
@@ -243,6 +257,12 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
         """Update; with kernels a restart leaves the direction of the step that is tried again in ``p.grad``."""
+        if self.param_groups[0]["step_rule"] == "bb2" and max(factors) > min(factors):
+            raise ConfigurationError(
+                f"step_rule='bb2' cannot be used with several rates at once, but groups have {max(factors):g} and "
+                f"{min(factors):g} times that of the optimizer: it takes ‖G‖² for the slope. Give all groups the same "
+                "lr, also by a scheduler, or use step_rule='bb1'."
+            )
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
         if not (self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, loss)):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
-from hf_elra.optim.tensors import lost_in_rounding, mean_over_processes
+from hf_elra.optim.tensors import accumulates_in, lost_in_rounding, mean_over_processes
 
 PER_GROUP = ("lr", "weight_decay")
 """What a parameter group may set for itself."""
@@ -287,7 +287,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if self.process_group is None:
             return values
         device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
-        told = torch.tensor(values, dtype=torch.float64, device=device)
+        told = torch.tensor(values, dtype=accumulates_in(device), device=device)
         return cast(list[float], mean_over_processes(told, self.process_group).tolist())
 
 

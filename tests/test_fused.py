@@ -123,6 +123,18 @@ def test_kernels_do_what_tensor_operations_do(pieces, capturable):
     same(plain, fast, rtol=1e-4, atol=1e-6)
 
 
+def test_kernels_know_gradient_decay(pieces):
+    (plain, first), (fast, second) = networks(min_step_norm=0.05, max_step_norm=0.3)
+    for model, optimizer in ((plain, first), (fast, second)):
+        for seed, decay in enumerate((1.0, 0.4, 0.25)):
+            optimizer.gradient_decay = decay
+            train(model, optimizer, 5, seed=seed, spike_at=(3,) if seed else ())
+    assert second._kernels.in_force
+    assert first.restarts == second.restarts >= 2
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-4)
+    same(plain, fast, rtol=1e-4, atol=1e-6)
+
+
 def test_several_types_of_numbers(pieces):
     (plain, first), (fast, second) = networks(torch.bfloat16)
     train(plain, first, 5)

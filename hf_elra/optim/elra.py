@@ -25,6 +25,7 @@ from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
 from hf_elra.optim.tensors import dot
 
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
+_LENGTHS = ("min_step_norm", "max_step_norm", "max_first_step")  # limits on a step
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
 
@@ -273,7 +274,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     def _update(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
-        control, settings = self._control, self.param_groups[0]
+        control, settings = self._control, self._settings()
         control["updates"] += 1
         scale = max(factors)
         weights = shares(factors)
@@ -354,6 +355,16 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         control["previous_slope"] = slope if scale > 0 else None
         control["direction_norm"] = direction_norm
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of this update.
+
+        Unlike a scheduler's factor, gradient decay is part of the direction: limits on the length of a step are limits
+        on the step that it has shortened already.
+        """
+        settings = self.param_groups[0]
+        limits = {name: settings[name] for name in _LENGTHS if settings[name] is not None}
+        return {**settings, **{name: value / self.gradient_decay for name, value in limits.items()}}
 
     def _forget_what_was_overwritten(self) -> None:
         """Where a kept gradient was changed by somebody else, the last step is unknown."""

@@ -38,6 +38,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
     process_group: dist.ProcessGroup | None = None
     """Processes whose losses and scalar products are averaged; not part of the state."""
+    gradient_decay: float = 1.0
+    """m_0/m of the next update (ELRA, section 3.4), by which its step is shorter; to be set before every update, no
+    part of the state. Gradients themselves stay as they are, since slopes are measured with them."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
@@ -127,7 +130,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if loss is not None:
             self.observe_loss(loss)
         observed, self._observed_loss = self._observed_loss, None
-        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
+        factors = [float(group["lr"]) / group["base_lr"] * self.gradient_decay for group in self.param_groups]
         if observed is None and not self._warned_no_loss and max(factors) > 0:
             self._warned_no_loss = True
             warn_user(
@@ -148,7 +151,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         return loss
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
-        """Update the parameters; ``factors`` are what schedulers multiply α by, group by group."""
+        """Update the parameters; ``factors`` are what schedulers and gradient decay multiply α by, group by group."""
         raise NotImplementedError
 
     # ---- what the classes are made of ----

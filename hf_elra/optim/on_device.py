@@ -63,6 +63,10 @@ class UpdatesOnDevice:
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
             kernels.push(self.param_groups[0]["control"], kernels.numbers.device)
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings of this update; as in ``elra.py``."""
+        raise NotImplementedError
+
     # ---- tensors ----
 
     @property
@@ -155,7 +159,7 @@ class UpdatesOnDevice:
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                kernels.update(launches, loss, max(factors), settings, self.process_group)
+                kernels.update(launches, loss, max(factors), self._settings(), self.process_group)
         except Exception as error:
             if settings["fused"] or kernels.has_worked or kernels.has_moved:
                 raise

@@ -73,7 +73,7 @@ def train(
         epochs: how many.
         micro_batch: samples of a micro-batch.
         controller: number of micro-batches of an update; it decides after every epoch. One without it.
-        gradient_decay: scale gradients by m_0/m.
+        gradient_decay: scale gradients (ELRA's steps) by m_0/m.
         boost_every: take every k-th point into the mean that is evaluated beside the last one.
         order: indices of the rows of an epoch; by default a permutation by ``seed``.
         seed: of the order.
@@ -98,11 +98,12 @@ def train(
             batch = data.__getitems__(rows[start : start + size])  # type: ignore[arg-type]
             loss = nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"])
             loss.backward()
-            if gradient_decay and controller is not None and wanted != controller.initial_accumulation:
-                grads = [p.grad for p in parameters if p.grad is not None]
-                torch._foreach_mul_(grads, controller.gradient_decay(wanted))
+            decay = controller.gradient_decay(wanted) if gradient_decay and controller is not None else 1.0
             if isinstance(optimizer, ELRA):
+                optimizer.gradient_decay = decay
                 optimizer.observe_loss(loss.detach())
+            elif decay != 1:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], decay)
             optimizer.step()
             optimizer.zero_grad()
             losses[number] = loss.detach()

@@ -197,7 +197,9 @@ class DynamicBatchMixin(_Base):
         if self.batch_control.gradient_decay and self.batch_controller is not None:
             factor = self.batch_controller.gradient_decay(len(inputs))
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            if factor != 1 and gradients:
+            if (optimizer := getattr(self, "elra_optimizer", None)) is not None:
+                optimizer.gradient_decay = factor  # it measures slopes with the gradients as they are
+            elif factor != 1 and gradients:
                 torch._foreach_mul_(gradients, factor)
         return total
 

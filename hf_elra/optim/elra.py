@@ -239,7 +239,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             group.update(own)
         if any(key not in state for state in self.state.values() if state):
             self.state.clear()
-            self._control["previous_slope"] = None
+            self._numbers_to_change()["previous_slope"] = None
         self._renew_numbers_on_device()
 
     # ---- what a training loop calls ----
@@ -274,7 +274,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     def _update(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
-        control, settings = self._control, self._settings()
+        control, settings = self._numbers_to_change(), self._settings()
         control["updates"] += 1
         scale = max(factors)
         weights = shares(factors)
@@ -370,7 +370,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         """Where a kept gradient was changed by somebody else, the last step is unknown."""
         if any(self._memory.overwritten(self._part(group, group["params"])) for group in self.param_groups):
             self.state.clear()
-            self._control["previous_slope"] = None
+            self._numbers_to_change()["previous_slope"] = None
 
     def _descend(self, params: list[list[Tensor]], directions: list[list[Tensor]], factors: list[float]) -> None:
         """x ← (1 - d)·x - α·factor·u, and remember u."""
@@ -391,7 +391,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
         The floor under the step norm does not apply here: it would undo the restart.
         """
-        control = self._control
+        control = self._numbers_to_change()
         self._count_restart(factor, finite=finite)
         if control["previous_slope"] is None:  # no step behind us: stay, only more careful
             return

@@ -104,7 +104,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        RestartGuard.end_cycle(self._control["memory"])
+        RestartGuard.end_cycle(self._numbers_to_change()["memory"])
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
@@ -157,17 +157,21 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     # ---- what the classes are made of ----
 
     def _numbers(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors, to be read."""
+        """What the optimizer knows besides tensors."""
         control: dict[str, Any] = self.param_groups[0]["control"]
         return control
 
     @property
     def _control(self) -> dict[str, Any]:
+        """The same; who changes anything of it says so beforehand, by :meth:`_numbers_to_change`."""
+        return self._numbers()
+
+    def _numbers_to_change(self) -> dict[str, Any]:
         """The same, about to be changed."""
         return self._numbers()
 
     def _set_alpha(self, alpha: float) -> None:
-        self._control["alpha"] = alpha
+        self._numbers_to_change()["alpha"] = alpha
         for group in self.param_groups:
             group["alpha"] = alpha
 
@@ -177,7 +181,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
         """
-        control, low = self._control, self.param_groups[0]["lr_bounds"][0]
+        control, low = self._numbers_to_change(), self.param_groups[0]["lr_bounds"][0]
         control["restarts"] += 1
         control["consecutive_restarts"] += 1
         if not finite:

@@ -38,7 +38,7 @@ class UpdatesOnDevice:
     # ---- numbers ----
 
     def _numbers(self) -> dict[str, Any]:
-        """What :attr:`_control` holds, to be read."""
+        """What the optimizer knows besides tensors; reading it changes nothing."""
         control = self.param_groups[0]["control"]
         kernels = self._kernels
         if kernels is not None and kernels.in_force and not kernels.was_read:
@@ -49,9 +49,8 @@ class UpdatesOnDevice:
                 group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
         return control
 
-    @property
-    def _control(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors, about to be changed on the host."""
+    def _numbers_to_change(self) -> dict[str, Any]:
+        """The same, about to be changed on the host, whose numbers count from now on."""
         control = self._numbers()
         if self._kernels is not None:
             self._kernels.in_force = False

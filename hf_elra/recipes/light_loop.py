@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_elra.control import LossStatistics
+from hf_elra.control import CycleLosses
 from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
@@ -87,11 +87,11 @@ def train(
     mean = PointMean(model) if boost_every is not None else None
     all_micro_batches = len(data) // micro_batch
     updates = 0
+    seen = CycleLosses()
     for epoch in range(epochs):
         rows = order(epoch) if order is not None else _permutation(len(data), seed, epoch)
         wanted = 1 if controller is None else min(controller.accumulation, all_micro_batches)
         size = wanted * micro_batch
-        statistics = LossStatistics()
         losses = torch.zeros(all_micro_batches // wanted, device=data.images.device)
         model.train()
         for number, start in enumerate(range(0, all_micro_batches // wanted * size, size)):
@@ -112,7 +112,8 @@ def train(
                 mean.add()
         for value in losses.tolist():
             if value == value and abs(value) != float("inf"):
-                statistics.add(value)
+                seen.add(value)
+        statistics = seen.end_cycle()
         if isinstance(optimizer, ELRA):
             optimizer.end_cycle()
         if mean is not None:

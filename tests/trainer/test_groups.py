@@ -347,6 +347,23 @@ def test_the_largest_batch_is_one_of_samples_whatever_size_fits(tmp_path):
     assert run.elra_callback.samples == 2 * 16
 
 
+@pytest.mark.parametrize("spike", [None, 31])
+def test_one_dirty_batch_does_not_change_the_batch_size(tmp_path, spike):
+    class Dirty(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1e3 if self.state.global_step == spike else 1)
+
+    run = trainer(
+        tmp_path, trainer_class=Dirty, optim="sgd", learning_rate=1e-6, max_grad_norm=0.0, max_steps=60,
+        lr_scheduler_type="constant", elra_batch_control="elra", elra_batch_conditions="noise",
+        elra_control_cycle="20ba",
+    )  # fmt: skip
+    run.train()
+    decisions = [entry for entry in run.state.log_history if "condition" in entry]
+    assert [entry["change"] for entry in decisions] == ["keep"] * 3
+    assert [entry["mean"] for entry in decisions] == pytest.approx([decisions[0]["mean"]] * 3, rel=0.02)
+
+
 def test_gradient_decay(tmp_path):
     """The second update is of four micro-batches."""
     points = []

@@ -422,6 +422,46 @@ def test_a_resumed_run_may_round_in_another_way():
     assert optimizer.param_groups[0]["stochastic_rounding"]
 
 
+@pytest.mark.parametrize("loss", [3.0, 1e3, 1e12])
+def test_the_retry_is_shorter_but_still_a_step(loss):
+    """However high the loss is: it may be the batch's, and then nothing would be left of the step."""
+    x = nn.Parameter(torch.full((4, 4), 2.0, dtype=torch.float64))
+    optimizer = ELRASpectral([x], lr=0.1, search=0)
+    start = x.detach().clone()
+    x.grad = 1e-3 * torch.eye(4, dtype=torch.float64)
+    optimizer.step(loss=1.0)
+    taken = x.detach() - start
+    x.grad = torch.ones(4, 4, dtype=torch.float64)
+    optimizer.step(loss=loss)
+    again = x.detach() - start
+    share = (again.norm() / taken.norm()).item()
+    torch.testing.assert_close(again, share * taken)
+    assert 0.0099 < share <= 0.5
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
+    """Slopes that never fall, as along a straight line, make it grow; tables and vectors do not count."""
+    matrix, table, vector = (
+        nn.Parameter(torch.full((4, 4), 0.1)),
+        nn.Parameter(torch.ones(6, 4)),
+        nn.Parameter(torch.ones(5)),
+    )
+    params = [matrix, table, vector]
+    start = [p.detach().clone() for p in params]
+    optimizer = ELRASpectral(params, tables=[table], max_relative_step=share, search=0)
+    for number in range(30):
+        size = matrix.detach().square().mean().sqrt().item()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+        if number > 8:
+            assert optimizer.alpha == pytest.approx(share * size, rel=1e-5)
+        with torch.no_grad():
+            for p, value in zip(params, start, strict=True):
+                p.copy_(value)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("when", [0, 4, 15])

@@ -250,9 +250,10 @@ def test_a_restart_under_a_factor_of_zero_leaves_alpha_alone_afterwards():
     assert optimizer.alpha >= alpha
 
 
-def test_steps_that_rounding_swallows_are_warned_of():
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_rounding_swallows_are_warned_of(fused):
     x = torch.nn.Parameter(torch.ones(64).bfloat16())
-    optimizer = ELRA([x], lr_bounds=(1e-8, 1e-3))
+    optimizer = ELRA([x], lr_bounds=(1e-8, 1e-3), fused=fused)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(130):

@@ -13,6 +13,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
@@ -266,6 +267,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             )
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
+        self._look_for_rounding(params, gradients)
         if not (self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, loss)):
             self._update(params, gradients, factors, None if loss is None else float(loss))
 
@@ -356,6 +358,14 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         control["previous_slope"] = slope if scale > 0 else None
         control["direction_norm"] = direction_norm
 
+    def _look_for_rounding(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> None:
+        """Now and then look, with the last step's size, whether bfloat16 parameters move; this waits for a device."""
+        looks = self._looks_for_rounding and not self.param_groups[0]["capturable"]
+        if looks and any(p.dtype == torch.bfloat16 for group in params for p in group):
+            self._numbers()
+            for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+                self._warn_of_rounding(group_params, group_gradients, group["step_size"])
+
     def _settings(self) -> dict[str, Any]:
         """The settings of this update.
 
@@ -383,7 +393,6 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
                     self.state.pop(p, None)
             group["step_size"], group["step_factor"] = self.alpha * factor, factor
             group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
-            self._warn_of_rounding(group_params, group_directions, group["step_size"])
             self._memory.advance(self._part(group, group_params, to_write=True), group_directions)
 
     def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:

@@ -45,6 +45,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     _warned_no_loss = False
     _warned_of_processes = False
     _warned_of_rounding = False
+    _steps = 0  # of this object
 
     # ---- what a user reads ----
 
@@ -147,6 +148,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "processes come to differ. Set optimizer.process_group = torch.distributed.group.WORLD, or to the "
                 "group that trains together."
             )
+        self._steps += 1
         self._take_step(observed, factors)
         return loss
 
@@ -268,18 +270,20 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"{parameter.dtype}); optimise torch.view_as_real(parameter) instead."
             )
 
+    @property
+    def _looks_for_rounding(self) -> bool:
+        """Whether it is time to look for steps that are lost in rounding."""
+        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.settled
+        return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
+
     def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:
-        """Warn once, now and then looked for, where steps are too short for bfloat16 parameters to move.
+        """Warn once, if it is time to look, where steps are too short for bfloat16 parameters to move.
 
         Args:
             params, directions: before a step.
             step_size: of this step.
         """
-        settings = self.param_groups[0]
-        due = settings["control"]["updates"] % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.settled
-        if not due or self._warned_of_rounding or settings["stochastic_rounding"] or step_size == 0:
-            return
-        lost = lost_in_rounding(params, directions, step_size)
+        lost = lost_in_rounding(params, directions, step_size) if self._looks_for_rounding else 0.0
         if lost > 0.5:
             self._warned_of_rounding = True
             warn_user(

@@ -193,15 +193,14 @@ def descend(
 
 def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:
     """The largest share, over bfloat16 parameters, of numbers that a step x - step_size·u would not move."""
-    shares = [0.0]
+    shares = []
     for p, u in zip(params, directions, strict=True):
         x, along = local(p), local(u)
-        if x.dtype == torch.bfloat16 and x.numel() > 0:
+        if x.dtype == torch.bfloat16 and x.numel() > 0 and step_size != 0:
             moves = along != 0
             stays = (x.float() - step_size * along.float()).to(x.dtype) == x
-            lost, moving = torch.stack([(moves & stays).sum(), moves.sum()]).tolist()
-            shares.append(lost / max(moving, 1))
-    return max(shares)
+            shares.append((moves & stays).sum() / moves.sum().clamp(min=1))
+    return max((float(share) for share in shares), default=0.0)  # all are queued before the first is waited for
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,12 @@
 """hf_elra.control: cycle lengths and loss statistics, without torch."""
 
+import json
+import random
 import statistics
 
 import pytest
 
-from hf_elra.control import ControlCycle, LossStatistics
+from hf_elra.control import BatchSizeController, ControlCycle, CycleLosses, LossStatistics
 from hf_elra.errors import ConfigurationError
 
 
@@ -51,3 +53,57 @@ def test_statistics_agree_with_the_standard_library_at_a_large_offset():
         running.add(loss)
     assert running.mean == pytest.approx(statistics.fmean(losses), rel=1e-15)
     assert running.std == pytest.approx(statistics.pstdev(losses), rel=1e-6)
+
+
+def losses_near_two(number, seed=0):
+    generator = random.Random(seed)
+    return [2 + 0.2 * generator.gauss(0, 1) for _ in range(number)]
+
+
+@pytest.mark.parametrize("where", [0, 1, 5, 9, 10, 100, 199])
+@pytest.mark.parametrize("size", [20.0, 1e3, 1e30])
+def test_one_outlier_says_nothing_about_the_batch_size(where, size):
+    controller, seen = BatchSizeController(2), CycleLosses()
+    for cycle in range(4):
+        for number, loss in enumerate(losses_near_two(200, seed=cycle)):
+            seen.add(size if cycle == (0 if where < 10 else 1) and number == where else loss - cycle / 10)
+        found = seen.end_cycle()
+        decision = controller.end_cycle(found.mean, found.std)
+        assert decision.change == "keep"
+        assert found.mean == pytest.approx(2 - cycle / 10, abs=0.05)
+        assert found.std == pytest.approx(0.2, rel=0.15)
+
+
+def test_ordinary_losses_are_taken_as_they_are_and_a_level_that_persists_is_followed():
+    seen, exact = CycleLosses(), LossStatistics()
+    losses = [10 * 0.97**number + 0.1 * loss for number, loss in enumerate(losses_near_two(150))]
+    for number, loss in enumerate(losses):
+        seen.add(loss)
+        exact.add(loss)
+        if number in (3, 60):  # also while the first ones are still looked at
+            seen = CycleLosses.from_state(json.loads(json.dumps(seen.state_dict())))
+        assert seen.so_far().count == number + 1
+    found = seen.end_cycle()
+    assert (found.mean, found.std) == pytest.approx((exact.mean, exact.std))
+    for factor in (5, 100):
+        for loss in losses_near_two(60):
+            seen.add(factor * loss)
+        seen.end_cycle()
+        for loss in losses_near_two(200):
+            seen.add(factor * loss)
+        found = seen.end_cycle()
+        assert (found.mean, found.std) == pytest.approx((2 * factor, 0.2 * factor), rel=0.2)
+    seen = CycleLosses()
+    for loss in [3.0] * 60 + [9.0] * 200:  # losses that do not vary at all
+        seen.add(loss)
+    assert seen.recent.mean == pytest.approx(9, rel=0.1)
+
+
+def test_cycles_of_few_losses():
+    seen = CycleLosses()
+    for cycle in range(5):
+        for loss in (1.0, 3.0):
+            seen.add(loss + cycle)
+        found = seen.end_cycle()
+        assert (found.count, found.mean, found.std) == (2, pytest.approx(2 + cycle), pytest.approx(1))
+    assert seen.end_cycle().count == 0

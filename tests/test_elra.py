@@ -367,7 +367,45 @@ def test_growth_is_bounded_on_negative_curvature():
     assert rates == pytest.approx([1e-3, 4e-3, 16e-3, 64e-3])
 
 
-# ---- groups, schedulers, weight decay ----
+# ---- groups, schedulers, weight decay, gradient decay ----
+
+
+def decayed_path(how, settings, updates=9):
+    """Points, rates and step norms on a quadratic, with spikes; a scheduler or gradient decay shortens steps."""
+    x = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    optimizer = ELRA([x], lr=1e-2, max_first_step=None, **settings)
+    found = []
+    for number in range(updates):
+        decay = 1.0 if number < 2 else 0.4 if number < 6 else 0.25
+        optimizer.zero_grad()
+        loss = (torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64) * x**2).sum() / 2
+        loss.backward()
+        if how == "gradient decay":
+            optimizer.gradient_decay = decay
+        else:
+            optimizer.param_groups[0]["lr"] = 1e-2 * decay
+        optimizer.step(loss=loss.item() + 3 * (number in (3, 6)))
+        found.append((*x.tolist(), optimizer.alpha, optimizer.metrics["step_norm"]))
+    assert optimizer.restarts > 0
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def test_gradient_decay_shortens_the_step_and_leaves_the_slope_as_it_is():
+    """As a scheduler's factor does: rule and parabola see ⟨G, step⟩, and not the square of what is left of G."""
+    settings = dict(max_step_norm=None, noise_correction=0.0)
+    paths = [decayed_path(how, settings) for how in ("gradient decay", "scheduler")]
+    torch.testing.assert_close(*paths)
+
+
+def test_limits_on_the_step_are_limits_on_what_gradient_decay_leaves_of_it():
+    lengths = decayed_path("gradient decay", dict(min_step_norm=0.05, max_step_norm=0.05))[:, -1]
+    assert lengths[[2, 4, 5, 7]].tolist() == pytest.approx([0.05] * 4)
+
+
+@pytest.mark.parametrize("memory", ["gradient", "point"])
+def test_gradient_decay_of_every_layout_is_the_same(memory):
+    paths = [decayed_path("gradient decay", dict(memory=layout)) for layout in ("gradient", memory)]
+    torch.testing.assert_close(*paths)
 
 
 def test_weight_decay_is_a_factor_per_update_and_group():
@@ -378,6 +416,31 @@ def test_weight_decay_is_a_factor_per_update_and_group():
         optimizer.step(loss=1.0)
     assert decayed[0].item() == pytest.approx(0.9997**10)
     assert plain[0].item() == 1.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bb2_with_several_rates_is_refused(fused):
+    """It takes ‖G‖² for the slope along the step, which is that only where all shares are equal."""
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    groups = [{"params": [x], "lr": 0.1}, {"params": [y], "lr": 0.2}]
+    with pytest.raises(ConfigurationError, match=r"lr=0.2 of a group cannot be used with step_rule='bb2'.*lr=0.1"):
+        ELRA(groups, step_rule="bb2", fused=fused)
+    optimizer = ELRA([{"params": [x]}, {"params": [y]}], step_rule="bb2", fused=fused)
+    with pytest.raises(ConfigurationError, match="lr=0.5 of a group"):
+        optimizer.add_param_group({"params": [torch.ones(1, requires_grad=True)], "lr": 0.5})
+    assert len(optimizer.param_groups) == 2
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 1 - k / 4, lambda k: 1 - k / 4 * (k > 1)])
+    x.grad, y.grad = torch.ones(2), torch.ones(2)
+    optimizer.step(loss=1.0)
+    schedule.step()
+    with pytest.raises(ConfigurationError, match="step_rule='bb2' cannot be used with .* groups have 1 and 0.75 times"):
+        optimizer.step(loss=1.0)
+
+    class Signs(ELRA):
+        direction = staticmethod(lambda gradients: [g.sign() for g in gradients])
+
+    with pytest.raises(ConfigurationError, match="step_rule='bb2' is only for steps along the gradient"):
+        Signs([x], step_rule="bb2")
 
 
 def test_scheduler_acts_as_a_factor_and_zero_freezes():

@@ -123,6 +123,37 @@ def test_kernels_do_what_tensor_operations_do(pieces, capturable):
     same(plain, fast, rtol=1e-4, atol=1e-6)
 
 
+def test_reading_the_numbers_leaves_those_on_the_device_in_force(pieces):
+    _, (model, optimizer) = networks()
+    train(model, optimizer, 4)
+    for _ in range(2):
+        numbers = optimizer._kernels.numbers.clone()
+        assert optimizer._control["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
+        assert optimizer.updates_to_settle == 0
+        optimizer.state_dict()
+        assert optimizer._kernels.in_force
+        assert torch.equal(optimizer._kernels.numbers.nan_to_num(), numbers.nan_to_num())
+        train(model, optimizer, 1)
+    optimizer.end_cycle()  # this changes them, on the host
+    assert not optimizer._kernels.in_force
+    known = optimizer._control["memory"]["last_cycle"]
+    train(model, optimizer, 1)
+    assert optimizer._kernels.in_force
+    assert optimizer._control["memory"]["last_cycle"] == known
+
+
+def test_kernels_know_gradient_decay(pieces):
+    (plain, first), (fast, second) = networks(min_step_norm=0.05, max_step_norm=0.3)
+    for model, optimizer in ((plain, first), (fast, second)):
+        for seed, decay in enumerate((1.0, 0.4, 0.25)):
+            optimizer.gradient_decay = decay
+            train(model, optimizer, 5, seed=seed, spike_at=(3,) if seed else ())
+    assert second._kernels.in_force
+    assert first.restarts == second.restarts >= 2
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-4)
+    same(plain, fast, rtol=1e-4, atol=1e-6)
+
+
 def test_several_types_of_numbers(pieces):
     (plain, first), (fast, second) = networks(torch.bfloat16)
     train(plain, first, 5)

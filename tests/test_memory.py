@@ -250,6 +250,19 @@ def test_a_restart_under_a_factor_of_zero_leaves_alpha_alone_afterwards():
     assert optimizer.alpha >= alpha
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_rounding_swallows_are_warned_of(fused):
+    x = torch.nn.Parameter(torch.ones(64).bfloat16())
+    optimizer = ELRA([x], lr_bounds=(1e-8, 1e-3), fused=fused)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(130):
+            x.grad = torch.ones(64).bfloat16()
+            optimizer.step(loss=1.0)
+    assert len(told) == 1
+    assert "100% of the numbers stay where they are, as a step of ELRA is less" in str(told[0].message)
+
+
 @pytest.mark.parametrize("memory", ["gradient", "point"])
 def test_bfloat16_with_weight_decay_learns(memory):
     torch.manual_seed(0)

@@ -279,6 +279,20 @@ def test_what_has_no_gradient_any_more_comes_to_a_stand():
     assert not torch.equal(points[40][1], points[30][1])  # momentum carries it on for a while
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(apart):
+    """As a Trainer's groups with and without weight decay divide parameters."""
+    torch.manual_seed(0)
+    dead, alive = (nn.Parameter(torch.randn(6)) for _ in range(2))
+    groups = [{"params": [dead]}, {"params": [alive]}] if apart else [{"params": [dead, alive]}]
+    optimizer = ELRASpectral(groups, search=0)
+    for update in range(100):
+        dead.grad, alive.grad = torch.randn(6) if update < 2 else torch.zeros(6), torch.randn(6)
+        before = dead.detach().clone()
+        optimizer.step(loss=1.0)
+    assert torch.equal(dead, before)
+
+
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
     a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
     optimizer = ELRASpectral([a, b], search=3)
@@ -314,6 +328,138 @@ def test_a_step_that_went_too_far_is_taken_back():
     assert optimizer.alpha <= step / 2
     torch.testing.assert_close(x.detach(), after + (step - optimizer.alpha) * direction)
     assert torch.equal(optimizer.state[x]["momentum"], average)  # the bad gradient is not in it
+
+
+def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+    optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
+    expected = x.detach().clone()
+    for number in range(25):
+        x.grad = torch.zeros(8, 8, dtype=torch.float64)
+        optimizer.step(loss=1.0)
+        if number >= 5:
+            expected *= 1 - 0.1 * optimizer.alpha
+        elif number == 4:
+            assert torch.equal(x, expected)  # nothing is left of the search
+    torch.testing.assert_close(x.detach(), expected)
+    assert x.norm() > 0.99 * 8 * 0.8
+    assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 300.0])
+def test_the_way_back_undoes_the_decay_too(decay):
+    torch.manual_seed(0)
+    x, plain = (nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [x], "weight_decay": decay, "lr": 5e-3}, {"params": [plain]}]
+    optimizer = ELRASpectral(groups, lr=1e-2, search=0)
+    starts = [x.detach().clone(), plain.detach().clone()]
+    for loss in (1.0, 1e4, 1e4, 1.3):
+        x.grad, plain.grad = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
+        optimizer.step(loss=loss)
+        if loss == 1.0:
+            directions = [optimizer.state[p]["direction"].clone() for p in (x, plain)]
+        length = optimizer.alpha / 2 * directions[0]
+        expected = (1 - min(optimizer.alpha / 2 * decay, 0.5)) * starts[0] - length
+        torch.testing.assert_close(x.detach(), expected)
+        torch.testing.assert_close(plain.detach(), starts[1] - optimizer.alpha * directions[1])
+    assert optimizer.restarts == 3
+
+
+def test_an_update_without_a_gradient_keeps_the_average():
+    def path(without):
+        x, other = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
+        optimizer = ELRASpectral([x, other], search=0)
+        generator = torch.Generator().manual_seed(0)
+        for number in range(6):
+            gradient = torch.randn(4, 4, generator=generator)
+            if number == without:
+                before, average = x.detach().clone(), optimizer.state[x]["momentum"].clone()
+            x.grad, other.grad = None if number == without else gradient, torch.ones(3)
+            optimizer.step(loss=1.0)
+            if number == without:
+                assert torch.equal(x, before)
+                assert torch.equal(optimizer.state[x]["momentum"], average)
+                optimizer.step(loss=1e6)  # nothing of it to take back
+                assert torch.equal(x, before)
+        return optimizer.state[x]["momentum"]
+
+    kept = path(without=4)
+    assert torch.nn.functional.cosine_similarity(kept.flatten(), path(without=9).flatten(), dim=0) > 0.5
+    assert kept.norm() > 1.2 * 0.1 * 4  # more than the last gradient alone
+
+
+def test_steps_that_rounding_swallows_are_warned_of_once_and_stochastic_rounding_makes_them():
+    def run(dtype, rounds):
+        torch.manual_seed(0)
+        x = nn.Parameter(torch.full((400, 1), 1.0, dtype=dtype))
+        optimizer = ELRASpectral(
+            [x], lr=1e-4, search=0, momentum=0.5, stochastic_rounding=rounds, lr_bounds=(1e-9, 1e-4)
+        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for _ in range(150):
+                x.grad = torch.ones(400, 1, dtype=dtype)
+                optimizer.step(loss=1.0)
+        return 1 - x.detach().double().mean().item(), [str(w.message) for w in warned]
+
+    moved, told = run(torch.bfloat16, rounds=False)
+    assert moved == 0
+    assert len(told) == 1
+    assert "100% of the numbers stay where they are" in told[0]
+    assert "stochastic_rounding=True" in told[0]
+    exact, told = run(torch.float32, rounds=False)
+    assert not told
+    moved, told = run(torch.bfloat16, rounds=True)
+    assert moved == pytest.approx(exact, rel=0.1)
+    assert not told
+
+
+def test_a_resumed_run_may_round_in_another_way():
+    x = nn.Parameter(torch.ones(3, 3))
+    optimizer = ELRASpectral([x], stochastic_rounding=True)
+    optimizer.load_state_dict(ELRASpectral([x]).state_dict())
+    assert optimizer.param_groups[0]["stochastic_rounding"]
+
+
+@pytest.mark.parametrize("loss", [3.0, 1e3, 1e12])
+def test_the_retry_is_shorter_but_still_a_step(loss):
+    """However high the loss is: it may be the batch's, and then nothing would be left of the step."""
+    x = nn.Parameter(torch.full((4, 4), 2.0, dtype=torch.float64))
+    optimizer = ELRASpectral([x], lr=0.1, search=0)
+    start = x.detach().clone()
+    x.grad = 1e-3 * torch.eye(4, dtype=torch.float64)
+    optimizer.step(loss=1.0)
+    taken = x.detach() - start
+    x.grad = torch.ones(4, 4, dtype=torch.float64)
+    optimizer.step(loss=loss)
+    again = x.detach() - start
+    share = (again.norm() / taken.norm()).item()
+    torch.testing.assert_close(again, share * taken)
+    assert 0.0099 < share <= 0.5
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
+    """Slopes that never fall, as along a straight line, make it grow; tables and vectors do not count."""
+    matrix, table, vector = (
+        nn.Parameter(torch.full((4, 4), 0.1)),
+        nn.Parameter(torch.ones(6, 4)),
+        nn.Parameter(torch.ones(5)),
+    )
+    params = [matrix, table, vector]
+    start = [p.detach().clone() for p in params]
+    optimizer = ELRASpectral(params, tables=[table], max_relative_step=share, search=0)
+    for number in range(30):
+        size = matrix.detach().square().mean().sqrt().item()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+        if number > 8:
+            assert optimizer.alpha == pytest.approx(share * size, rel=1e-5)
+        with torch.no_grad():
+            for p, value in zip(params, start, strict=True):
+                p.copy_(value)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -400,7 +546,7 @@ def test_groups_factors_and_parameters_without_gradient():
     before = b.detach().clone()
     a.grad, b.grad = torch.randn(4, 4), torch.randn(4, 4)
     optimizer.step(loss=1.0)
-    step = before * 0.9 - b.detach()
+    step = before * (1 - 0.1 * optimizer.alpha / 2) - b.detach()
     assert step.square().mean().sqrt().item() == pytest.approx(optimizer.alpha / 2, rel=1e-3)
     assert unused not in optimizer.state
     for group in optimizer.param_groups:
@@ -421,6 +567,7 @@ def test_groups_factors_and_parameters_without_gradient():
         ({"weight_decay": -1}, "weight_decay=-1 must be"),
         ({"lr_bounds": (1, 0.1)}, "lr_bounds"),
         ({"soft_restart": "no"}, "soft_restart='no' must be True or False"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding=1 must be True or False"),
     ],
 )
 def test_bad_arguments_are_named(given, message):

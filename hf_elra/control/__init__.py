@@ -3,6 +3,14 @@
 from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.control.cycle import ControlCycle
 from hf_elra.control.noise_scale import NoiseScale
-from hf_elra.control.statistics import LossStatistics
+from hf_elra.control.statistics import CycleLosses, LossStatistics
 
-__all__ = ["BatchDecision", "BatchSchedule", "BatchSizeController", "ControlCycle", "LossStatistics", "NoiseScale"]
+__all__ = [
+    "BatchDecision",
+    "BatchSchedule",
+    "BatchSizeController",
+    "ControlCycle",
+    "CycleLosses",
+    "LossStatistics",
+    "NoiseScale",
+]

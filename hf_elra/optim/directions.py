@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
 Direction = Callable[[list[Tensor]], list[Tensor]]
@@ -56,7 +57,7 @@ def spectral_direction(gradients: Sequence[Tensor], tables: Sequence[bool]) -> l
         stacked = torch.stack([g if g.shape[0] <= g.shape[1] else g.mT for g in flat])
         factors = polar_factor(stacked)
         scale = (factors.shape[1] * factors.shape[2]) ** 0.5
-        factors = factors * (scale / factors.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30))
+        factors = factors * (scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30))
         for index, g, factor in zip(indices, flat, factors, strict=True):
             whole = factor if g.shape[0] <= g.shape[1] else factor.mT
             directions[index] = whole.to(g.dtype).reshape(gradients[index].shape)
@@ -75,7 +76,7 @@ def polar_factor(matrices: Tensor) -> Tensor:
     a, b, c = QUINTIC
     wide = torch.promote_types(matrices.dtype, torch.float32)
     x = _near_one(matrices.to(wide), (1, 2))
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    x = x / vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
     if x.is_cuda:
         x = x.bfloat16()
     for _ in range(NEWTON_SCHULZ_STEPS):
@@ -95,8 +96,11 @@ def still_what_is_over(
     largest mean square of all tensors' averages.
 
     Args:
-        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`.
+        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`; those of all
+            groups of an optimizer, which are compared with each other.
     """
+    if not directions:
+        return
     peaks = [_peaks(gradient, table) for gradient, table in zip(gradients, tables, strict=True)]
     if not torch.cat([peak.to(peaks[0].device) == 0 for peak in peaks]).any():  # one wait, and mostly the end
         return
@@ -107,7 +111,7 @@ def still_what_is_over(
         if is_small and (peak == 0).all():
             direction.zero_()
         elif peak.numel() > 1:
-            rows = average.flatten(1).norm(dim=1)
+            rows = vector_norm(average.flatten(1), dim=1)
             direction.flatten(1).masked_fill_(((peak == 0) & (rows < OVER * rows.max()))[:, None], 0.0)
 
 
@@ -157,11 +161,11 @@ def _near_one(tensor: Tensor, dim: tuple[int, ...]) -> Tensor:
     if tensor.numel() == 0:
         return tensor
     largest = tensor.abs().amax(dim, keepdim=True)
-    exponent = torch.frexp(largest).exponent.clamp(-120, 120)  # 2^120 is a number in float32
-    return tensor * torch.ldexp(torch.ones_like(largest), -exponent)
+    exponent = torch.log2(largest).floor().clamp(-120, 120)  # 2^120 is a number in float32; MPS has no frexp
+    return tensor * torch.exp2(-exponent)
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
     wide = _near_one(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), (1,))
-    norms = wide.norm(dim=1, keepdim=True)
+    norms = vector_norm(wide, dim=1, keepdim=True)
     return torch.where(norms > 0, wide * (matrix.shape[1] ** 0.5 / norms.clamp_min(1e-30)), 0.0).to(matrix.dtype)

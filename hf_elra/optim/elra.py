@@ -13,6 +13,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
@@ -25,6 +26,7 @@ from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
 from hf_elra.optim.tensors import dot
 
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
+_LENGTHS = ("min_step_norm", "max_step_norm", "max_first_step")  # limits on a step
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
 
@@ -72,7 +74,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
             share relative to the ``lr`` below) and its own ``weight_decay``; everything else is one per optimizer.
         lr (float): α_0, the first learning rate; it is adapted exponentially fast. Default: 1e-3.
-        step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems. Default: ``"bb1"``.
+        step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems, and only with one rate in
+            all groups. Default: ``"bb1"``.
         noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²); 0 for deterministic problems. Default: 0.15.
         max_growth (float): largest α_t/α_{t-1}, γ_max in the paper. Default: 10.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-8, 1e6).
@@ -163,6 +166,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_settings(settings)
+        if step_rule == "bb2" and self.direction is not gradient_direction:
+            raise ConfigurationError("step_rule='bb2' is only for steps along the gradient; use step_rule='bb1'.")
         settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **_NO_STEP})
@@ -183,6 +188,17 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             "tries_at_lower_bound": 0,
             "memory": new_restart_memory(restart_window),
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        lr = param_group.get("lr", self.defaults["lr"])
+        others = {float(group.get("initial_lr", group["lr"])) for group in self.param_groups}
+        if self.defaults["step_rule"] == "bb2" and others - {lr}:
+            raise ConfigurationError(
+                f"lr={lr!r} of a group cannot be used with step_rule='bb2', which takes ‖G‖² for the slope, as another "
+                f"group has lr={max(others - {lr})!r}. Give all groups the same lr, or use step_rule='bb1'."
+            )
+        super().add_param_group(param_group)
 
     # ---- checkpoints ----
 
@@ -224,7 +240,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             group.update(own)
         if any(key not in state for state in self.state.values() if state):
             self.state.clear()
-            self._control["previous_slope"] = None
+            self._numbers_to_change()["previous_slope"] = None
         self._renew_numbers_on_device()
 
     # ---- what a training loop calls ----
@@ -243,8 +259,15 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
         """Update; with kernels a restart leaves the direction of the step that is tried again in ``p.grad``."""
+        if self.param_groups[0]["step_rule"] == "bb2" and max(factors) > min(factors):
+            raise ConfigurationError(
+                f"step_rule='bb2' cannot be used with several rates at once, but groups have {max(factors):g} and "
+                f"{min(factors):g} times that of the optimizer: it takes ‖G‖² for the slope. Give all groups the same "
+                "lr, also by a scheduler, or use step_rule='bb1'."
+            )
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
+        self._look_for_rounding(params, gradients)
         if not (self._takes_kernels(params, gradients) and self._update_with_kernels(params, gradients, factors, loss)):
             self._update(params, gradients, factors, None if loss is None else float(loss))
 
@@ -253,7 +276,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
     def _update(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
-        control, settings = self._control, self.param_groups[0]
+        control, settings = self._numbers_to_change(), self._settings()
         control["updates"] += 1
         scale = max(factors)
         weights = shares(factors)
@@ -335,11 +358,29 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         control["previous_slope"] = slope if scale > 0 else None
         control["direction_norm"] = direction_norm
 
+    def _look_for_rounding(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> None:
+        """Now and then look, with the last step's size, whether bfloat16 parameters move; this waits for a device."""
+        looks = self._looks_for_rounding and not self.param_groups[0]["capturable"]
+        if looks and any(p.dtype == torch.bfloat16 for group in params for p in group):
+            self._numbers()
+            for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+                self._warn_of_rounding(group_params, group_gradients, group["step_size"])
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of this update.
+
+        Unlike a scheduler's factor, gradient decay is part of the direction: limits on the length of a step are limits
+        on the step that it has shortened already.
+        """
+        settings = self.param_groups[0]
+        limits = {name: settings[name] for name in _LENGTHS if settings[name] is not None}
+        return {**settings, **{name: value / self.gradient_decay for name, value in limits.items()}}
+
     def _forget_what_was_overwritten(self) -> None:
         """Where a kept gradient was changed by somebody else, the last step is unknown."""
         if any(self._memory.overwritten(self._part(group, group["params"])) for group in self.param_groups):
             self.state.clear()
-            self._control["previous_slope"] = None
+            self._numbers_to_change()["previous_slope"] = None
 
     def _descend(self, params: list[list[Tensor]], directions: list[list[Tensor]], factors: list[float]) -> None:
         """x ← (1 - d)·x - α·factor·u, and remember u."""
@@ -359,7 +400,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
         The floor under the step norm does not apply here: it would undo the restart.
         """
-        control = self._control
+        control = self._numbers_to_change()
         self._count_restart(factor, finite=finite)
         if control["previous_slope"] is None:  # no step behind us: stay, only more careful
             return
@@ -377,7 +418,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
     need = partial(need_number, settings)
     need("lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
-    check_weight_decay(settings)
+    check_weight_decay(settings, scaled=False)
     need("noise_correction", lambda v: v >= 0, "a number >= 0 (0.15 in the paper, 0 for noise-free problems)")
     need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
     need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")

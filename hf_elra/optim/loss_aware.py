@@ -18,10 +18,12 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
-from hf_elra.optim.tensors import mean_over_processes
+from hf_elra.optim.tensors import accumulates_in, lost_in_rounding, mean_over_processes
 
 PER_GROUP = ("lr", "weight_decay")
 """What a parameter group may set for itself."""
+FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
+"""When it is looked whether steps are lost in rounding: once α has found itself, and as it falls."""
 
 
 class LossAwareOptimizer(torch.optim.Optimizer):
@@ -32,11 +34,18 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     takes_shards = True
     """Whether parameters may be sharded (DTensor)."""
+    scales_weight_decay = False
+    """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
     process_group: dist.ProcessGroup | None = None
     """Processes whose losses and scalar products are averaged; not part of the state."""
+    gradient_decay: float = 1.0
+    """m_0/m of the next update (ELRA, section 3.4), by which its step is shorter; to be set before every update, no
+    part of the state. Gradients themselves stay as they are, since slopes are measured with them."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
+    _warned_of_rounding = False
+    _steps = 0  # of this object
 
     # ---- what a user reads ----
 
@@ -96,7 +105,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        RestartGuard.end_cycle(self._control["memory"])
+        RestartGuard.end_cycle(self._numbers_to_change()["memory"])
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
@@ -122,7 +131,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if loss is not None:
             self.observe_loss(loss)
         observed, self._observed_loss = self._observed_loss, None
-        factors = [float(group["lr"]) / group["base_lr"] for group in self.param_groups]
+        factors = [float(group["lr"]) / group["base_lr"] * self.gradient_decay for group in self.param_groups]
         if observed is None and not self._warned_no_loss and max(factors) > 0:
             self._warned_no_loss = True
             warn_user(
@@ -139,27 +148,32 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "processes come to differ. Set optimizer.process_group = torch.distributed.group.WORLD, or to the "
                 "group that trains together."
             )
+        self._steps += 1
         self._take_step(observed, factors)
         return loss
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
-        """Update the parameters; ``factors`` are what schedulers multiply α by, group by group."""
+        """Update the parameters; ``factors`` are what schedulers and gradient decay multiply α by, group by group."""
         raise NotImplementedError
 
     # ---- what the classes are made of ----
 
     def _numbers(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors, to be read."""
+        """What the optimizer knows besides tensors."""
         control: dict[str, Any] = self.param_groups[0]["control"]
         return control
 
     @property
     def _control(self) -> dict[str, Any]:
+        """The same; who changes anything of it says so beforehand, by :meth:`_numbers_to_change`."""
+        return self._numbers()
+
+    def _numbers_to_change(self) -> dict[str, Any]:
         """The same, about to be changed."""
         return self._numbers()
 
     def _set_alpha(self, alpha: float) -> None:
-        self._control["alpha"] = alpha
+        self._numbers_to_change()["alpha"] = alpha
         for group in self.param_groups:
             group["alpha"] = alpha
 
@@ -169,7 +183,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
         """
-        control, low = self._control, self.param_groups[0]["lr_bounds"][0]
+        control, low = self._numbers_to_change(), self.param_groups[0]["lr_bounds"][0]
         control["restarts"] += 1
         control["consecutive_restarts"] += 1
         if not finite:
@@ -237,7 +251,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if "lr" in param_group:
             need_number(param_group, "lr", lambda v: v >= 0, "a number >= 0, relative to that of the optimizer")
         if "weight_decay" in param_group:
-            check_weight_decay(param_group)
+            check_weight_decay(param_group, scaled=self.scales_weight_decay)
         given = param_group["params"]
         if not isinstance(given, (Tensor, set)):  # torch refuses sets
             param_group["params"] = given = list(given)
@@ -256,12 +270,35 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"{parameter.dtype}); optimise torch.view_as_real(parameter) instead."
             )
 
+    @property
+    def _looks_for_rounding(self) -> bool:
+        """Whether it is time to look for steps that are lost in rounding."""
+        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.settled
+        return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
+
+    def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:
+        """Warn once, if it is time to look, where steps are too short for bfloat16 parameters to move.
+
+        Args:
+            params, directions: before a step.
+            step_size: of this step.
+        """
+        lost = lost_in_rounding(params, directions, step_size) if self._looks_for_rounding else 0.0
+        if lost > 0.5:
+            self._warned_of_rounding = True
+            warn_user(
+                f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "
+                f"{type(self).__name__} is less than half of their precision. Pass stochastic_rounding=True "
+                "(--optim_args stochastic_rounding=true), or keep the weights in float32 (--bf16 computes in bfloat16 "
+                "all the same)."
+            )
+
     def _agreed(self, *values: float) -> Sequence[float]:
         """The same numbers, averaged over :attr:`process_group`."""
         if self.process_group is None:
             return values
         device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
-        told = torch.tensor(values, dtype=torch.float64, device=device)
+        told = torch.tensor(values, dtype=accumulates_in(device), device=device)
         return cast(list[float], mean_over_processes(told, self.process_group).tolist())
 
 
@@ -297,7 +334,10 @@ def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
         raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
 
 
-def check_weight_decay(settings: dict[str, Any]) -> None:
-    """Raise a ConfigurationError if ``weight_decay`` cannot be used."""
+def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
+    """Raise a ConfigurationError if ``weight_decay``, which may be ``scaled`` by α, cannot be used."""
+    if scaled:
+        need_number(settings, "weight_decay", lambda v: v >= 0, "a number >= 0, which α multiplies (0.1 as of AdamW)")
+        return
     meaning = "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update"
     need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)

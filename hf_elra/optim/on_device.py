@@ -38,7 +38,7 @@ class UpdatesOnDevice:
     # ---- numbers ----
 
     def _numbers(self) -> dict[str, Any]:
-        """What :attr:`_control` holds, to be read."""
+        """What the optimizer knows besides tensors; reading it changes nothing."""
         control = self.param_groups[0]["control"]
         kernels = self._kernels
         if kernels is not None and kernels.in_force and not kernels.was_read:
@@ -49,9 +49,8 @@ class UpdatesOnDevice:
                 group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
         return control
 
-    @property
-    def _control(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors, about to be changed on the host."""
+    def _numbers_to_change(self) -> dict[str, Any]:
+        """The same, about to be changed on the host, whose numbers count from now on."""
         control = self._numbers()
         if self._kernels is not None:
             self._kernels.in_force = False
@@ -62,6 +61,10 @@ class UpdatesOnDevice:
         kernels = self._kernels
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
             kernels.push(self.param_groups[0]["control"], kernels.numbers.device)
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of this update; as in ``elra.py``."""
+        raise NotImplementedError
 
     # ---- tensors ----
 
@@ -155,7 +158,7 @@ class UpdatesOnDevice:
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                kernels.update(launches, loss, max(factors), settings, self.process_group)
+                kernels.update(launches, loss, max(factors), self._settings(), self.process_group)
         except Exception as error:
             if settings["fused"] or kernels.has_worked or kernels.has_moved:
                 raise

@@ -22,7 +22,7 @@ from hf_elra.optim.directions import KINDS, apart, spectral_direction, still_wha
 from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.step_size import FallingGain
-from hf_elra.optim.tensors import dot, squares_and_products
+from hf_elra.optim.tensors import descend, dot, squares_and_products
 
 SMALLEST_SHRINK = 0.01
 """A restart takes α at most this far down, however high the loss."""
@@ -64,7 +64,10 @@ class ELRASpectral(LossAwareOptimizer):
             thousandth of the matrices' root mean square. Default: 10.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
-        weight_decay (float): d in x ← (1 - d)·x, once per update and not scaled by α. Default: 0.
+        weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
+            and Muon, whose usual values (0.1) fit. Default: 0.
+        stochastic_rounding (bool): round bfloat16 parameters up or down at random, right on average, so that steps
+            below their precision are not lost. The same on every process and in a resumed run. Default: False.
         soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`.
 
     Raises:
@@ -89,6 +92,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     takes_shards = False
+    scales_weight_decay = True
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
 
     def __init__(
@@ -103,6 +107,7 @@ class ELRASpectral(LossAwareOptimizer):
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
+        stochastic_rounding: bool = False,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
@@ -206,29 +211,30 @@ class ELRASpectral(LossAwareOptimizer):
     def _descend(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
-        """x ← (1 - d)·x - α·factor·u; remember u."""
+        """x ← (1 - α·factor·d)·x - α·factor·u; remember u."""
         control = self._control
         slope = norm_squared = 0.0
-        for group, group_params, group_gradients, factor, share in zip(
-            self.param_groups, params, gradients, factors, shares(factors), strict=True
+        all_directions = self._directions(params, gradients)
+        for group, group_params, group_gradients, directions, factor, share in zip(
+            self.param_groups, params, gradients, all_directions, factors, shares(factors), strict=True
         ):
             used = set(group_params)
             for p in group["params"]:
-                if p not in used and (left := self.state.pop(p, {}).get("start")) is not None:
-                    self.state[p]["start"] = left  # it moved during the search, if not now
+                if p not in used:  # it does not move, so there is nothing of it to take back; its average stays
+                    self.state.get(p, {}).pop("direction", None)
             if not group_params:
                 continue
-            directions = self._directions(group, group_params, group_gradients)
             square, product = squares_and_products(directions, group_gradients)
             slope += share * product
             norm_squared += share * share * square
             if control["updates"] <= self.param_groups[0]["search"]:
                 for p in group_params:
                     self.state[p].setdefault("start", p.detach().clone())
-            if factor != 0 and group["weight_decay"] != 0:
-                torch._foreach_mul_(group_params, 1 - group["weight_decay"])
-            if factor != 0:
-                torch._foreach_add_(group_params, directions, alpha=-self.alpha * factor)
+            step_size = self.alpha * factor
+            self._warn_of_rounding(group_params, directions, step_size)
+            descend(
+                group_params, directions, step_size, _decay(group, step_size), foreach=None, rounding_seed=self._seed()
+            )
             for p, u in zip(group_params, directions, strict=True):
                 self.state[p]["direction"] = u
             group["share"], group["factor"] = share, factor
@@ -240,18 +246,23 @@ class ELRASpectral(LossAwareOptimizer):
         control["previous_loss"] = loss
         control["slope"] = slope if scale > 0 else None
 
-    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """What those parameters of a group that have a gradient step along."""
-        places = {p: index for index, p in enumerate(group["params"])}
-        tables, stacks = ([group[kind][places[p]] for p in params] for kind in KINDS)
-        averaged = self._averaged(params, gradients, self._momentum())
-        matrices = apart(averaged, stacks)
-        counts = [len(p) if is_stack else 1 for p, is_stack in zip(params, stacks, strict=True)]
-        tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
-        directions = spectral_direction(matrices, tables)
-        if averaged is not gradients:
-            still_what_is_over(directions, matrices, apart(gradients, stacks), tables)
-        return together(directions, params, stacks)
+    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+        """What those parameters that have a gradient step along, group by group."""
+        momentum, directions = self._momentum(), []
+        of_all: list[list[Any]] = [[], [], [], []]
+        for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+            places = {p: index for index, p in enumerate(group["params"])}
+            tables, stacks = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
+            matrices = apart(self._averaged(group_params, group_gradients, momentum), stacks)
+            counts = [len(p) if is_stack else 1 for p, is_stack in zip(group_params, stacks, strict=True)]
+            tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
+            along = spectral_direction(matrices, tables)
+            for kept, found in zip(of_all, (along, matrices, apart(group_gradients, stacks), tables), strict=True):
+                kept.extend(found)
+            directions.append((along, group_params, stacks))
+        if momentum > 0:
+            still_what_is_over(*of_all)
+        return [together(*group) for group in directions]
 
     def _momentum(self) -> float:
         """The momentum of this update."""
@@ -261,7 +272,7 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _averaged(self, params: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
-        if momentum == 0:
+        if momentum == 0 or not params:
             for p in params:
                 self.state[p].pop("momentum", None)
             return gradients
@@ -279,13 +290,25 @@ class ELRASpectral(LossAwareOptimizer):
         FallingGain.restarted(control["rule"])
         if control["slope"] is None:  # no step behind us: stay, only more careful
             return
-        for group in self.param_groups:
-            taken = [p for p in group["params"] if "direction" in self.state.get(p, {})]
-            back = (before - self.alpha) * group.get("factor", 0.0)
-            if taken and back != 0:
-                torch._foreach_add_(taken, [self.state[p]["direction"] for p in taken], alpha=back)
+        self._step_again(before, self.alpha)
         control["step_size"] *= self.alpha / before
         control["step_norm"] *= self.alpha / before
+
+    def _step_again(self, before: float, after: float) -> None:
+        """Make the last step, which was taken with α = ``before``, one with ``after``.
+
+        x_{t-1} = (x_t + a·u)/(1 - a·d), with which the step is taken anew: one scaling of x_t and one addition of u.
+        """
+        for group in self.param_groups:
+            taken = [p for p in group["params"] if "direction" in self.state.get(p, {})]
+            old, new = (alpha * group.get("factor", 0.0) for alpha in (before, after))
+            kept = (1 - _decay(group, new)) / (1 - _decay(group, old))
+            directions = [self.state[p]["direction"] for p in taken]
+            descend(taken, directions, new - kept * old, 1 - kept, foreach=None, rounding_seed=self._seed())
+
+    def _seed(self) -> int | None:
+        """Of stochastic rounding: the same on every process, another one in every update."""
+        return int(self._control["updates"]) if self.param_groups[0]["stochastic_rounding"] else None
 
     def _end_search(self) -> None:
         """Back to where the search began; only α is kept of it."""
@@ -313,8 +336,16 @@ class ELRASpectral(LossAwareOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a state from before there were stacks
+        for group in self.param_groups:  # of an older state
             group.setdefault("stacks", [False] * len(group["params"]))
+            group.setdefault("stochastic_rounding", False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but ``stochastic_rounding`` stays."""
+        own = self.param_groups[0]["stochastic_rounding"]
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["stochastic_rounding"] = own
 
     def _check_parameter(self, parameter: Tensor) -> None:
         super()._check_parameter(parameter)
@@ -323,6 +354,11 @@ class ELRASpectral(LossAwareOptimizer):
                 "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
                 "matrix is not that of its shards. Use DDP, or optim=elra."
             )
+
+
+def _decay(group: dict[str, Any], step_size: float) -> float:
+    """The share of its parameters that a group loses in a step; at most half, so that the way back stays open."""
+    return min(float(step_size * group["weight_decay"]), 0.5)
 
 
 def _identities(name: str, given: Any) -> dict[int, bool]:
@@ -342,10 +378,11 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("search", lambda v: v >= 0 and v == int(v), "a whole number >= 0, in updates (10)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
-    check_weight_decay(settings)
+    check_weight_decay(settings, scaled=True)
     need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
     if settings["initial_restart_ratio"] is not None:
         need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1), or None to drop the rule")
-    if not isinstance(settings["soft_restart"], bool):
-        raise ConfigurationError(f"soft_restart={settings['soft_restart']!r} must be True or False.")
+    for name in ("soft_restart", "stochastic_rounding"):
+        if not isinstance(settings[name], bool):
+            raise ConfigurationError(f"{name}={settings[name]!r} must be True or False.")
     need_lr_bounds(settings, "(1e-9, 1)")

@@ -47,6 +47,11 @@ def layout(tensor: Tensor) -> list[tuple[int, int]]:
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
+def accumulates_in(device: torch.device | str) -> torch.dtype:
+    """The widest type in which a device can add numbers up: Apple's MPS has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def squares_and_products(
     lefts: Sequence[Tensor],
     rights: Iterable[Tensor | None],
@@ -55,9 +60,9 @@ def squares_and_products(
 ) -> tuple[float, float]:
     """Return Σ⟨l, l⟩ and Σ⟨l, r⟩ over pairs of equal shapes; a pair without ``r`` counts in the first sum only.
 
-    Each product is taken in the tensors' own precision but at least float32, sums over tensors in float64. On a CPU
-    both products are taken piece by piece, so that every number comes from memory once. Of DTensors the shards are
-    multiplied and the sums are added up over the mesh.
+    Each product is taken in the tensors' own precision but at least float32; sums over tensors are taken in float64, on
+    the host. On a CPU both products are taken piece by piece, so that every number comes from memory once. Of DTensors
+    the shards are multiplied and the sums are added up over the mesh.
 
     Args:
         lefts: tensors, or DTensors that are sharded or replicated.
@@ -76,7 +81,7 @@ def squares_and_products(
     for (device, groups), totals in sums.items():
         numbers = _add_up(totals, device)
         for group in groups:
-            told = torch.tensor(numbers, dtype=torch.float64, device=device)
+            told = torch.tensor(numbers, dtype=accumulates_in(device), device=device)
             dist.all_reduce(told, group=group)
             numbers = told.tolist()
         result = [total + number for total, number in zip(result, numbers, strict=True)]
@@ -100,8 +105,7 @@ def _square_and_product(left: Tensor, right: Tensor | None, minus: Tensor | None
     x, *rest = flat(left, *others)
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
     if x.device.type != "cpu":
-        square, product = _products_of_piece(x, rest, wide)
-        return square.double(), 0.0 if product is None else product.double()
+        return _products_of_piece(x, rest, wide)
     squares = products = 0.0
     for start in range(0, x.numel(), PIECE):
         if x.numel() > PIECE:
@@ -127,11 +131,11 @@ def _products_of_piece(x: Tensor, rest: list[Tensor], wide: torch.dtype) -> tupl
 
 
 def _add_up(totals: list[list[Any]], device: torch.device) -> list[float]:
-    """Sums of numbers that lie on a device, or on a CPU are floats."""
-    if device.type == "cpu":
-        return [sum(values) for values in totals]
-    sums = [torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in row]).sum() for row in totals]
-    return torch.stack(sums).tolist()
+    """Sums of numbers that lie on a device, or on a CPU are floats; None counts as 0."""
+    if device.type != "cpu":  # fetched all at once
+        told = iter(torch.stack([v for row in totals for v in row if v is not None]).tolist())
+        totals = [[None if v is None else next(told) for v in row] for row in totals]
+    return [sum(v for v in row if v is not None) for row in totals]
 
 
 def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -165,7 +169,7 @@ def descend(
     Args:
         params, directions: of equal shapes and types.
         step_size: of this update.
-        decay: weight decay of this update, not scaled by the step.
+        decay: share of the parameters that this update takes off.
         foreach: False for one tensor at a time.
         rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
     """
@@ -185,6 +189,18 @@ def descend(
             torch._foreach_mul_(xs, 1 - decay)
         if step_size != 0:
             torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:
+    """The largest share, over bfloat16 parameters, of numbers that a step x - step_size·u would not move."""
+    shares = []
+    for p, u in zip(params, directions, strict=True):
+        x, along = local(p), local(u)
+        if x.dtype == torch.bfloat16 and x.numel() > 0 and step_size != 0:
+            moves = along != 0
+            stays = (x.float() - step_size * along.float()).to(x.dtype) == x
+            shares.append((moves & stays).sum() / moves.sum().clamp(min=1))
+    return max((float(share) for share in shares), default=0.0)  # all are queued before the first is waited for
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

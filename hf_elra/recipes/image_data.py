@@ -256,12 +256,14 @@ def channel_statistics(images: Any) -> tuple[Tensor, Tensor]:
     if isinstance(images, EncodedImages):
         images = images[torch.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).long()]
     channels = images.shape[1]
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
-    levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+    counts = (
+        torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).cpu().double()
+    )
+    levels = torch.arange(256, dtype=torch.float64) / 255  # on the host, as Apple's MPS has no float64
     shares = counts / counts.sum(1, keepdim=True)
     mean = shares @ levels
     std = ((levels - mean[:, None]).square() * shares).sum(1).sqrt()
-    return mean.float(), std.clamp(min=1e-6).float()
+    return mean.float().to(images.device), std.clamp(min=1e-6).float().to(images.device)
 
 
 # ---- sources ----

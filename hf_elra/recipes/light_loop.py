@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_elra.control import LossStatistics
+from hf_elra.control import CycleLosses
 from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
@@ -73,7 +73,7 @@ def train(
         epochs: how many.
         micro_batch: samples of a micro-batch.
         controller: number of micro-batches of an update; it decides after every epoch. One without it.
-        gradient_decay: scale gradients by m_0/m.
+        gradient_decay: scale gradients (ELRA's steps) by m_0/m.
         boost_every: take every k-th point into the mean that is evaluated beside the last one.
         order: indices of the rows of an epoch; by default a permutation by ``seed``.
         seed: of the order.
@@ -84,25 +84,26 @@ def train(
     if len(data) < micro_batch:
         raise ConfigurationError(f"micro_batch={micro_batch} is more than the {len(data)} training images.")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mean = PointMean(dict(model.named_parameters())) if boost_every is not None else None
+    mean = PointMean(model) if boost_every is not None else None
     all_micro_batches = len(data) // micro_batch
     updates = 0
+    seen = CycleLosses()
     for epoch in range(epochs):
         rows = order(epoch) if order is not None else _permutation(len(data), seed, epoch)
         wanted = 1 if controller is None else min(controller.accumulation, all_micro_batches)
         size = wanted * micro_batch
-        statistics = LossStatistics()
         losses = torch.zeros(all_micro_batches // wanted, device=data.images.device)
         model.train()
         for number, start in enumerate(range(0, all_micro_batches // wanted * size, size)):
             batch = data.__getitems__(rows[start : start + size])  # type: ignore[arg-type]
             loss = nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"])
             loss.backward()
-            if gradient_decay and controller is not None and wanted != controller.initial_accumulation:
-                grads = [p.grad for p in parameters if p.grad is not None]
-                torch._foreach_mul_(grads, controller.gradient_decay(wanted))
+            decay = controller.gradient_decay(wanted) if gradient_decay and controller is not None else 1.0
             if isinstance(optimizer, ELRA):
+                optimizer.gradient_decay = decay
                 optimizer.observe_loss(loss.detach())
+            elif decay != 1:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], decay)
             optimizer.step()
             optimizer.zero_grad()
             losses[number] = loss.detach()
@@ -111,7 +112,8 @@ def train(
                 mean.add()
         for value in losses.tolist():
             if value == value and abs(value) != float("inf"):
-                statistics.add(value)
+                seen.add(value)
+        statistics = seen.end_cycle()
         if isinstance(optimizer, ELRA):
             optimizer.end_cycle()
         if mean is not None:

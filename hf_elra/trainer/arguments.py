@@ -81,7 +81,7 @@ class ElraSettings:
         elra_max_batch_size (int, optional): most samples of an update, over all processes. Default: no limit.
         elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
             ``gradient_accumulation_steps``.
-        elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4). Default: False.
+        elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4); of ours the steps. Default: False.
         elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
             ``0:1,0.5:2,0.75:4``.
         elra_max_micro_batch (str, optional): most samples of one forward pass on a device: micro-batches of an update
@@ -364,7 +364,7 @@ def prepare_arguments(
                 _plain(args.lr_scheduler_type),
                 ours,
             )
-        if args.weight_decay > 1e-3:
+        if args.weight_decay > 1e-3 and ours == "ELRA":  # elra_spectral scales it, as AdamW does
             logger.warning(
                 "weight_decay=%g shrinks the weights by this share at every update, whatever the learning rate "
                 "(half gone after %d updates). The paper uses 3e-4; AdamW's 0.1 at a rate of 5e-4 amounts to 5e-5.",

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
 
-from hf_elra.control import ControlCycle, LossStatistics
+from hf_elra.control import ControlCycle, CycleLosses
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.samples = 0
         self.tokens = 0
         self.samples_before = self.updates_before = 0  # where a run was resumed
-        self.cycle_losses: list[Any] = [0, 0.0, 0.0]  # count, mean, squared deviations
+        self.cycle_losses = CycleLosses()
         self._waiting: list[Any] = []  # losses that are still on the device
         self.full_batch = 0  # samples in a whole micro-batch of data of unknown length, as far as seen
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
@@ -60,7 +60,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         attributes = {
             "samples": self.samples,
             "tokens": self.tokens,
-            "cycle_losses": self.cycle_losses,
+            "cycle_losses": self.cycle_losses.state_dict(),
             "full_batch": self.full_batch,
         }
         if self.trainer is not None and self.trainer.batch_control is not None:
@@ -86,20 +86,19 @@ class ElraCallback(TrainerCallback, ExportableState):
             self._take_in()
 
     def _take_in(self) -> None:
-        """Fetch the losses that wait, all at once, and add the finite ones to the running cycle's."""
+        """Fetch the losses that wait, all at once, and add the finite ones to the cycle's."""
         losses, self._waiting = self._waiting, []
         tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
-        statistics = LossStatistics(*self.cycle_losses)
         for value in torch.stack(losses).tolist() if tensors else map(float, losses):
             if math.isfinite(value):
-                statistics.add(value)
-        self.cycle_losses = [statistics.count, statistics.mean, statistics.squared_deviations]
+                self.cycle_losses.add(value)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)
         self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
         self.samples_before, self.updates_before = self.samples, state.global_step
-        self.cycle_losses, self._waiting = saved.get("cycle_losses", [0, 0.0, 0.0]), []
+        losses, self._waiting = saved.get("cycle_losses"), []
+        self.cycle_losses = CycleLosses() if losses is None else CycleLosses.from_state(losses)
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
             self.trainer.non_finite_before = optimizer.metrics["non_finite"]
@@ -131,9 +130,8 @@ class ElraCallback(TrainerCallback, ExportableState):
             optimizer = unwrap_optimizer(kwargs["optimizer"])
             if hasattr(optimizer, "end_cycle"):
                 optimizer.end_cycle()
-            statistics = LossStatistics(*self.cycle_losses)
+            statistics = self.cycle_losses.end_cycle()
             if statistics.count:
-                self.cycle_losses = [0, 0.0, 0.0]
                 self.trainer.finish_cycle(statistics.mean, statistics.std)
             self.trainer.correct_state(self.samples, self.tokens)
         self.trainer.time_intervals()

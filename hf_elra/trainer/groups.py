@@ -29,6 +29,7 @@ from hf_elra.control import ControlCycle, NoiseScale, batch_size
 from hf_elra.control.batch_size import BatchDecision, BatchSizeController, linear_factor
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
 from hf_elra.trainer.batch_control import (
     BatchControl,
@@ -196,7 +197,9 @@ class DynamicBatchMixin(_Base):
         if self.batch_control.gradient_decay and self.batch_controller is not None:
             factor = self.batch_controller.gradient_decay(len(inputs))
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            if factor != 1 and gradients:
+            if (optimizer := getattr(self, "elra_optimizer", None)) is not None:
+                optimizer.gradient_decay = factor  # it measures slopes with the gradients as they are
+            elif factor != 1 and gradients:
                 torch._foreach_mul_(gradients, factor)
         return total
 
@@ -225,7 +228,7 @@ class DynamicBatchMixin(_Base):
         """Compare the mean gradient of the first pass with that of all passes of all processes."""
         assert self.noise_scale is not None
         samples = torch.tensor(float(sum(find_batch_size(inputs) or 1 for inputs in passes)), device=self.args.device)
-        told = torch.stack([samples, samples / weight, square_of_first]).double()
+        told = torch.stack([samples, samples / weight, square_of_first]).to(accumulates_in(samples.device))
         if (processes := self.accelerator.num_processes) > 1:
             told = self.accelerator.reduce(told, reduction="mean")
         big, small, small_square = told.tolist()
@@ -541,7 +544,8 @@ def _targets(inputs: Any, shifted: bool) -> Any:
 
 def _gradient_square(model: Any) -> Any:
     """Squared norm of a model's gradient, on its device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).double() ** 2
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.to(accumulates_in(norm.device)) ** 2
 
 
 def _rows_and_width(batch: Any) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import has_length
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRASpectral, LossAwareOptimizer
 from hf_elra.optim.directions import KINDS
+from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
@@ -271,15 +272,17 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def _finish_group(self) -> None:
         loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
         self._start_group()
-        if (processes := self.accelerator.num_processes) > 1:
-            told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
+        processes = self.accelerator.num_processes
+        if (optimizer := self.elra_optimizer) is not None:
+            optimizer.observe_loss(loss)  # of this process: the optimizer itself takes the mean
+            if processes > 1:
+                optimizer.process_group = torch.distributed.group.WORLD
+        if processes > 1:
+            wide = accumulates_in(loss.device)
+            told = torch.cat([loss.to(wide).view(1), loss.new_tensor([samples, tokens], dtype=wide)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
             loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
         self.elra_callback.count(samples, tokens, loss)
-        if (optimizer := self.elra_optimizer) is not None:
-            optimizer.observe_loss(loss)
-            if processes > 1:
-                optimizer.process_group = torch.distributed.group.WORLD
 
     # ---- the last batch of an epoch ----
 

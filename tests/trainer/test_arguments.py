@@ -118,6 +118,9 @@ def test_clipping_schedule_and_decay_given_by_hand_are_kept_with_a_warning(tmp_p
     assert run.args.max_grad_norm == 1.0
     for words in ("max_grad_norm=1 clips", "lr_scheduler_type=cosine multiplies", "weight_decay=0.1 shrinks"):
         assert words in caplog_warnings.text
+    caplog_warnings.clear()
+    trainer(tmp_path, optim="elra_spectral", weight_decay=0.1)  # scaled by the rate: an ordinary value
+    assert "weight_decay" not in caplog_warnings.text
 
 
 def test_stock_arguments_lose_harmful_defaults_and_say_so(tmp_path, caplog_warnings, monkeypatch):

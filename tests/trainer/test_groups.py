@@ -347,9 +347,27 @@ def test_the_largest_batch_is_one_of_samples_whatever_size_fits(tmp_path):
     assert run.elra_callback.samples == 2 * 16
 
 
+@pytest.mark.parametrize("spike", [None, 31])
+def test_one_dirty_batch_does_not_change_the_batch_size(tmp_path, spike):
+    class Dirty(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1e3 if self.state.global_step == spike else 1)
+
+    run = trainer(
+        tmp_path, trainer_class=Dirty, optim="sgd", learning_rate=1e-6, max_grad_norm=0.0, max_steps=60,
+        lr_scheduler_type="constant", elra_batch_control="elra", elra_batch_conditions="noise",
+        elra_control_cycle="20ba",
+    )  # fmt: skip
+    run.train()
+    decisions = [entry for entry in run.state.log_history if "condition" in entry]
+    assert [entry["change"] for entry in decisions] == ["keep"] * 3
+    assert [entry["mean"] for entry in decisions] == pytest.approx([decisions[0]["mean"]] * 3, rel=0.02)
+
+
 def test_gradient_decay(tmp_path):
+    """The second update is of four micro-batches."""
     points = []
-    for decay in (False, True):
+    for decay, updates in ((False, 1), (False, 2), (True, 2)):
         run = trainer(
             tmp_path,
             optim="sgd",
@@ -361,10 +379,33 @@ def test_gradient_decay(tmp_path):
             elra_gradient_decay=decay,
             max_steps=2,
         )
-        start = weights(run.model)
+        if updates == 1:
+            run.add_callback(StopAt(1))
         run.train()
-        points.append((start, weights(run.model)))
-    assert not torch.equal(points[0][1], points[1][1])
+        points.append(weights(run.model))
+    first, plain, decayed = points
+    torch.testing.assert_close(4 * (decayed - first), plain - first, rtol=1e-3, atol=1e-6)
+    assert not torch.equal(plain, first)
+
+
+@pytest.mark.parametrize("optim", ["elra", "elra_spectral"])
+def test_gradient_decay_of_ours_is_told_and_leaves_gradients_alone(tmp_path, optim):
+    class Watching(ElraTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            told.append((self.elra_optimizer.gradient_decay, model.lm_head.weight.grad.norm().item()))
+            return loss
+
+    told, plain = [], []
+    given = dict(
+        optim=optim, trainer_class=Watching, per_device_train_batch_size=2, max_steps=4,
+        elra_batch_control="schedule", elra_batch_schedule="0:1,0.5:4",
+    )  # fmt: skip
+    trainer(tmp_path, elra_gradient_decay=True, **given).train()
+    told, plain = [], told
+    trainer(tmp_path, **given).train()
+    assert [decay for decay, _ in plain] == [1.0, 1.0, 0.25, 0.25]
+    assert plain[2][1] == told[2][1]
 
 
 def test_stock_trainer_under_the_launcher_with_adamw(tmp_path):

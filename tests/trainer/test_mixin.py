@@ -402,3 +402,18 @@ def test_gpt2_default_floor(tmp_path):
     run = trainer(tmp_path, model=model, max_steps=2)
     run.train()
     assert run.elra_optimizer.param_groups[0]["min_step_norm"] == 0.1
+
+
+def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it_itself(tmp_path, monkeypatch):
+    """Once: what it is told is the loss of this process, and the counts and the cycle's loss are of all."""
+    run = trainer(tmp_path, elra_batch_control="elra")
+    run.train()
+    others = torch.tensor([5.0, 24.0, 384.0], dtype=torch.float64)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    monkeypatch.setattr(run.accelerator, "reduce", lambda told, reduction: told + others)
+    counted = []
+    monkeypatch.setattr(run.elra_callback, "count", lambda *numbers: counted.append(numbers))
+    run._group_loss, run._group_samples, run._group_tokens = torch.tensor(3.0), 8, 128
+    run._finish_group()
+    assert float(run.elra_optimizer._observed_loss) == 3.0
+    assert counted == [(32, 512, 4.0)]

@@ -311,8 +311,8 @@ def test_a_step_that_went_too_far_is_taken_back():
     x.grad = torch.ones(4, 4)
     optimizer.step(loss=100.0)
     assert optimizer.restarts == 1
-    assert optimizer.alpha <= step / 2
-    torch.testing.assert_close(x.detach(), after + (step - optimizer.alpha) * direction)
+    assert optimizer.alpha == pytest.approx(step)  # only the step is shorter
+    torch.testing.assert_close(x.detach(), after + 0.9 * step * direction)
     assert torch.equal(optimizer.state[x]["momentum"], average)  # the bad gradient is not in it
 
 
@@ -345,7 +345,7 @@ def test_staying_non_finite_is_an_error():
             x.grad = torch.ones(3)
             optimizer.step(loss=math.nan)
 
-    with pytest.raises(RuntimeError, match="lower bound 1e-09"):
+    with pytest.raises(RuntimeError, match="non-finite over 20 updates in a row"):
         keep_trying()
 
 

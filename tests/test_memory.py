@@ -75,7 +75,7 @@ def test_an_overwritten_gradient_is_noticed_and_copied_from_then_on():
     with torch.no_grad():
         for p, q in zip(params, others, strict=True):
             q.copy_(p)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(params, optimizer, 5, zero=accumulating_zero(params), first=2)

@@ -18,15 +18,24 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim.directions import Direction, gradient_direction
-from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, StepGuards, new_restart_memory
+from hf_elra.optim.guards import (
+    RestartGuard,
+    StepGuards,
+    new_restart_memory,
+    new_setbacks,
+    norm_to_crop_by,
+    step_was_good,
+    take_back,
+    way_back,
+)
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.memory import MEMORIES
 from hf_elra.optim.on_device import UpdatesOnDevice
 from hf_elra.optim.step_size import STEP_RULES, LineMeasurement
-from hf_elra.optim.tensors import dot
+from hf_elra.optim.tensors import dot, squares_and_products
 
 _HOW = ("memory", "fused", "foreach", "capturable", "stochastic_rounding")
-_LENGTHS = ("min_step_norm", "max_step_norm", "max_first_step")  # limits on a step
+_LENGTHS = ("min_step_norm", "max_step_norm", "max_relative_step", "max_first_step")  # limits on a step
 _NO_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}  # a group's part in the step last taken
 RESTART_FORMULAS = ("derived", "paper")
 
@@ -40,6 +49,8 @@ def elra_alpha(
     noise_correction: float,
     guards: StepGuards,
     direction_norm: float,
+    weight_norm: float,
+    at_least: float = 0.0,
 ) -> float:
     """Return α_t from α_{t-1}, the step that was taken and the two gradients at its ends (ELRA, eq. 4).
 
@@ -51,13 +62,15 @@ def elra_alpha(
         noise_correction: 0.15 in κ = 1 + 0.15/(1 + α²).
         guards: bounds on the result.
         direction_norm: norm of the direction about to be followed.
+        weight_norm: norm of the parameters, for the relative crop.
+        at_least: what α goes back to after trouble, whatever the rule says; still bounded by the guards.
     """
     if line.previous_slope > 0:
         correction = 1 + noise_correction / (1 + step_size * step_size)
         proposal = alpha * STEP_RULES[step_rule](line) * correction  # not of step_size: noise makes the ratio near 1
     else:  # the last gradient was zero: it says nothing
         proposal = alpha
-    return guards.apply(proposal, alpha, direction_norm)
+    return guards.apply(max(proposal, at_least), alpha, direction_norm, weight_norm)
 
 
 class ELRA(UpdatesOnDevice, LossAwareOptimizer):
@@ -65,7 +78,10 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
     x_{t+1} = x_t - α_t·G_t, where α_t comes from the scalar products of neighbouring gradients over *all* parameters of
     *all* groups. That estimate is the long Barzilai-Borwein step times a noise correction κ. If a loss turns out too
-    high, the step that led there is taken back and tried again shorter (soft restart).
+    high, the step that led there is taken back and tried again shorter (soft restart). α itself is reduced only if that
+    does not help, or if the next full step fails too, and it goes back when the trouble ends; a level of losses that
+    stays high whatever the step is accepted, and a batch without information (a loss that is not finite, with
+    gradients of zero) is skipped.
 
     ELRA has to know the loss. Give it as ``step(closure)``, as ``step(loss=value)`` or as ``observe_loss(value)``
     before ``step()``. Without any it steps all the same, with no restarts, and warns once.
@@ -76,12 +92,16 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         lr (float): α_0, the first learning rate; it is adapted exponentially fast. Default: 1e-3.
         step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems, and only with one rate in
             all groups. Default: ``"bb1"``.
-        noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²); 0 for deterministic problems. Default: 0.15.
+        noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²). 0 for deterministic problems: then a high loss is
+            never that of its batch, and a step that is taken back reduces α at once. Default: 0.15.
         max_growth (float): largest α_t/α_{t-1}, γ_max in the paper. Default: 10.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-8, 1e6).
         min_step_norm (float): floor under α‖G‖, the α warm-up of section 3.1 (0.1 for language models). It never
             applies to a retraced step. Default: 0.
         max_step_norm (float or None): crop above α‖G‖, c in section 3.5. None for none. Default: 2.
+        max_relative_step (float or None): crop above this share of the norm of the parameters (or above
+            ``min_step_norm`` if that is more; weights of a root mean square below 0.01 count as of 0.01). Not in the
+            paper, whose crop of 2 is as long as all weights of a small model. None for none. Default: 0.1.
         max_first_step (float or None): crop the very first step to this share of the norm of the parameters (or to
             ``min_step_norm`` if that is more), so that a far too large ``lr`` does no harm before a second gradient is
             known. Not in the paper, which loses runs from α_0 = 0.1 and 1. None for none. Default: 0.01.
@@ -113,8 +133,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
     Raises:
         ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
-        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite with α at
-            its lower bound (with kernels: from :attr:`metrics`, as nothing is known before it is read).
+        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite however
+            short the steps are (with kernels: from :attr:`metrics`, as nothing is known before it is read).
 
     The learning rate in force is :attr:`alpha` and every group's ``"alpha"``. A scheduler that writes ``group["lr"]``
     acts as a factor: the step taken is α·lr/initial_lr. The rule sees that step, and where noise does not dominate it
@@ -151,6 +171,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         lr_bounds: tuple[float, float] = (1e-8, 1e6),
         min_step_norm: float = 0.0,
         max_step_norm: float | None = 2.0,
+        max_relative_step: float | None = 0.1,
         max_first_step: float | None = 0.01,
         weight_decay: float = 0.0,
         soft_restart: bool = True,
@@ -180,12 +201,10 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             "direction_norm": None,
             "step_norm": 0.0,
             "cosine": None,
+            "weight_square": None,
             "moved": False,
             "updates": 0,
-            "restarts": 0,
-            "non_finite": 0,
-            "consecutive_restarts": 0,
-            "tries_at_lower_bound": 0,
+            **new_setbacks(),
             "memory": new_restart_memory(restart_window),
         }
 
@@ -283,7 +302,8 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         directions = [self.direction(group) for group in gradients]
         # Products along the new direction (weighted as it will be stepped) and along the last one. Where the direction
         # is the gradient itself, one product serves for all three.
-        gradient_norm_squared = slope = norm_squared = current_slope = 0.0
+        gradient_norm_squared = slope = norm_squared = current_slope = weight_square = 0.0
+        crops = settings["max_relative_step"] is not None or not control["moved"]
         for weight, group, group_params, gradient, direction in zip(
             weights, self.param_groups, params, gradients, directions, strict=True
         ):
@@ -294,43 +314,46 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             gradient_norm_squared += square
             slope += weight * (square if same else dot(gradient, direction))
             norm_squared += weight * weight * (square if same else dot(direction, direction))
+            if crops:
+                weight_square += squares_and_products(group_params, [None] * len(group_params))[0]
         told = [] if loss is None else [loss]
-        gradient_norm_squared, slope, norm_squared, current_slope, *told = self._agreed(
-            gradient_norm_squared, slope, norm_squared, current_slope, *told
+        gradient_norm_squared, slope, norm_squared, current_slope, weight_square, *told = self._agreed(
+            gradient_norm_squared, slope, norm_squared, current_slope, weight_square, *told
         )
         loss = told[0] if told else None
         control["gradient_norm"] = math.sqrt(gradient_norm_squared) if gradient_norm_squared >= 0 else math.nan
+        control["weight_square"] = weight_square
 
-        if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
-            self._restart(NON_FINITE_BACKOFF, factors, finite=False)
+        if self._skips(loss, gradient_norm_squared):
             return
-
         guard = RestartGuard(
             settings["restart_sigma"],
             settings["initial_restart_ratio"],
             settings["restart_window"],
             settings["restart_formula"],
+            noisy=settings["noise_correction"] > 0,
         )
-        can_retrace = control["previous_slope"] is not None
-        if loss is not None and guard.takes_back(
-            control["memory"],
-            loss,
-            can=settings["soft_restart"] and can_retrace,
-            in_a_row=control["consecutive_restarts"],
-        ):
-            factor = guard.shrink(control["step_size"], control["previous_slope"], loss, control["previous_loss"])
-            self._restart(factor, factors, finite=True)
+        shorter = self._judge(guard, loss, gradient_norm_squared, control["previous_slope"])
+        if shorter is not None:
+            self._restart(shorter, factors, noisy=guard.noisy)
             return
-        control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
+        can_retrace = control["previous_slope"] is not None
+        was_full = step_was_good(control, known=can_retrace, lowest=settings["lr_bounds"][0], noisy=guard.noisy)
 
         direction_norm = math.sqrt(norm_squared)
+        weight_norm = norm_to_crop_by(weight_square, sum(p.numel() for group in params for p in group))
         guards = StepGuards(
-            settings["max_growth"], settings["lr_bounds"], settings["min_step_norm"], settings["max_step_norm"]
+            settings["max_growth"],
+            settings["lr_bounds"],
+            settings["min_step_norm"],
+            settings["max_step_norm"],
+            settings["max_relative_step"],
         )
         if can_retrace:
             line = LineMeasurement(control["previous_slope"], current_slope, gradient_norm_squared)
             product = math.sqrt(gradient_norm_squared) * control["direction_norm"]
             control["cosine"] = current_slope / product if product > 0 else 0.0
+        if can_retrace and was_full:
             alpha = elra_alpha(
                 line,
                 alpha=control["alpha"],
@@ -339,15 +362,15 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
                 noise_correction=settings["noise_correction"],
                 guards=guards,
                 direction_norm=direction_norm,
+                weight_norm=weight_norm,
+                at_least=way_back(control, control["previous_slope"], current_slope),
             )
-        else:
-            alpha = guards.apply(control["alpha"], control["alpha"], direction_norm)
-            if not control["moved"] and settings["max_first_step"] is not None and direction_norm > 0:
-                (square,) = self._agreed(sum(dot(group, group) for group in params))
-                norm = math.sqrt(square)
-                if norm > 0:
-                    longest = max(settings["max_first_step"] * norm, settings["min_step_norm"])
-                    alpha = min(alpha, longest / direction_norm)
+        else:  # a retry is too short for the rule: α stays
+            alpha = guards.apply(control["alpha"], control["alpha"], direction_norm, weight_norm)
+            is_first = not can_retrace and not control["moved"]
+            if is_first and settings["max_first_step"] is not None and direction_norm > 0 and weight_square > 0:
+                longest = max(settings["max_first_step"] * math.sqrt(weight_square), settings["min_step_norm"])
+                alpha = min(alpha, longest / direction_norm)
         self._set_alpha(alpha)
         self._descend(params, directions, factors)
         control["step_size"] = alpha * scale
@@ -395,20 +418,21 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             group["step_decay"] = group["weight_decay"] if factor != 0 else 0.0
             self._memory.advance(self._part(group, group_params, to_write=True), group_directions)
 
-    def _restart(self, factor: float, factors: list[float], *, finite: bool) -> None:
-        """Go back to x_{t-1} and step again along the old direction with α·factor.
+    def _restart(self, factor: float, factors: list[float], *, noisy: bool) -> None:
+        """Go back to x_{t-1} and step again along the old direction, ``factor`` times as long.
 
         The floor under the step norm does not apply here: it would undo the restart.
         """
         control = self._numbers_to_change()
-        self._count_restart(factor, finite=finite)
-        if control["previous_slope"] is None:  # no step behind us: stay, only more careful
+        take_back(control, factor, lowest=self.param_groups[0]["lr_bounds"][0], noisy=noisy)
+        self._set_alpha(control["alpha"])
+        if control["previous_slope"] is None:  # no step behind us
             return
+        step_size = control["alpha"] * control["length"]
         for group, group_factor in zip(self.param_groups, factors, strict=True):
-            new_step_size = self.alpha * group_factor
-            self._memory.retrace(self._part(group, group["params"]), new_step_size)
-            group["step_size"], group["step_factor"] = new_step_size, group_factor
-        control["step_size"] = self.alpha * max(factors)
+            self._memory.retrace(self._part(group, group["params"]), step_size * group_factor)
+            group["step_size"], group["step_factor"] = step_size * group_factor, group_factor
+        control["step_size"] = step_size * max(factors)
         control["step_norm"] = control["step_size"] * control["direction_norm"]
         if control["step_size"] == 0:  # back where the last step began, and nothing moves
             control["previous_slope"] = None
@@ -434,6 +458,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
                 f"min_step_norm={settings['min_step_norm']!r} is above max_step_norm={settings['max_step_norm']!r}; "
                 "lower the one or raise the other."
             )
+    if settings["max_relative_step"] is not None:
+        need(
+            "max_relative_step",
+            lambda v: v > 0,
+            "a number > 0, a share of the parameters' norm, or None for no cropping",
+        )
     if settings["initial_restart_ratio"] is not None:
         need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1 in the paper), or None to drop the rule")
     window = settings["restart_window"]

@@ -1,10 +1,11 @@
 """ELRA's update in Triton kernels: nothing waits for the host, and every number is moved as seldom as possible.
 
-Three kinds of kernels make an update. ``products_kernel`` reads every gradient and the one before it once and writes
+Four kinds of kernels make an update. ``products_kernel`` reads every gradient and the one before it once and writes
 partial sums of ⟨G_t, G_t⟩ and ⟨G_t, G_{t-1}⟩; ``control_kernel``, a single program, adds these up in a fixed order and
-makes all decisions of ``elra.py`` on a vector of numbers that stays on the device; ``update_kernel`` reads these and
-takes the step, or takes the last one back. Tensors are found through tables of their addresses, so that one launch
-serves all tensors of a type in a parameter group.
+makes all decisions of ``elra.py`` and ``guards.py`` on a vector of numbers that stays on the device; ``update_kernel``
+reads these and takes the step, or takes the last one back. On its way it sums the squares of the parameters, for the
+relative crop of the next update, which ``size_kernel`` adds up. Tensors are found through tables of their addresses, so
+that one launch serves all tensors of a type in a parameter group.
 
 The numbers are copied to the host when somebody asks for them (:meth:`FusedUpdate.pull`). Which parameters can be
 updated like this is said by :func:`why_not`; for others ``elra.py`` does the same with plain tensor operations.
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_elra.optim.guards import ENOUGH_LOSSES, MAX_CONSECUTIVE_RESTARTS, NON_FINITE_BACKOFF
+from hf_elra.optim import guards
 from hf_elra.optim.tensors import mean_over_processes
 
 BLOCK = 1024  # numbers of a vector operation
@@ -34,13 +35,19 @@ BYTES_FOR_CAPTURES = 2**20
 
 OF_CONTROL = (
     "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
-    "restarts", "non_finite", "consecutive_restarts", "tries_at_lower_bound", "updates",
+    "weight_square", "length", "proven", "level",
+    "restarts", "non_finite", "consecutive_restarts", "non_finite_in_a_row", "skipped", "accepted_levels", "on_trial",
+    "quiet", "updates",
 )  # fmt: skip
-COUNTS = OF_CONTROL[8:]
-OF_MEMORY = ("initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std")
-OF_UPDATE = ("restarted", "alpha_before", "had_previous")  # for the kernels that follow
+COUNTS = OF_CONTROL[12:]
+OF_MEMORY = (
+    "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
+    "recent_count", "recent_mean", "recent_variance", "row_count", "row_mean", "row_squares", "suspect",
+)  # fmt: skip
+OF_UPDATE = ("verdict", "step_before", "had_previous")  # for the kernels that follow
 NAMES = (*OF_CONTROL, *OF_MEMORY, *OF_UPDATE)
-"""What the vector of numbers holds, in this order; NaN says that a number is not known."""
+"""What the vector of numbers holds, in this order; NaN says that a number is not known. The verdict is 0 for a step, 1
+if the last one is taken back, 2 if the batch is skipped."""
 
 _ALPHA = tl.constexpr(NAMES.index("alpha"))
 _STEP_SIZE = tl.constexpr(NAMES.index("step_size"))
@@ -50,24 +57,49 @@ _GRADIENT_NORM = tl.constexpr(NAMES.index("gradient_norm"))
 _DIRECTION_NORM = tl.constexpr(NAMES.index("direction_norm"))
 _STEP_NORM = tl.constexpr(NAMES.index("step_norm"))
 _COSINE = tl.constexpr(NAMES.index("cosine"))
+_WEIGHT_SQUARE = tl.constexpr(NAMES.index("weight_square"))
+_LENGTH = tl.constexpr(NAMES.index("length"))
+_PROVEN = tl.constexpr(NAMES.index("proven"))
+_LEVEL = tl.constexpr(NAMES.index("level"))
 _RESTARTS = tl.constexpr(NAMES.index("restarts"))
 _NON_FINITE = tl.constexpr(NAMES.index("non_finite"))
 _CONSECUTIVE = tl.constexpr(NAMES.index("consecutive_restarts"))
-_TRIES = tl.constexpr(NAMES.index("tries_at_lower_bound"))
+_NON_FINITE_IN_A_ROW = tl.constexpr(NAMES.index("non_finite_in_a_row"))
+_SKIPPED = tl.constexpr(NAMES.index("skipped"))
+_ACCEPTED_LEVELS = tl.constexpr(NAMES.index("accepted_levels"))
+_ON_TRIAL = tl.constexpr(NAMES.index("on_trial"))
+_QUIET = tl.constexpr(NAMES.index("quiet"))
+_UPDATES = tl.constexpr(NAMES.index("updates"))
 _INITIAL_LOSS = tl.constexpr(NAMES.index("initial_loss"))
 _COUNT = tl.constexpr(NAMES.index("cycle_count"))
 _MEAN = tl.constexpr(NAMES.index("cycle_mean"))
 _SQUARES = tl.constexpr(NAMES.index("cycle_squares"))
 _LAST_MEAN = tl.constexpr(NAMES.index("last_mean"))
 _LAST_STD = tl.constexpr(NAMES.index("last_std"))
-_RESTARTED = tl.constexpr(NAMES.index("restarted"))
-_ALPHA_BEFORE = tl.constexpr(NAMES.index("alpha_before"))
+_RECENT_COUNT = tl.constexpr(NAMES.index("recent_count"))
+_RECENT_MEAN = tl.constexpr(NAMES.index("recent_mean"))
+_RECENT_VARIANCE = tl.constexpr(NAMES.index("recent_variance"))
+_ROW_COUNT = tl.constexpr(NAMES.index("row_count"))
+_ROW_MEAN = tl.constexpr(NAMES.index("row_mean"))
+_ROW_SQUARES = tl.constexpr(NAMES.index("row_squares"))
+_SUSPECT = tl.constexpr(NAMES.index("suspect"))
+_VERDICT = tl.constexpr(NAMES.index("verdict"))
+_STEP_BEFORE = tl.constexpr(NAMES.index("step_before"))
 _HAD_PREVIOUS = tl.constexpr(NAMES.index("had_previous"))
-_UPDATES = tl.constexpr(NAMES.index("updates"))
 
-_ENOUGH = tl.constexpr(ENOUGH_LOSSES)
-_MOST_RESTARTS = tl.constexpr(MAX_CONSECUTIVE_RESTARTS)
-_BACKOFF = tl.constexpr(NON_FINITE_BACKOFF)
+_ENOUGH = tl.constexpr(guards.ENOUGH_LOSSES)
+_RECENT = tl.constexpr(guards.RECENT_LOSSES)
+_AT_MOST = tl.constexpr(guards.COUNTS_AT_MOST)
+_MATTERS = tl.constexpr(guards.MATTERS)
+_ROUNDING = tl.constexpr(guards.ROUNDING)
+_COMES_DOWN = tl.constexpr(guards.COMES_DOWN)
+_OF_A_LEVEL = tl.constexpr(guards.RETRIES_OF_A_LEVEL)
+_MOST_RETRIES = tl.constexpr(guards.MOST_RETRIES)
+_LONGEST = tl.constexpr(guards.LONGEST_RETRY)
+_SHORTEST = tl.constexpr(guards.SHORTEST_RETRY)
+_LOG_OF_TEN = tl.constexpr(-math.log(guards.SHORTEST_RETRY))
+_QUIET_UPDATES = tl.constexpr(guards.QUIET_UPDATES)
+_WAY_BACK = tl.constexpr(guards.WAY_BACK)
 
 
 @triton.jit
@@ -115,11 +147,59 @@ def products_kernel(
     tl.store(target + 3, tl.where(v == 0, 0.0, v * product))
 
 
+@triton.jit
+def _limit(
+    initial, last_mean, last_std, recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO: tl.constexpr
+):
+    """``RestartGuard.limit``: the highest loss, and the mean of those it comes from."""
+    limit = tl.full([], float("inf"), tl.float64)
+    if HAS_RATIO:
+        known = (initial == initial) & (initial != 0)
+        limit = tl.where(known, initial + (ratio - 1) * tl.abs(initial), limit)
+    enough = recent_count >= _ENOUGH
+    recent = recent_mean + sigma * tl.sqrt(recent_variance)
+    limit = tl.where(enough, recent, limit)
+    mean = tl.where(enough, recent_mean, initial)
+    of_cycle = last_mean + sigma * last_std
+    has_cycle = last_mean == last_mean
+    limit = tl.where(has_cycle, tl.where(enough, tl.maximum(of_cycle, recent), of_cycle), limit)
+    mean = tl.where(has_cycle & (enough == 0), last_mean, mean)
+    return limit, mean
+
+
+@triton.jit
+def _recorded(
+    happens, loss, initial, count, mean, squares, last_mean, last_std, recent_count, recent_mean, recent_variance,
+    sigma, ratio, HAS_RATIO: tl.constexpr,
+):  # fmt: skip
+    """``RestartGuard.record``, where it happens: first loss, the cycle's and the recent statistics."""
+    limit, middle = _limit(
+        initial, last_mean, last_std, recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO
+    )
+    loss = tl.where(middle == middle, tl.minimum(loss, middle + _AT_MOST * (limit - middle)), loss)
+    new_initial = tl.where(initial == initial, initial, loss)
+    delta = loss - mean
+    new_mean = mean + delta / (count + 1)
+    new_squares = squares + delta * (loss - new_mean)
+    number = tl.minimum(recent_count + 1, _RECENT * 1.0)
+    deviation = loss - recent_mean
+    variance = (1 - 1 / number) * (recent_variance + deviation * deviation / number)
+    return (
+        tl.where(happens, new_initial, initial),
+        tl.where(happens, count + 1, count),
+        tl.where(happens, new_mean, mean),
+        tl.where(happens, new_squares, squares),
+        tl.where(happens, number, recent_count),
+        tl.where(happens, recent_mean + deviation / number, recent_mean),
+        tl.where(happens, variance, recent_variance),
+    )
+
+
 @triton.jit(do_not_specialize=["count"])
 def control_kernel(
     numbers, partials, count, loss_address, settings,
     HAS_LOSS: tl.constexpr, SOFT: tl.constexpr, HAS_RATIO: tl.constexpr, DERIVED: tl.constexpr, BB2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide: what ``ELRA._update`` does with numbers, in one program and in float64.
 
@@ -128,7 +208,8 @@ def control_kernel(
         partials: (count, 4), what ``products_kernel`` wrote.
         loss_address: the loss, one number.
         settings: float64: noise_correction, max_growth, lowest and highest α, min_step_norm, max_step_norm,
-            restart_sigma, initial_restart_ratio, largest factor of a scheduler.
+            restart_sigma, initial_restart_ratio, largest factor of a scheduler, max_relative_step, least norm of the
+            parameters for it.
     """
     row = tl.arange(0, BLOCK)
     gg = tl.zeros([BLOCK], tl.float64)
@@ -158,6 +239,8 @@ def control_kernel(
     sigma = tl.load(settings + 6)
     ratio = tl.load(settings + 7)
     factor = tl.load(settings + 8)
+    relative = tl.load(settings + 9)
+    least_size = tl.load(settings + 10)
 
     alpha = tl.load(numbers + _ALPHA)
     step_size = tl.load(numbers + _STEP_SIZE)
@@ -165,15 +248,22 @@ def control_kernel(
     previous_loss = tl.load(numbers + _PREVIOUS_LOSS)
     known = previous_slope == previous_slope
     in_a_row = tl.load(numbers + _CONSECUTIVE)
-    tries = tl.load(numbers + _TRIES)
     nan = tl.full([], float("nan"), tl.float64)
     loss = tl.load(loss_address).to(tl.float64) if HAS_LOSS else nan
     finite = square - square == 0
     if HAS_LOSS:
         finite = finite & (loss - loss == 0)
 
-    # Is the loss too high? (RestartGuard)
-    too_high = finite & (finite == 0)  # no
+    skipped = finite & (finite == 0)  # no
+    if HAS_LOSS:
+        skipped = (square == 0) & (loss - loss != 0)  # a batch without information
+
+    # Is the loss too high? (LossAwareOptimizer._judge, RestartGuard)
+    on_trial = tl.load(numbers + _ON_TRIAL)
+    too_high = finite & (finite == 0)
+    level_accepted = too_high
+    base = previous_loss
+    failures = in_a_row
     if HAS_LOSS:
         initial = tl.load(numbers + _INITIAL_LOSS)
         number = tl.load(numbers + _COUNT)
@@ -181,37 +271,108 @@ def control_kernel(
         squares = tl.load(numbers + _SQUARES)
         last_mean = tl.load(numbers + _LAST_MEAN)
         last_std = tl.load(numbers + _LAST_STD)
-        limit = tl.full([], float("inf"), tl.float64)
-        if HAS_RATIO:
-            first_limit = initial + (ratio - 1) * tl.abs(initial)
-            running = mean + sigma * tl.sqrt(squares / tl.maximum(number, 1.0))
-            first_limit = tl.where(number >= _ENOUGH, tl.maximum(first_limit, running), first_limit)
-            limit = tl.where((initial == initial) & (initial != 0), first_limit, limit)
-        limit = tl.where(last_mean == last_mean, last_mean + sigma * last_std, limit)
-        accepted = too_high
+        recent_count = tl.load(numbers + _RECENT_COUNT)
+        recent_mean = tl.load(numbers + _RECENT_MEAN)
+        recent_variance = tl.load(numbers + _RECENT_VARIANCE)
+        row_count = tl.load(numbers + _ROW_COUNT)
+        row_mean = tl.load(numbers + _ROW_MEAN)
+        row_squares = tl.load(numbers + _ROW_SQUARES)
+        suspect = tl.load(numbers + _SUSPECT)
+        limit, middle = _limit(
+            initial, last_mean, last_std, recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO
+        )
+        base = tl.where(recent_count >= _ENOUGH, tl.maximum(previous_loss, recent_mean), previous_loss)
+        base = tl.where(previous_loss == previous_loss, base, nan)
         if SOFT:
-            too_high = finite & known & (loss > limit)
-            accepted = too_high & (in_a_row >= _MOST_RESTARTS)
-            too_high = too_high & (accepted == 0)
-        counted = tl.where(accepted, loss, tl.minimum(loss, limit))
-        delta = counted - mean
-        new_mean = mean + delta / (number + 1)
-        lifts_first = accepted & (last_mean != last_mean)
-        initial = tl.where((finite & (initial != initial)) | lifts_first, counted, initial)
+            promised = _MATTERS * step_size * previous_slope
+            rounding = _ROUNDING * tl.maximum(tl.abs(loss), tl.abs(base))
+            matters = (base != base) | (loss - base > tl.maximum(promised, rounding))
+            too_high = finite & known & (loss > limit) & matters
+        # Does it stay high however short the step is? Then the data have changed.
+        comes_down = (row_count > 0) & (loss - middle < _COMES_DOWN * (row_mean - middle))
+        high_count = tl.where(comes_down, 0.0, row_count) + 1
+        high_mean = tl.where(comes_down, 0.0, row_mean)
+        delta = loss - high_mean
+        high_mean += delta / high_count
+        high_squares = tl.where(comes_down, 0.0, row_squares) + delta * (loss - high_mean)
+        level_accepted = too_high & (in_a_row >= _MOST_RETRIES)
+        if NOISY:
+            level_accepted = level_accepted | (too_high & (high_count > _OF_A_LEVEL))
+        too_high = too_high & (level_accepted == 0)
+        jump = tl.where(middle == middle, tl.abs(high_mean - middle), 0.0)
+        spread = tl.maximum(tl.sqrt(high_squares / high_count), tl.sqrt(recent_variance))
+        spread = tl.maximum(spread, jump / sigma)
+        initial = tl.where(level_accepted, high_mean, initial)
+        recent_count = tl.where(level_accepted, _ENOUGH * 1.0, recent_count)
+        recent_mean = tl.where(level_accepted, high_mean, recent_mean)
+        recent_variance = tl.where(level_accepted, spread * spread, recent_variance)
+        last_std = tl.where(level_accepted & (last_mean == last_mean), spread, last_std)
+        last_mean = tl.where(level_accepted & (last_mean == last_mean), high_mean, last_mean)
+        failures = tl.where(level_accepted, 0.0, in_a_row)
+        suspect = tl.where(level_accepted, nan, suspect)
+        on_trial = tl.where(level_accepted, 0.0, on_trial)
+        good = finite & (too_high == 0)
+        initial, number, mean, squares, recent_count, recent_mean, recent_variance = _recorded(
+            good & (failures == 0) & (suspect == suspect), suspect, initial, number, mean, squares, last_mean, last_std,
+            recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO,
+        )  # fmt: skip
+        initial, number, mean, squares, recent_count, recent_mean, recent_variance = _recorded(
+            good, loss, initial, number, mean, squares, last_mean, last_std,
+            recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO,
+        )  # fmt: skip
+        suspect = tl.where(good & ((failures != 1) | (on_trial != 0)), nan, suspect)
+        if NOISY:
+            suspect = tl.where(too_high & (in_a_row == 0) & (on_trial == 0), loss, suspect)
+        else:
+            initial, number, mean, squares, recent_count, recent_mean, recent_variance = _recorded(
+                too_high, tl.minimum(loss, limit), initial, number, mean, squares, last_mean, last_std,
+                recent_count, recent_mean, recent_variance, sigma, ratio, HAS_RATIO,
+            )  # fmt: skip
         tl.store(numbers + _INITIAL_LOSS, initial)
-        tl.store(numbers + _LAST_MEAN, tl.where(accepted, last_mean + (loss - limit), last_mean))
-        tl.store(numbers + _COUNT, tl.where(finite, number + 1, number))
-        tl.store(numbers + _MEAN, tl.where(finite, new_mean, mean))
-        tl.store(numbers + _SQUARES, tl.where(finite, squares + delta * (counted - new_mean), squares))
-    restarted = too_high | (finite == 0)
+        tl.store(numbers + _COUNT, number)
+        tl.store(numbers + _MEAN, mean)
+        tl.store(numbers + _SQUARES, squares)
+        tl.store(numbers + _LAST_MEAN, last_mean)
+        tl.store(numbers + _LAST_STD, last_std)
+        tl.store(numbers + _RECENT_COUNT, recent_count)
+        tl.store(numbers + _RECENT_MEAN, recent_mean)
+        tl.store(numbers + _RECENT_VARIANCE, recent_variance)
+        tl.store(numbers + _ROW_COUNT, tl.where(good, 0.0, tl.where(too_high, high_count, row_count)))
+        tl.store(numbers + _ROW_MEAN, tl.where(good, 0.0, tl.where(too_high, high_mean, row_mean)))
+        tl.store(numbers + _ROW_SQUARES, tl.where(good, 0.0, tl.where(too_high, high_squares, row_squares)))
+        tl.store(numbers + _SUSPECT, suspect)
+    restarted = (too_high | (finite == 0)) & (skipped == 0)
+    stands = (restarted == 0) & (skipped == 0)
 
-    # The step after a restart
+    # The step after a restart (RestartGuard.shrink, take_back)
+    length = tl.load(numbers + _LENGTH)
     decrease = step_size * (previous_slope if DERIVED else tl.sqrt(previous_slope))
-    increase = tl.maximum(loss - previous_loss, 0.0)
-    shrink = 0.5 * decrease / (increase + decrease)
-    shrink = tl.where((previous_loss == previous_loss) & (decrease > 0), shrink, 0.5)
-    shrink = tl.where(finite, shrink, _BACKOFF)
-    shorter = tl.maximum(alpha * shrink, lowest)
+    shrink = _LONGEST * decrease / (tl.maximum(loss - base, 0.0) + decrease)
+    shrink = tl.where((base == base) & (decrease > 0), shrink, _LONGEST)
+    if NOISY:
+        shrink = tl.where(in_a_row == 0, tl.maximum(shrink, _SHORTEST), _SHORTEST)
+    shrink = tl.where(finite, shrink, _SHORTEST)
+
+    # The last step stands: what that says about α (step_was_good)
+    quiet = tl.load(numbers + _QUIET)
+    level = tl.load(numbers + _LEVEL)
+    proven = tl.load(numbers + _PROVEN)
+    quiet = tl.where(stands, quiet + 1, quiet)
+    level = tl.where(stands & (quiet > _QUIET_UPDATES), nan, level)
+    reduces = stands & known & ((failures > 1) | ((failures == 1) & (on_trial != 0)))
+    if not NOISY:
+        reduces = stands & (stands == 0)  # no: it was done at once
+    was_good = alpha * length
+    tenths = tl.where(failures > 2, tl.exp((1 - failures) * _LOG_OF_TEN), _SHORTEST)
+    reduced = tl.maximum(tl.maximum(was_good, alpha * tenths), lowest)
+    earlier = tl.where(proven == proven, tl.minimum(proven, alpha), alpha)
+    earlier = tl.where(level == level, tl.minimum(level / 2, alpha), earlier)
+    level = tl.where(reduces, tl.maximum(earlier, reduced), level)
+    quiet = tl.where(reduces, 0.0, quiet)
+    proven = tl.where(stands & known & (failures == 0), alpha, proven)
+    length_of_last = tl.where(reduces, was_good / reduced, length)
+    full = known & (length_of_last == 1)
+    base_alpha = tl.where(reduces, reduced, alpha)
 
     # The step without one: eq. (4) and its guards
     curvature = previous_slope - current
@@ -223,52 +384,87 @@ def control_kernel(
         best = previous_slope / tl.where(curvature > 0, curvature, 1.0)
         convex = curvature > 0
     correction = 1 + noise_correction / (1 + step_size * step_size)
-    most = max_growth * alpha
-    proposal = tl.where(convex, tl.minimum(alpha * best * correction, most), most)
-    proposal = tl.where(known & (previous_slope > 0), proposal, tl.minimum(alpha, most))
+    most = max_growth * base_alpha
+    proposal = tl.where(convex, tl.minimum(base_alpha * best * correction, most), most)
+    proposal = tl.where(full & (previous_slope > 0), proposal, tl.minimum(base_alpha, most))
+    returns = full & (level == level) & (base_alpha < level) & (quiet > 0) & (current > -previous_slope)
+    at_least = tl.where(returns, tl.minimum(_WAY_BACK * base_alpha, level), 0.0)
+    proposal = tl.minimum(tl.maximum(proposal, at_least), most)
     moving = norm > 0
     divisor = tl.where(moving, norm, 1.0)
     proposal = tl.where(moving & (min_norm > 0), tl.maximum(proposal, min_norm / divisor), proposal)
     proposal = tl.minimum(tl.maximum(proposal, lowest), highest_alpha)
+    weight_square = tl.load(numbers + _WEIGHT_SQUARE)
+    size = tl.where(weight_square == weight_square, tl.maximum(tl.sqrt(weight_square), least_size), float("inf"))
+    max_norm = tl.minimum(max_norm, tl.maximum(relative * size, min_norm))
     proposal = tl.where(moving & (proposal * norm > max_norm), max_norm / divisor, proposal)
 
-    new_alpha = tl.where(restarted, shorter, proposal)
-    stays = restarted & (known == 0)  # nothing to take back: no step
-    new_step_size = tl.where(stays, step_size, new_alpha * factor)
+    new_alpha = tl.where(stands, proposal, alpha)
+    new_length = tl.where(stands, 1.0, length)
+    if NOISY:
+        new_length = tl.where(restarted, length * shrink, new_length)
+    else:
+        new_alpha = tl.where(restarted, tl.maximum(alpha * shrink, lowest), new_alpha)
+    stays = skipped | (restarted & (known == 0))  # nothing to take back: no step
+    new_step_size = tl.where(stays, step_size, new_alpha * new_length * factor)
     old_norm = tl.load(numbers + _DIRECTION_NORM)
-    new_norm = tl.where(restarted, old_norm, norm)
+    new_norm = tl.where(stands, norm, old_norm)
     both = tl.sqrt(square) * old_norm
     cosine = tl.where(both > 0, current / tl.where(both > 0, both, 1.0), 0.0)
-    tl.store(numbers + _COSINE, tl.where(known & (restarted == 0), cosine, tl.load(numbers + _COSINE)))
-    tl.store(numbers + _ALPHA_BEFORE, alpha)
+    tl.store(numbers + _COSINE, tl.where(known & stands, cosine, tl.load(numbers + _COSINE)))
+    tl.store(numbers + _STEP_BEFORE, step_size)
     tl.store(numbers + _ALPHA, new_alpha)
+    tl.store(numbers + _LENGTH, new_length)
     tl.store(numbers + _STEP_SIZE, new_step_size)
     tl.store(numbers + _STEP_NORM, tl.where(stays, tl.load(numbers + _STEP_NORM), new_step_size * new_norm))
     tl.store(numbers + _GRADIENT_NORM, tl.sqrt(square))
     tl.store(numbers + _DIRECTION_NORM, new_norm)
     # Where nothing moves there is nothing to take back and nothing to learn from.
-    tl.store(numbers + _PREVIOUS_SLOPE, tl.where(factor > 0, tl.where(restarted, previous_slope, slope), nan))
+    tl.store(numbers + _PREVIOUS_SLOPE, tl.where(factor > 0, tl.where(stands, slope, previous_slope), nan))
     tl.store(numbers + _UPDATES, tl.load(numbers + _UPDATES) + 1)
-    tl.store(numbers + _PREVIOUS_LOSS, tl.where(restarted, previous_loss, loss))
-    tl.store(numbers + _RESTARTED, restarted.to(tl.float64))
+    tl.store(numbers + _PREVIOUS_LOSS, tl.where(stands, loss, previous_loss))
+    tl.store(numbers + _VERDICT, restarted.to(tl.float64) + 2 * skipped.to(tl.float64))
     tl.store(numbers + _HAD_PREVIOUS, known.to(tl.float64))
     tl.store(numbers + _RESTARTS, tl.load(numbers + _RESTARTS) + restarted.to(tl.float64))
-    tl.store(numbers + _NON_FINITE, tl.load(numbers + _NON_FINITE) + (finite == 0).to(tl.float64))
-    tl.store(numbers + _CONSECUTIVE, tl.where(restarted, in_a_row + 1, 0.0))
-    at_bound = (finite == 0) & (alpha <= lowest)
-    tl.store(numbers + _TRIES, tl.where(restarted, tries + at_bound.to(tl.float64), 0.0))
+    broken = ((finite == 0) & (skipped == 0)).to(tl.float64)
+    tl.store(numbers + _NON_FINITE, tl.load(numbers + _NON_FINITE) + broken)
+    in_a_row_broken = tl.load(numbers + _NON_FINITE_IN_A_ROW) + broken
+    tl.store(numbers + _NON_FINITE_IN_A_ROW, tl.where(finite, 0.0, in_a_row_broken))
+    tl.store(numbers + _CONSECUTIVE, tl.where(stands, 0.0, in_a_row + restarted.to(tl.float64)))
+    tl.store(numbers + _SKIPPED, tl.load(numbers + _SKIPPED) + skipped.to(tl.float64))
+    tl.store(numbers + _ACCEPTED_LEVELS, tl.load(numbers + _ACCEPTED_LEVELS) + level_accepted.to(tl.float64))
+    on_trial = tl.where(stands, (known & (failures > 0)).to(tl.float64), on_trial)
+    if not NOISY:
+        on_trial = on_trial * 0
+    tl.store(numbers + _ON_TRIAL, on_trial)
+    tl.store(numbers + _QUIET, quiet)
+    tl.store(numbers + _LEVEL, level)
+    tl.store(numbers + _PROVEN, proven)
+
+
+@triton.jit(do_not_specialize=["count"])
+def size_kernel(numbers, squares, count, BLOCK: tl.constexpr):
+    """Add up what ``update_kernel`` wrote: the sum of the squares of all parameters, in one program."""
+    row = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    start = 0
+    while start < count:
+        total += tl.load(squares + start + row, mask=start + row < count, other=0.0)
+        start += BLOCK
+    tl.store(numbers + _WEIGHT_SQUARE, tl.sum(total, 0))
 
 
 @triton.jit
 def update_kernel(
-    points, gradients, kept, sizes, tensors, starts, shares, numbers,
+    points, gradients, kept, sizes, tensors, starts, shares, numbers, squares,
     ALIGNED: tl.constexpr, COPY: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step, x ← (1 - d)·x - α·factor·G, or the last one back, in one piece of one tensor.
 
     With ``COPY`` the gradient is copied to where ``kept`` points. Without, the host keeps the gradient tensor itself as
-    the new G_{t-1}; after a restart that must be the old one, which is then written there.
+    the new G_{t-1}; after a restart that must be the old one, which is then written there. ``squares`` gets the sum of
+    the squares of the new parameters, one number a program.
 
     Args:
         points, gradients, kept: tables of addresses, as of ``products_kernel``. (An argument called ``params`` cannot
@@ -284,13 +480,14 @@ def update_kernel(
     if ALIGNED:
         size, start = tl.multiple_of(size, 16), tl.multiple_of(start, 16)
         p, g, u = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(u, 16)
-    restarted = tl.load(numbers + _RESTARTED) != 0
+    verdict = tl.load(numbers + _VERDICT)
     known = tl.load(numbers + _HAD_PREVIOUS) != 0
     seed = tl.load(numbers + _UPDATES).to(tl.int32)  # of stochastic rounding: another one in every update
-    now = tl.load(numbers + _ALPHA) * tl.load(shares + 2)
-    before = tl.load(numbers + _ALPHA_BEFORE) * tl.load(shares + 3)
-    if restarted:
-        back = tl.where(known, before - now, 0.0).to(WIDE)
+    now = tl.load(numbers + _STEP_SIZE) * tl.load(shares)
+    before = tl.load(numbers + _STEP_BEFORE) * tl.load(shares + 1)
+    total = tl.zeros([BLOCK], WIDE)
+    if verdict != 0:
+        back = tl.where(known & (verdict == 1), before - now, 0.0).to(WIDE)
         for offset in range(0, PIECE, BLOCK):
             index = start + offset + tl.arange(0, BLOCK)
             inside = index < size
@@ -300,11 +497,12 @@ def update_kernel(
             if ROUND:
                 x = _round_stochastically(x, seed, index, tensor)
             tl.store(p + index, x.to(TYPE), mask=inside)
+            total += x * x
             if not COPY:
                 tl.store(g + index, old, mask=inside)
     else:
         step = now.to(WIDE)
-        rest = tl.load(shares + 4).to(WIDE)
+        rest = tl.load(shares + 2).to(WIDE)
         for offset in range(0, PIECE, BLOCK):
             index = start + offset + tl.arange(0, BLOCK)
             inside = index < size
@@ -313,8 +511,10 @@ def update_kernel(
             if ROUND:
                 x = _round_stochastically(x, seed, index, tensor)
             tl.store(p + index, x.to(TYPE), mask=inside)
+            total += x * x
             if COPY:
                 tl.store(u + index, new, mask=inside)
+    tl.store(squares + program, tl.sum(total, 0).to(tl.float64))
 
 
 @triton.jit
@@ -339,8 +539,7 @@ class Launch(NamedTuple):
         aligned: their addresses and sizes are multiples of 16, so that several numbers are moved at once.
         copy: the gradients are copied to ``kept``; otherwise the gradient tensors themselves are kept afterwards.
         weight, last_weight: the group's share in this step and in the last one.
-        factor, last_factor: what a scheduler multiplies α by, now and in the last update.
-        decay: weight decay.
+        decay: weight decay, 0 where nothing moves.
     """
 
     params: Sequence[Tensor]
@@ -350,15 +549,12 @@ class Launch(NamedTuple):
     copy: bool
     weight: float
     last_weight: float
-    factor: float
-    last_factor: float
     decay: float
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What kernels know of the group; weight decay as the factor it is, which is 1 where nothing moves."""
-        rest = 1 - self.decay if self.factor != 0 else 1.0
-        return self.weight, self.last_weight, self.factor, self.last_factor, rest
+        """What kernels know of the group; weight decay as the factor it is."""
+        return self.weight, self.last_weight, 1 - self.decay
 
 
 def why_not(params: Sequence[Tensor]) -> str | None:
@@ -399,6 +595,9 @@ class FusedUpdate:
         values["initial_loss"] = memory["initial_loss"]
         values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
         values["last_mean"], values["last_std"] = memory["last_cycle"]
+        values["recent_count"], values["recent_mean"], values["recent_variance"] = memory["recent"]
+        values["row_count"], values["row_mean"], values["row_squares"] = memory["row"]
+        values["suspect"] = memory["suspect"]
         row = [math.nan if value is None else float(value) for value in values.values()]
         told = torch.tensor(row, dtype=torch.float64)
         if self.numbers is None or self.numbers.device != device:
@@ -422,6 +621,9 @@ class FusedUpdate:
         memory["initial_loss"] = found["initial_loss"]
         memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
         memory["last_cycle"] = [found["last_mean"], found["last_std"]]
+        memory["recent"] = [int(found["recent_count"]), found["recent_mean"], found["recent_variance"]]
+        memory["row"] = [int(found["row_count"]), found["row_mean"], found["row_squares"]]
+        memory["suspect"] = found["suspect"]
 
     def update(
         self,
@@ -450,7 +652,8 @@ class FusedUpdate:
             ("partials", sum(programs), device),
             lambda: torch.empty(sum(programs) + 1, 4, dtype=torch.float64, device=device),
         )
-        told: Tensor = partials[-1, 0]  # the loss, so that one reduction serves for all
+        told, size = partials[-1, 0], self.numbers[NAMES.index("weight_square")]
+        # The loss and the size of the parameters, so that one reduction serves for all.
         shares = [self._row("shares", launch.shares, device) for launch in launches]
         first = 0
         for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
@@ -468,22 +671,31 @@ class FusedUpdate:
         elif loss is not None:
             told.fill_(float(loss))
         if process_group is not None:
+            partials[-1, 1].copy_(size)
             mean_over_processes(partials, process_group)
+            size.copy_(partials[-1, 1])
         control_kernel[(1,)](
-            self.numbers, partials, sum(programs), told, self._settings(settings, scale, device),
+            self.numbers, partials, sum(programs), told, self._settings(settings, scale, launches, device),
             HAS_LOSS=loss is not None, SOFT=settings["soft_restart"],
             HAS_RATIO=settings["initial_restart_ratio"] is not None,
-            DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2", BLOCK=BLOCK,
+            DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2",
+            NOISY=settings["noise_correction"] > 0, BLOCK=BLOCK,
         )  # fmt: skip
+        squares = self._cached(
+            ("squares", sum(programs), device), lambda: torch.empty(sum(programs), dtype=torch.float64, device=device)
+        )
+        first = 0
         for launch, piece, table, share, number in zip(launches, pieces, tables, shares, programs, strict=True):
             kind, wide = _kinds(launch.params[0].dtype)
             rounds = settings["stochastic_rounding"] and kind == tl.bfloat16
             update_kernel[(number,)](
-                table[0], table[1], table[2], *piece, share, self.numbers,
+                table[0], table[1], table[2], *piece, share, self.numbers, squares[first:],
                 ALIGNED=launch.aligned, COPY=launch.copy, ROUND=rounds,
                 TYPE=kind, WIDE=wide, PIECE=PIECE, BLOCK=BLOCK,
             )  # fmt: skip
             self.has_moved = True
+            first += number
+        size_kernel[(1,)](self.numbers, squares, sum(programs), BLOCK=BLOCK)
 
     # ---- small tables on the device, made once ----
 
@@ -519,11 +731,17 @@ class FusedUpdate:
     def _row(self, name: str, row: tuple[float, ...], device: torch.device) -> Tensor:
         return self._cached((name, row, device), lambda: self._upload(row, torch.float64, device))
 
-    def _settings(self, settings: dict[str, Any], scale: float, device: torch.device) -> Tensor:
-        longest, ratio = settings["max_step_norm"], settings["initial_restart_ratio"]
+    def _settings(
+        self, settings: dict[str, Any], scale: float, launches: Sequence[Launch], device: torch.device
+    ) -> Tensor:
+        longest, ratio, relative = (
+            settings[name] for name in ("max_step_norm", "initial_restart_ratio", "max_relative_step")
+        )
+        number = sum(p.numel() for launch in launches for p in launch.params)
         row = (
             settings["noise_correction"], settings["max_growth"], *settings["lr_bounds"], settings["min_step_norm"],
             math.inf if longest is None else longest, settings["restart_sigma"], 0.0 if ratio is None else ratio, scale,
+            math.inf if relative is None else relative, guards.norm_to_crop_by(0.0, number),
         )  # fmt: skip
         return self._row("settings", row, device)
 

@@ -1,8 +1,11 @@
 """Guards: what keeps a step size within reason, whatever rule proposed it.
 
-:class:`StepGuards` bounds α and the length of the step; :class:`RestartGuard` decides from the losses whether the last
-step has to be taken back, and how much shorter the next try is. Rules live in ``step_size.py``; tensors are touched
-only in ``elra.py``.
+:class:`StepGuards` bounds α and the length of the step. :class:`RestartGuard` decides from the losses whether the last
+step has to be taken back. :func:`take_back` and :func:`step_was_good` say what that means for α: a step that is taken
+back is tried again *shorter*, with the same α, because one high loss may be the fault of its batch. Only a second
+failure is evidence against α. Where losses have no noise there is no batch to blame, and α itself is reduced, as in the
+paper. Rules live in ``step_size.py``; tensors are touched only in ``elra.py`` and
+``spectral.py``.
 """
 
 from __future__ import annotations
@@ -13,18 +16,50 @@ from typing import Any
 
 from hf_elra.control.statistics import LossStatistics
 
-NON_FINITE_BACKOFF = 0.1
-"""Factor on α when loss or gradient is not finite: no parabola can be laid through infinity."""
+LONGEST_RETRY, SHORTEST_RETRY = 0.5, 0.1
+"""A retry is between a tenth and a half as long as the step that was taken back. After the first one, and where loss or
+gradient is not finite (no parabola can be laid through infinity), it is a tenth."""
 
-MAX_CONSECUTIVE_RESTARTS = 20
-"""After so many restarts in a row the step cannot be the cause (each at least halves it): the point is accepted, and
-the limit that calls its loss too high is lifted. Beyond the paper: after a first batch of zeros, with its low loss,
-nearly every update would be taken back."""
+RETRIES_OF_A_LEVEL = 3
+"""After so many retries whose losses do not come down, the data have changed and not the step (the last retry has at
+most 1/200 of the step's length): the level of the losses is accepted. Beyond the paper."""
 
+MOST_RETRIES = 20
+"""After so many retries a finite loss is accepted however the losses vary: nothing is left of the step."""
+
+MOST_NON_FINITE = 20
+"""After so many updates in a row without a finite loss and gradient, it is an error."""
+
+COMES_DOWN = 0.3
+"""A loss comes down if its excess over the mean is below this share of that of the losses before it in a row."""
 
 ENOUGH_LOSSES = 10
-"""From so many losses on, their own mean and σ may raise the limit of the first cycle. Beyond the paper: losses of
-small batches often differ by more than a tenth, and 1.1·f_0 alone would take back good steps for a whole epoch."""
+"""From so many losses on, their mean and σ set the limit in the first cycle. Beyond the paper: losses of small batches
+often differ by more than a tenth, so that 1.1·f_0 alone would take back good steps for a whole epoch; and a loss that
+has fallen far could climb back to 1.1·f_0 unnoticed."""
+
+RECENT_LOSSES = 50
+"""Updates over which the recent mean and σ of the losses look back (as a falling average)."""
+
+COUNTS_AT_MOST = 4
+"""A single high loss counts in the statistics as at most so many times the distance from their mean to the limit (20σ):
+one spike of 1e6 does not end the guard, and what comes more often than once in some 400 updates is soon ordinary."""
+
+MATTERS = 0.01
+"""A rise of the loss counts only beyond this share of the decrease that the step promises, α·slope."""
+
+ROUNDING = 1e-6
+"""... and beyond this share of the loss itself, which is some roundings of float32."""
+
+LEAST_SIZE = 0.01
+"""Root mean square of weights below which they count as so large for the relative crop: those that begin at zero have
+to leave it."""
+
+QUIET_UPDATES = 50
+"""Trouble that recurs within so many updates lowers the α that is gone back to; after them it is over."""
+
+WAY_BACK = 2.0
+"""When trouble has ended α goes back to where it was by at most this factor per update."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +71,17 @@ class StepGuards:
         lr_bounds: smallest and largest α.
         min_step_norm: floor under α‖u‖; the α warm-up for language models. 0 for none.
         max_step_norm: crop above α‖u‖; c in section 3.5. None for none.
+        max_relative_step: crop above this share of the weights' norm, as :func:`norm_to_crop_by` has it, or above
+            ``min_step_norm`` where that is more. None for none.
     """
 
     max_growth: float
     lr_bounds: tuple[float, float]
     min_step_norm: float
     max_step_norm: float | None
+    max_relative_step: float | None
 
-    def apply(self, alpha: float, previous_alpha: float, direction_norm: float) -> float:
+    def apply(self, alpha: float, previous_alpha: float, direction_norm: float, weight_norm: float) -> float:
         """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``.
 
         In this order: growth, floor, bounds, crop. So a vanishing gradient cannot drive the floor past the upper bound,
@@ -54,24 +92,37 @@ class StepGuards:
             alpha = max(alpha, self.min_step_norm / direction_norm)
         low, high = self.lr_bounds
         alpha = min(max(alpha, low), high)
-        if self.max_step_norm is not None and alpha * direction_norm > self.max_step_norm:
-            alpha = self.max_step_norm / direction_norm
+        longest = math.inf if self.max_step_norm is None else self.max_step_norm
+        if self.max_relative_step is not None:
+            longest = min(longest, max(self.max_relative_step * weight_norm, self.min_step_norm))
+        if alpha * direction_norm > longest:
+            alpha = longest / direction_norm
         return alpha
+
+
+def norm_to_crop_by(weight_square: float, number: int) -> float:
+    """The norm of so many weights, from the sum of their squares; at least that of weights of ``LEAST_SIZE``."""
+    return math.sqrt(max(weight_square, LEAST_SIZE**2 * number))
 
 
 def new_restart_memory(window: int | None = None) -> dict[str, Any]:
     """The plain, serialisable memory of a :class:`RestartGuard` with this ``window``.
 
     Of one structure from the first update to the last: torch's distributed checkpoints merge a saved state leaf by leaf
-    into that of a new optimizer.
+    into that of a new optimizer. ``recent`` is count, mean and variance of a falling average; ``row`` count, mean and
+    squared deviations of the losses of steps that were taken back in a row; ``suspect`` a loss that was taken for too
+    high and enters the statistics once it turns out that α was not the cause.
     """
     losses = None if window is None else [None] * window
-    return {"initial_loss": None, "window": losses, "cycle": [0, 0.0, 0.0], "last_cycle": [None, None]}
+    return {
+        "initial_loss": None, "window": losses, "cycle": [0, 0.0, 0.0], "last_cycle": [None, None],
+        "recent": [0, 0.0, 0.0], "row": [0, 0.0, 0.0], "suspect": None,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RestartGuard:
-    """Soft restarts (ELRA, section 3.2): is a loss too high, and how much smaller must the step be?
+    """Soft restarts (ELRA, section 3.2): is a loss too high, and how much shorter must the step be?
 
     The guard keeps nothing; what it must remember is in the ``memory`` that ``new_restart_memory`` makes and that the
     optimizer stores with its state.
@@ -80,58 +131,105 @@ class RestartGuard:
         sigma: a loss above mean + ``sigma``·σ is too high.
         initial_ratio: while no mean is known, a loss above f_0 + (ratio - 1)·|f_0| is (1.1·f_0 for f_0 > 0). None drops
             this first rule, for pre-trained starts. At f_0 = 0 nothing is known of the scale and the rule is silent.
-            ``ENOUGH_LOSSES`` losses may raise this limit.
-        window: mean and σ over the last ``window`` losses, from the second on; None: over the last complete cycle.
+        window: mean and σ over the last ``window`` losses, from the second on. None: over the last complete cycle, or
+            over the recent losses where that limit is higher or where no cycle is complete yet.
         formula: ``"derived"`` or ``"paper"``, see :meth:`shrink`.
+        noisy: losses are those of batches.
     """
 
     sigma: float
     initial_ratio: float | None
     window: int | None
     formula: str
+    noisy: bool = True
 
-    def highest_loss(self, memory: dict[str, Any]) -> float:
-        """Return the loss above which the last step is taken back; infinite while nothing is known."""
+    def limit(self, memory: dict[str, Any]) -> tuple[float, float | None]:
+        """Return the loss above which the last step is taken back (infinite while nothing is known), and the mean of
+        the losses that it comes from."""
         if self.window is not None:
             statistics = LossStatistics()
             for loss in filter(lambda loss: loss is not None, memory["window"]):
                 statistics.add(loss)
             if statistics.count > 1:
-                return statistics.mean + self.sigma * statistics.std
-        mean, std = memory["last_cycle"]
-        if self.window is None and mean is not None:
-            return mean + self.sigma * std
+                return statistics.mean + self.sigma * statistics.std, statistics.mean
+        count, mean, variance = memory["recent"]
+        recent = mean + self.sigma * math.sqrt(variance) if count >= ENOUGH_LOSSES else -math.inf
+        cycle_mean, cycle_std = memory["last_cycle"]
+        if cycle_mean is not None:
+            return max(cycle_mean + self.sigma * cycle_std, recent), mean if count >= ENOUGH_LOSSES else cycle_mean
+        if count >= ENOUGH_LOSSES:
+            return recent, mean
         initial = memory["initial_loss"]
         if self.initial_ratio is None or initial is None or initial == 0:
-            return math.inf
-        limit = initial + (self.initial_ratio - 1) * abs(initial)
-        running = LossStatistics(*memory["cycle"])
-        if self.window is None and running.count >= ENOUGH_LOSSES:
-            limit = max(limit, running.mean + self.sigma * running.std)
-        return limit
+            return math.inf, initial
+        return initial + (self.initial_ratio - 1) * abs(initial), initial
 
-    def takes_back(self, memory: dict[str, Any], loss: float, *, can: bool, in_a_row: int) -> bool:
-        """Take a finite loss into the statistics; return whether the step that led to it must be taken back.
+    def base(self, memory: dict[str, Any], previous_loss: float | None) -> float | None:
+        """Return the loss that a rise is measured from.
 
-        Args:
-            memory: of this guard.
-            loss: where the last step led.
-            can: whether there is a step to take back.
-            in_a_row: how many restarts came just before. After ``MAX_CONSECUTIVE_RESTARTS`` the loss is taken for as
-                good as any from now on: the step is not what made it high.
+        That is f_{t-1}, or the recent mean where it is higher: f_{t-1} belongs to another batch, and after an easy one
+        every loss would seem a steep rise.
         """
-        highest = self.highest_loss(memory)
-        too_high = can and loss > highest
-        if not too_high or in_a_row < MAX_CONSECUTIVE_RESTARTS:
-            self._record(memory, min(loss, highest))
-            return too_high
-        self._record(memory, loss)
-        if self.window is None:  # otherwise it is in the window
+        count, mean, _ = memory["recent"]
+        if previous_loss is None or count < ENOUGH_LOSSES:
+            return previous_loss
+        return max(previous_loss, mean)
+
+    def is_too_high(self, memory: dict[str, Any], loss: float, *, decrease: float, previous_loss: float | None) -> bool:
+        """Whether a finite loss is above the limit, and its rise matters.
+
+        A rise matters beside ``decrease``, what the step promised (α·slope), and beside the rounding of losses: near 0
+        a loss doubles for no reason.
+        """
+        if not loss > self.limit(memory)[0]:
+            return False
+        base = self.base(memory, previous_loss)
+        if base is None:
+            return True
+        return loss - base > max(MATTERS * decrease, ROUNDING * max(abs(loss), abs(base)))
+
+    def is_a_new_level(self, memory: dict[str, Any], loss: float, *, retries: int) -> bool:
+        """Take a too high loss into the row of those before it; return whether it is a level that persists."""
+        mean = self.limit(memory)[1]
+        row = LossStatistics(*memory["row"])
+        if mean is not None and row.count > 0 and loss - mean < COMES_DOWN * (row.mean - mean):
+            row = LossStatistics()
+        row.add(loss)
+        memory["row"] = [row.count, row.mean, row.squared_deviations]
+        return (self.noisy and row.count > RETRIES_OF_A_LEVEL) or retries >= MOST_RETRIES
+
+    def accept_level(self, memory: dict[str, Any]) -> None:
+        """Let the losses of the row be ordinary from now on: the statistics take their mean and a generous spread."""
+        _, mean = self.limit(memory)
+        row = LossStatistics(*memory["row"])
+        jump = 0.0 if mean is None else abs(row.mean - mean)
+        std = max(row.std, math.sqrt(memory["recent"][2]), jump / self.sigma)
+        memory["initial_loss"] = row.mean
+        if self.window is not None:
+            memory["window"] = [*[None] * (self.window - 2), row.mean - std, row.mean + std]
+        else:
+            memory["recent"] = [ENOUGH_LOSSES, row.mean, std * std]
             if memory["last_cycle"][0] is not None:
-                memory["last_cycle"][0] += loss - highest
-            else:
-                memory["initial_loss"] = loss
-        return False
+                memory["last_cycle"] = [row.mean, std]
+
+    def record(self, memory: dict[str, Any], loss: float) -> None:
+        """Take an accepted loss into the statistics."""
+        highest, mean = self.limit(memory)
+        if mean is not None:
+            loss = min(loss, mean + COUNTS_AT_MOST * (highest - mean))
+        if memory["initial_loss"] is None:
+            memory["initial_loss"] = loss
+        if self.window is not None:
+            memory["window"] = [*memory["window"], loss][-self.window :]
+            return
+        statistics = LossStatistics(*memory["cycle"])
+        statistics.add(loss)
+        memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
+        count, mean, variance = memory["recent"]
+        count = min(count + 1, RECENT_LOSSES)
+        deviation = loss - mean
+        variance = (1 - 1 / count) * (variance + deviation * deviation / count)
+        memory["recent"] = [count, mean + deviation / count, variance]
 
     @staticmethod
     def end_cycle(memory: dict[str, Any]) -> None:
@@ -141,24 +239,98 @@ class RestartGuard:
             memory["last_cycle"] = [statistics.mean, statistics.std]
             memory["cycle"] = [0, 0.0, 0.0]
 
-    def shrink(self, step_size: float, previous_slope: float, loss: float, previous_loss: float | None) -> float:
-        """Return the factor on α for the next try from x_{t-1}, at most ½.
+    def shrink(self, step_size: float, previous_slope: float, loss: float, base: float | None) -> float:
+        """Return how much shorter than the last step the next try from x_{t-1} is.
 
         The parabola through f_{t-1}, its slope and f_t has its minimum at ½·α²n/(Δf + αn), n = ⟨G_{t-1},u_{t-1}⟩.
         The paper prints ‖G‖ for n = ‖G‖², whose terms do not have the same unit; ``formula="paper"`` keeps that.
+
+        Args:
+            step_size: of the last step.
+            previous_slope: n.
+            loss: f_t.
+            base: f_{t-1}, or what :meth:`base` has for it.
         """
         slope = previous_slope if self.formula == "derived" else math.sqrt(previous_slope)
         decrease = step_size * slope
-        if previous_loss is None or decrease <= 0:
-            return 0.5
-        return 0.5 * decrease / (max(loss - previous_loss, 0.0) + decrease)
+        if base is None or decrease <= 0:
+            return LONGEST_RETRY
+        shorter = LONGEST_RETRY * decrease / (max(loss - base, 0.0) + decrease)
+        return max(shorter, SHORTEST_RETRY) if self.noisy else shorter
 
-    def _record(self, memory: dict[str, Any], loss: float) -> None:
-        if memory["initial_loss"] is None:
-            memory["initial_loss"] = loss
-        if self.window is not None:
-            memory["window"] = [*memory["window"], loss][-self.window :]
+
+def new_setbacks() -> dict[str, Any]:
+    """What :func:`take_back` and :func:`step_was_good` remember, plain numbers for a checkpoint.
+
+    ``length`` is the last step's share of a full one, α·factor; ``on_trial`` is 1 while the next full step decides
+    whether α or a batch was at fault; ``proven`` the α of the last full step that was good; ``level`` the α to go back
+    to, and ``quiet`` how many updates ago α was reduced.
+    """
+    return {
+        "length": 1.0, "on_trial": 0, "proven": None, "level": None, "quiet": 0, "restarts": 0, "non_finite": 0,
+        "consecutive_restarts": 0, "non_finite_in_a_row": 0, "skipped": 0, "accepted_levels": 0,
+    }  # fmt: skip
+
+
+def take_back(control: dict[str, Any], factor: float, *, lowest: float, noisy: bool = True) -> None:
+    """The last step is taken back and tried again, ``factor`` times as long or shorter; α stays, where there is noise.
+
+    Args:
+        control: of :func:`new_setbacks`, with ``alpha``.
+        factor: see :meth:`RestartGuard.shrink`.
+        lowest: α's lower bound.
+        noisy: losses are those of batches.
+    """
+    if not noisy:
+        control["alpha"] = max(control["alpha"] * factor, lowest)
+    else:
+        control["length"] *= SHORTEST_RETRY if control["consecutive_restarts"] > 0 else factor
+    control["consecutive_restarts"] += 1
+    control["restarts"] += 1
+
+
+def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy: bool = True) -> bool:
+    """The last step stands. Return whether it was a full one, so that its slopes say something about α.
+
+    If steps were taken back before, α is put on trial: the next step is a full one again. α is reduced where that is
+    already the second failure, that is where the retry had failed too, or where a full step after a retry had failed;
+    to the length that was good, but to not less than a tenth for every failure.
+
+    Args:
+        control: of :func:`new_setbacks`, with ``alpha``.
+        known: whether there was a step.
+        lowest: α's lower bound.
+        noisy: as for :func:`take_back`.
+    """
+    failures, alpha = control["consecutive_restarts"], control["alpha"]
+    control["quiet"] += 1
+    if control["quiet"] > QUIET_UPDATES:
+        control["level"] = None
+    if not known:
+        control["length"] = 1.0
+    elif failures == 0:
+        control["proven"] = alpha
+    elif noisy and (failures > 1 or control["on_trial"]):
+        good = alpha * control["length"]
+        reduced = max(good, alpha * SHORTEST_RETRY ** max(failures - 1, 1), lowest)
+        if control["level"] is not None:
+            level = min(control["level"] / 2, alpha)
         else:
-            statistics = LossStatistics(*memory["cycle"])
-            statistics.add(loss)
-            memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
+            level = alpha if control["proven"] is None else min(control["proven"], alpha)
+        control["alpha"], control["level"], control["quiet"] = reduced, max(level, reduced), 0
+        control["length"] = good / reduced
+    control["on_trial"] = int(failures > 0 and known and noisy)
+    control["consecutive_restarts"] = 0
+    full, control["length"] = control["length"] == 1, 1.0
+    return full
+
+
+def way_back(control: dict[str, Any], previous_slope: float, current_slope: float) -> float:
+    """Return what α at least becomes when trouble has ended; 0 where it has not, or nothing is to be done.
+
+    It has not where α was reduced just now, or where the last step went further than to twice the minimum of its line.
+    """
+    level, alpha = control["level"], control["alpha"]
+    if level is None or alpha >= level or control["quiet"] == 0 or current_slope <= -previous_slope:
+        return 0.0
+    return float(min(WAY_BACK * alpha, level))

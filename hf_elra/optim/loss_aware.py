@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.guards import MAX_CONSECUTIVE_RESTARTS, RestartGuard
+from hf_elra.optim.guards import MOST_NON_FINITE, SHORTEST_RETRY, RestartGuard
 from hf_elra.optim.tensors import accumulates_in, lost_in_rounding, mean_over_processes
 
+COUNTED = ("restarts", "non_finite", "skipped", "accepted_levels", "consecutive_restarts")
 PER_GROUP = ("lr", "weight_decay")
 """What a parameter group may set for itself."""
 FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
@@ -62,12 +63,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``restarts``
-        (so far, for whatever reason), ``non_finite`` (those for a loss or gradient that was not finite), ``grad_norm``
-        and, once two gradients are known, ``cosine`` (between G_t and the last direction)."""
+        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``grad_norm``
+        and, once two gradients are known, ``cosine`` (between G_t and the last direction). Counted so far are
+        ``restarts`` (steps taken back, for whatever reason), ``non_finite`` (those for a loss or gradient that was not
+        finite), ``skipped`` (batches without information) and ``accepted_levels`` (of losses that stayed high);
+        ``consecutive_restarts`` came just before."""
         control = self._numbers()
         self._check_tries(control)
-        metrics = {name: control[name] for name in ("alpha", "step_norm", "restarts", "non_finite")}
+        metrics = {name: control[name] for name in ("alpha", "step_norm", *COUNTED)}
         for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
             if control[key] is not None:
                 metrics[name] = control[key]
@@ -177,28 +180,67 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["alpha"] = alpha
 
-    def _count_restart(self, factor: float, *, finite: bool) -> None:
-        """Multiply α by ``factor``, within its bounds.
+    def _skips(self, loss: float | None, gradient_norm_squared: float) -> bool:
+        """Whether a batch has no information, and is left out: as one without targets, its loss is not finite, but no
+        gradient is anything but zero."""
+        skips = loss is not None and not math.isfinite(loss) and gradient_norm_squared == 0
+        if skips:
+            self._numbers_to_change()["skipped"] += 1
+        return skips
+
+    def _judge(
+        self, guard: RestartGuard, loss: float | None, gradient_norm_squared: float, previous_slope: float | None
+    ) -> float | None:
+        """Return how many times as long the last step is to be tried again; None where it stands.
+
+        Args:
+            guard: of the losses.
+            loss: f_t.
+            gradient_norm_squared: ‖G_t‖².
+            previous_slope: of the last step where it began; None without a step that could be taken back.
 
         Raises:
             RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
         """
-        control, low = self._numbers_to_change(), self.param_groups[0]["lr_bounds"][0]
-        control["restarts"] += 1
-        control["consecutive_restarts"] += 1
-        if not finite:
+        control = self._numbers_to_change()
+        memory, failures = control["memory"], control["consecutive_restarts"]
+        if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
             control["non_finite"] += 1
-            if control["alpha"] <= low:
-                control["tries_at_lower_bound"] += 1
+            control["non_finite_in_a_row"] += 1
             self._check_tries(control)
-        self._set_alpha(max(control["alpha"] * factor, low))
+            return SHORTEST_RETRY
+        control["non_finite_in_a_row"] = 0
+        if loss is None:
+            return None
+        if self.param_groups[0]["soft_restart"] and previous_slope is not None:
+            step_size, previous_loss = control["step_size"], control["previous_loss"]
+            decrease = step_size * previous_slope
+            if guard.is_too_high(memory, loss, decrease=decrease, previous_loss=previous_loss):
+                if not guard.is_a_new_level(memory, loss, retries=failures):
+                    base = guard.base(memory, previous_loss)
+                    if not guard.noisy:
+                        guard.record(memory, min(loss, guard.limit(memory)[0]))
+                    elif failures == 0 and not control["on_trial"]:
+                        memory["suspect"] = loss
+                    return guard.shrink(step_size, previous_slope, loss, base)
+                guard.accept_level(memory)
+                control["accepted_levels"] += 1
+                control["consecutive_restarts"] = control["on_trial"] = failures = 0
+                memory["suspect"] = None
+        if failures == 0 and memory["suspect"] is not None:  # it was the batch
+            guard.record(memory, memory["suspect"])
+        if failures != 1 or control["on_trial"]:
+            memory["suspect"] = None
+        memory["row"] = [0, 0.0, 0.0]
+        guard.record(memory, loss)
+        return None
 
     def _check_tries(self, control: dict[str, Any]) -> None:
-        if control["tries_at_lower_bound"] >= MAX_CONSECUTIVE_RESTARTS:
+        if control["non_finite_in_a_row"] >= MOST_NON_FINITE:
             raise RuntimeError(
-                f"loss or gradient stayed non-finite over {MAX_CONSECUTIVE_RESTARTS} restarts with the learning rate "
-                f"at its lower bound {self.param_groups[0]['lr_bounds'][0]:g} (lr_bounds): the cause is not the step. "
-                "Look for NaN or inf in the data, in the loss or in the starting weights."
+                f"loss or gradient stayed non-finite over {MOST_NON_FINITE} updates in a row, each of which went back "
+                "and tried a tenth of the step before: the cause is not the step. Look for NaN or inf in the data, in "
+                "the loss or in the starting weights."
             )
 
     def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
@@ -236,7 +278,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                         f"state_dict: {name} of parameter {number} has shape {tuple(kept.shape)}, but that parameter "
                         f"has {tuple(p.shape)}; it is the state of another model."
                     )
+        new = self._numbers()
         super().load_state_dict(state_dict)
+        for name, value in new.items():
+            self.param_groups[0]["control"].setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""

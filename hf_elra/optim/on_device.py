@@ -18,7 +18,7 @@ from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.directions import Direction, gradient_direction
 from hf_elra.optim.loss_aware import shares
 from hf_elra.optim.memory import MEMORIES, GradientMemory, Part
-from hf_elra.optim.tensors import is_dense, layout
+from hf_elra.optim.tensors import is_dense, layout, squares_and_products
 
 if TYPE_CHECKING:
     from hf_elra.optim.fused import FusedUpdate, Launch
@@ -44,9 +44,9 @@ class UpdatesOnDevice:
         if kernels is not None and kernels.in_force and not kernels.was_read:
             kernels.pull(control)
             kernels.was_read = not self.param_groups[0]["capturable"]  # a CUDA graph's replay is not noticed here
-            for group in self.param_groups:
-                group["alpha"] = control["alpha"]
-                group["step_size"] = control["alpha"] * group["step_factor"] if control["step_size"] > 0 else 0.0
+            weights = shares([group["step_factor"] for group in self.param_groups])
+            for group, weight in zip(self.param_groups, weights, strict=True):
+                group["alpha"], group["step_size"] = control["alpha"], control["step_size"] * weight
         return control
 
     def _numbers_to_change(self) -> dict[str, Any]:
@@ -154,6 +154,8 @@ class UpdatesOnDevice:
         kernels = self._kernels
         device = next(p for group in params for p in group).device
         if not kernels.in_force:
+            used = [p for group in params for p in group]
+            settings["control"]["weight_square"] = squares_and_products(used, [None] * len(used))[0]
             kernels.push(settings["control"], device)
         launches = self._launches(params, gradients, factors)
         try:
@@ -203,8 +205,8 @@ class UpdatesOnDevice:
                 lots.setdefault((p.dtype, aligned, copy), []).append(members)
             for (_, aligned, copy), lot in lots.items():
                 ps, gs, us = zip(*lot, strict=True)
-                last_factor, decay = group["step_factor"], group["weight_decay"]
-                launches.append(Launch(ps, gs, us, aligned, copy, weight, last_weight, factor, last_factor, decay))
+                decay = group["weight_decay"] if factor != 0 else 0.0
+                launches.append(Launch(ps, gs, us, aligned, copy, weight, last_weight, decay))
         return launches
 
 

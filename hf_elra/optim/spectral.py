@@ -19,13 +19,18 @@ from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.directions import KINDS, apart, spectral_direction, still_what_is_over, together
-from hf_elra.optim.guards import NON_FINITE_BACKOFF, RestartGuard, new_restart_memory
+from hf_elra.optim.guards import (
+    RestartGuard,
+    new_restart_memory,
+    new_setbacks,
+    step_was_good,
+    take_back,
+    way_back,
+)
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
 from hf_elra.optim.step_size import FallingGain
 from hf_elra.optim.tensors import descend, dot, squares_and_products
 
-SMALLEST_SHRINK = 0.01
-"""A restart takes α at most this far down, however high the loss."""
 SIGMA, GAIN = 0.2, 2.5
 """Constants of the rule for α, see :class:`~hf_elra.optim.step_size.FallingGain`."""
 MOMENTUM_OF_THE_SEARCH = 0.9
@@ -118,9 +123,8 @@ class ELRASpectral(LossAwareOptimizer):
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
         self.param_groups[0]["control"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
-            "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, "restarts": 0, "non_finite": 0,
-            "consecutive_restarts": 0, "tries_at_lower_bound": 0, "rule": FallingGain.new_memory(),
-            "memory": new_restart_memory(),
+            "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, **new_setbacks(),
+            "rule": FallingGain.new_memory(), "memory": new_restart_memory(),
         }  # fmt: skip
         for kind, identities in self._kinds.items():
             if any(identities.values()) and not any(any(group[kind]) for group in self.param_groups):
@@ -152,26 +156,26 @@ class ELRASpectral(LossAwareOptimizer):
         square, current_slope, *told = self._agreed(*self._slopes(params, gradients), *told)
         value = told[0] if told else None
         control["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
-        if not math.isfinite(square) or not (value is None or math.isfinite(value)):
-            self._restart(NON_FINITE_BACKOFF, finite=False)
+        if self._skips(value, square):
+            control["updates"] -= 1
             return
         settings = self.param_groups[0]
         guard = RestartGuard(settings["restart_sigma"], settings["initial_restart_ratio"], None, "derived")
-        if value is not None and guard.takes_back(
-            control["memory"],
-            value,
-            can=settings["soft_restart"] and control["slope"] is not None,
-            in_a_row=control["consecutive_restarts"],
-        ):
-            factor = guard.shrink(control["step_size"], control["slope"], value, control["previous_loss"])
-            self._restart(max(factor, SMALLEST_SHRINK), finite=True)
+        shorter = self._judge(guard, value, square, control["slope"])
+        if shorter is not None:
+            self._restart(shorter)
             return
-        control["consecutive_restarts"] = control["tries_at_lower_bound"] = 0
-
+        before, known = control["alpha"], control["slope"] is not None
+        was_full = step_was_good(control, known=known, lowest=settings["lr_bounds"][0])
         alpha, momentum = control["alpha"], self._momentum()
-        if control["slope"] is not None and control["slope"] > 0:  # else the last gradient says nothing
-            if momentum > 0:
-                alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
+        if alpha < before:
+            FallingGain.restarted(control["rule"])
+        if known and control["slope"] > 0:  # else the last gradient says nothing
+            if was_full:  # a retry is too short for the rule
+                if momentum > 0:
+                    alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
+                if self.settled:
+                    alpha = max(alpha, way_back(control, control["slope"], current_slope))
             product = control["gradient_norm"] * control["direction_norm"]
             control["cosine"] = current_slope / product if product > 0 else 0.0
         self._set_alpha(self._bounded(alpha))
@@ -283,16 +287,17 @@ class ELRASpectral(LossAwareOptimizer):
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         return list(torch._foreach_lerp(averages, gradients, 1 - momentum))
 
-    def _restart(self, factor: float, *, finite: bool) -> None:
-        """Go back to x_{t-1} and step again along the old direction with α·factor."""
-        control, before = self._control, self.alpha
-        self._count_restart(factor, finite=finite)
-        FallingGain.restarted(control["rule"])
-        if control["slope"] is None:  # no step behind us: stay, only more careful
+    def _restart(self, factor: float) -> None:
+        """Go back to x_{t-1} and step again along the old direction, ``factor`` times as long."""
+        control = self._control
+        before = control["length"]
+        take_back(control, factor, lowest=self.param_groups[0]["lr_bounds"][0])
+        if control["slope"] is None:  # no step behind us
             return
-        self._step_again(before, self.alpha)
-        control["step_size"] *= self.alpha / before
-        control["step_norm"] *= self.alpha / before
+        shorter = control["length"] / before
+        self._step_again(self.alpha * before, self.alpha * control["length"])
+        control["step_size"] *= shorter
+        control["step_norm"] *= shorter
 
     def _step_again(self, before: float, after: float) -> None:
         """Make the last step, which was taken with α = ``before``, one with ``after``.
@@ -324,6 +329,7 @@ class ELRASpectral(LossAwareOptimizer):
         FallingGain.end_search(control["rule"])
         control["slope"] = control["previous_loss"] = None
         control["memory"] = new_restart_memory()
+        control.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     # ---- groups ----
 

@@ -57,8 +57,9 @@ PROBLEMS = (
 
 # Eq. (4) as printed, with the paper's bound on growth; soft restarts by the last 50 losses, as there are no epochs.
 _NOISE_FREE: dict[str, Any] = dict(
-    noise_correction=0.0, max_growth=1e6, max_step_norm=None, max_first_step=None, restart_window=50
-)
+    noise_correction=0.0, max_growth=1e6, max_step_norm=None, max_relative_step=None, max_first_step=None,
+    restart_window=50,
+)  # fmt: skip
 
 
 def optimizers(problem: Problem) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:

@@ -303,3 +303,18 @@ def test_wrong_flags_are_named(tmp_path, given, message):
     with pytest.raises(ConfigurationError, match=message):
         trainer(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_stage_that_trains_more_goes_on_with_the_mean_of_the_first(tmp_path):
+    """Resumed from a checkpoint without the optimizer's state, which knows fewer parameters."""
+    given = dict(optim="adamw_torch", elra_boost=True, elra_boost_mean="run", save_only_model=True)
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trainer(tmp_path, model=model, save_strategy="steps", save_steps=4, max_steps=4, **given).train()
+    run = trainer(tmp_path, model=llama(), max_steps=6, **given)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    mean = run.point_mean
+    assert mean.count == 6
+    assert mean._joined == {"model.embed_tokens.weight": 4}
+    assert mean.mean.keys() == {name for name, _ in run.model.named_parameters()}
+    assert torch.isfinite(torch.tensor(run.evaluate(token_rows(8))["eval_loss"]))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
 from hf_elra.recipes.many_processes import answer, flat_weights, network, same_everywhere
-from tests.conftest import arguments, llama, logged, token_rows
+from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
 
 def one_reads_garbage():
@@ -151,6 +151,27 @@ def noise_scale(folder):
     }
 
 
+def losses_of_both_kinds(folder):
+    """Three updates of 16 rows, by a model that divides by the number of items and by one that ignores it."""
+    processes, losses = int(os.environ["WORLD_SIZE"]), {}
+    for kind, model, rows in (
+        ("divides", llama().double(), token_rows(unequal=True)),
+        ("ignores", vit().double(), vit_rows()),
+    ):
+        trainer = ElraTrainer(
+            model,
+            arguments(
+                folder, per_device_train_batch_size=4, gradient_accumulation_steps=4 // processes, max_steps=3,
+            ),
+            train_dataset=rows,
+        )  # fmt: skip
+        seen = []
+        trainer.elra_callback.count = lambda samples, tokens, loss, seen=seen: seen.append(float(loss))
+        trainer.train()
+        losses[kind] = seen
+    return losses
+
+
 if __name__ == "__main__":
-    functions = one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale
+    functions = one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds
     answer({function.__name__: function for function in functions})

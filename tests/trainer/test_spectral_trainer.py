@@ -26,7 +26,7 @@ def test_it_trains_a_stock_trainer(tmp_path):
     marked = [p for g in optimizer.param_groups for p, t in zip(g["params"], g["tables"], strict=True) if t]
     assert [id(p) for p in marked] == [id(embedding)]
     assert logged(run, "loss")[-1] < 1.0
-    assert run.batch_control is None  # the batch stays as it is
+    assert run.batch_control.mode == "off"  # the batch stays as it is
     assert logged(run, "alpha")[-1] == pytest.approx(logged(run, "learning_rate")[-1])
 
 

@@ -38,6 +38,10 @@ def test_incomplete_groups_that_are_skipped_are_not_counted():
     walk(progress, [3, 3])
     assert progress.epochs(3) == 1
     assert progress.epochs(1) == pytest.approx(6 / 7)
+    assert progress.fraction(3) == 0.5
+    assert progress.fraction() == pytest.approx(3 / 7)
+    walk(progress, [3, 3])
+    assert progress.fraction(3) == 1
 
 
 def test_a_fractional_epoch_ends_with_a_whole_group():

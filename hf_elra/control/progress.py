@@ -95,8 +95,8 @@ class TrainingProgress:
         """Samples of the micro-batches of an epoch, an incomplete one for as many as a whole one."""
         return (self.batches_per_epoch or 1) * self.samples_per_batch
 
-    def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
+    def fraction(self, accumulation: int = 1) -> float:
+        """Share of the run that is done, in [0, 1]; 1 at its end where the next update has that ``accumulation``."""
         shares = [
             seen / limit
             for seen, limit in (
@@ -107,8 +107,7 @@ class TrainingProgress:
             if limit
         ]
         if not self.limited and self.batches_per_epoch:
-            epochs = self.epoch + (self.taken / self._epoch_length if self._batches_after(self.taken) else 1.0)
-            shares.append(epochs / self.num_epochs)
+            shares.append((self.epochs(accumulation) or 0.0) / self.num_epochs)
         return min(1.0, max(shares, default=0.0))
 
     def updates_left(self, accumulation: int) -> int:

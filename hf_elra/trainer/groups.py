@@ -520,14 +520,14 @@ class DynamicBatchMixin(LossScaleMixin):
             self._refuse_tokens(self.batch_control)
         self._show_totals()
         if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and self._created_lr_scheduler:
-            position = round(self.progress.fraction() * self._schedule_length, 9)
+            position = round(self.progress.fraction(self.accumulation) * self._schedule_length, 9)
             if position != self.lr_scheduler.last_epoch:
                 self.lr_scheduler.last_epoch = position - 1  # type: ignore[assignment]  # a schedule takes any number
                 self.lr_scheduler.step()
 
     def begin_intervals(self) -> None:
         """Remember how far the run is, where training begins or goes on."""
-        self._share_before = 0.0 if self.batch_control is None else self.progress.fraction()
+        self._share_before = 0.0 if self.batch_control is None else self.progress.fraction(self.accumulation)
 
     def time_intervals(self) -> None:
         """After an update: let intervals that are shares of the run follow the data.
@@ -536,7 +536,7 @@ class DynamicBatchMixin(LossScaleMixin):
         """
         if self.batch_control is None:
             return
-        before, self._share_before = self._share_before, self.progress.fraction()
+        before, self._share_before = self._share_before, self.progress.fraction(self.accumulation)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             share = getattr(self.args, name)
             if share is not None and 0 < share < 1:

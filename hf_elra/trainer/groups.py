@@ -174,6 +174,7 @@ class DynamicBatchMixin(LossScaleMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
         if self.batch_control is None:
+            self._rows_drawn = None
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         wanted = self.accumulation
         batches, num_items = super().get_batch_samples(epoch_iterator, wanted, device)

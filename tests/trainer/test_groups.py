@@ -571,6 +571,14 @@ def test_cycle_logs_hold_what_a_user_wants_to_know(tmp_path):
     assert [e["cycle_loss"] for e in numbers] == [d["mean"] for d in decisions(run)]
 
 
+def test_cycle_logs_leave_out_what_says_nothing(tmp_path):
+    run = trainer(tmp_path, vit().double(), vit_rows(), per_device_train_batch_size=2, elra_control_cycle="3ba")
+    run.train()
+    assert len(decisions(run)) == 3
+    for entry in run.state.log_history:
+        assert not {"batch_tokens", "micro_batches_per_pass"} & set(entry)
+
+
 def test_cycles_are_logged_at_their_true_epoch_also_in_the_saved_state(tmp_path):
     run = trainer(
         tmp_path,

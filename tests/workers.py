@@ -214,6 +214,7 @@ def rows_of_a_resumed_run(folder):
             train_dataset=rows, **given,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
+        trainer.accelerator.wait_for_everyone()  # until the checkpoint is written
         return trainer.rows
 
     whole, before = run("whole"), run("part", callbacks=[Stop()])

@@ -193,7 +193,7 @@ def split_batches(folder):
 
 
 def rows_of_a_resumed_run(folder):
-    """Rows that a run trains on which is interrupted in its second epoch and goes on, in batches of 2 x 4 or 2 x 2."""
+    """Rows that a run trains on which is interrupted in its second epoch and goes on, in batches of 2 x 4 or 2 x 3."""
 
     class Note(ElraTrainer):
         def compute_loss(self, model, inputs, **kwargs):
@@ -210,7 +210,7 @@ def rows_of_a_resumed_run(folder):
         trainer = Note(
             llama(),
             arguments(f"{folder}/{name}", per_device_train_batch_size=batch, max_steps=-1, num_train_epochs=3,
-                      remove_unused_columns=False),
+                      remove_unused_columns=False, elra_batch_control="off"),
             train_dataset=rows, **given,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
@@ -220,7 +220,7 @@ def rows_of_a_resumed_run(folder):
     whole, before = run("whole"), run("part", callbacks=[Stop()])
     checkpoint = f"{folder}/part/checkpoint-7"
     after = run("again", resume=checkpoint)
-    return {"whole": whole, "before": before, "after": after, "other": run("other", batch=2, resume=checkpoint)}
+    return {"whole": whole, "before": before, "after": after, "other": run("other", batch=3, resume=checkpoint)}
 
 
 if __name__ == "__main__":

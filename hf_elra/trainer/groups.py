@@ -453,12 +453,8 @@ class DynamicBatchMixin(LossScaleMixin):
         """Stock; where a checkpoint lies within a batch of the present size, the sampler goes on after its last row."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         plain = plain_batch_sampler(train_dataloader) if self._rows_are_known else None
-        if self.batch_control is not None and plain is not None and self.progress.epoch + self.progress.taken > 0:
-            # Accelerate does not tell a sampler the epoch where it skips batches in one of several processes.
-            if hasattr(plain.sampler, "set_epoch"):
-                plain.sampler.set_epoch(self.progress.epoch)
-            if self._rows_to_skip:
-                plain.sampler = RowsSkipped(plain.sampler, self._rows_to_skip)
+        if self.batch_control is not None and plain is not None and self._rows_to_skip:
+            plain.sampler = RowsSkipped(plain.sampler, self._rows_to_skip)
         return prepared
 
     def data_position(self) -> dict[str, Any]:

@@ -200,13 +200,12 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def _finish_group(self) -> None:
         loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
-        drawn = self._rows_drawn
         self._start_group()
         if (processes := self.accelerator.num_processes) > 1:
             told = torch.cat([loss.double().view(1), loss.new_tensor([samples, tokens], dtype=torch.float64)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
             loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
-        self.elra_callback.count(samples if drawn is None else drawn, tokens, loss)
+        self.elra_callback.count(samples if self._rows_drawn is None else self._rows_drawn, tokens, loss)
         if (optimizer := self.elra_optimizer) is not None:
             optimizer.observe_loss(loss)
             if processes > 1:

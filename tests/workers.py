@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
 from hf_elra.recipes.many_processes import answer, flat_weights, network, same_everywhere
-from tests.conftest import arguments, llama, logged, token_rows
+from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
 
 def one_reads_garbage():
@@ -151,6 +152,80 @@ def noise_scale(folder):
     }
 
 
+def losses_of_both_kinds(folder):
+    """Three updates of 16 rows, by a model that divides by the number of items and by one that ignores it."""
+    processes, losses = int(os.environ["WORLD_SIZE"]), {}
+    for kind, model, rows in (
+        ("divides", llama().double(), token_rows(unequal=True)),
+        ("ignores", vit().double(), vit_rows()),
+    ):
+        trainer = ElraTrainer(
+            model,
+            arguments(
+                folder, per_device_train_batch_size=4, gradient_accumulation_steps=4 // processes, max_steps=3,
+            ),
+            train_dataset=rows,
+        )  # fmt: skip
+        seen = []
+        trainer.elra_callback.count = lambda samples, tokens, loss, seen=seen: seen.append(float(loss))
+        trainer.train()
+        losses[kind] = seen
+    return losses
+
+
+def split_batches(folder):
+    """Ten updates of 8 rows, each split in two; counts as they are logged."""
+    sizes = []
+
+    class Note(ElraTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            sizes.append(len(inputs["input_ids"]))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = Note(llama(), arguments(folder, accelerator_config={"split_batches": True}), train_dataset=token_rows())
+    trainer.train()
+    return {
+        "samples": trainer.elra_callback.samples,
+        "batch_size": logged(trainer, "batch_size"),
+        "epoch": trainer.state.epoch,
+        "per_process": max(sizes),
+    }
+
+
+def rows_of_a_resumed_run(folder):
+    """Rows that a run trains on which is interrupted in its second epoch and goes on, in batches of 2 x 4 or 2 x 3."""
+
+    class Note(ElraTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            mine = inputs.pop("number")
+            self.rows = getattr(self, "rows", []) + self.accelerator.gather(mine).tolist()
+            return super().compute_loss(model, inputs, **kwargs)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_save = state.global_step == 7
+
+    def run(name, batch=4, resume=None, **given):
+        rows = [{**row, "number": i} for i, row in enumerate(token_rows(40))]
+        trainer = Note(
+            llama(),
+            arguments(f"{folder}/{name}", per_device_train_batch_size=batch, max_steps=-1, num_train_epochs=3,
+                      remove_unused_columns=False, elra_batch_control="off"),
+            train_dataset=rows, **given,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.accelerator.wait_for_everyone()  # until the checkpoint is written
+        return trainer.rows
+
+    whole, before = run("whole"), run("part", callbacks=[Stop()])
+    checkpoint = f"{folder}/part/checkpoint-7"
+    after = run("again", resume=checkpoint)
+    return {"whole": whole, "before": before, "after": after, "other": run("other", batch=3, resume=checkpoint)}
+
+
 if __name__ == "__main__":
-    functions = one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale
+    functions = (
+        one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds, split_batches,
+        rows_of_a_resumed_run,
+    )  # fmt: skip
     answer({function.__name__: function for function in functions})

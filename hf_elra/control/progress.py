@@ -22,25 +22,25 @@ class TrainingProgress:
     Args:
         num_epochs: epochs to train, where nothing else limits the run.
         max_updates, max_samples, max_tokens: limits, None for none.
-        batches_per_epoch: micro-batches of an epoch; None for data of unknown length.
         samples_per_batch: samples of a whole micro-batch, over all processes.
-        samples_per_epoch: samples of an epoch; None for data of unknown length.
+        samples_per_epoch: samples that an epoch draws; None for data of unknown length.
         tokens_per_sample: a first estimate, until tokens have been seen.
-        skips_incomplete: the incomplete group of micro-batches at the end of an epoch is left out.
+        drops_last: the incomplete micro-batch at the end of an epoch is left out.
+        skips_incomplete: so is the incomplete group of micro-batches there.
     """
 
     num_epochs: float = 1.0
     max_updates: int | None = None
     max_samples: int | None = None
     max_tokens: int | None = None
-    batches_per_epoch: int | None = None
     samples_per_batch: int = 1
     samples_per_epoch: int | None = None
     tokens_per_sample: float = 1.0
+    drops_last: bool = False
     skips_incomplete: bool = False
-    # Position: epochs that are over, micro-batches taken in the one that runs; totals over the run.
+    # Position: epochs that are over, samples taken in the one that runs; totals over the run.
     epoch: int = 0
-    micro_batches: int = 0
+    taken: int = 0
     updates: int = 0
     samples: int = 0
     tokens: int = 0
@@ -50,9 +50,27 @@ class TrainingProgress:
         """Whether something else than the number of epochs ends the run."""
         return any(limit is not None for limit in (self.max_updates, self.max_samples, self.max_tokens))
 
-    def restart(self, epoch: int = 0, micro_batches: int = 0) -> None:
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Micro-batches of a whole epoch; None for data of unknown length."""
+        return None if self.samples_per_epoch is None else self._batches_after(0)
+
+    def _batches_after(self, taken: int) -> int:
+        """Micro-batches of an epoch after its first ``taken`` samples."""
+        left = max(0, (self.samples_per_epoch or self.samples_per_batch) - taken)
+        return left // self.samples_per_batch if self.drops_last else -(-left // self.samples_per_batch)
+
+    def restart(self, epoch: int = 0, taken: int = 0) -> None:
         """Take a position in the data; the totals are told by :meth:`count`."""
-        self.epoch, self.micro_batches = epoch, micro_batches
+        self.epoch, self.taken = epoch, taken
+
+    def take(self, batches: int) -> int:
+        """Move on by so many micro-batches; return their samples, where none but an epoch's last is incomplete."""
+        samples = batches * self.samples_per_batch
+        if self.samples_per_epoch is not None:
+            samples = min(samples, self.samples_per_epoch - self.taken)
+        self.taken += samples
+        return samples
 
     def count(self, *, updates: int, samples: int, tokens: int) -> None:
         """Take the totals of the run."""
@@ -60,20 +78,25 @@ class TrainingProgress:
 
     def epoch_is_over(self, accumulation: int) -> bool:
         """Whether the running epoch has no further update of ``accumulation`` micro-batches."""
-        if self.batches_per_epoch is None:
+        if self.samples_per_epoch is None:
             return False
-        left = self.batches_per_epoch - self.micro_batches
-        return left <= 0 or (left < accumulation and self.skips_incomplete)
+        left = self._batches_after(self.taken)
+        return left == 0 or (left < accumulation and self.skips_incomplete)
 
     def epochs(self, accumulation: int) -> float | None:
         """Epochs of data seen; None for data of unknown length."""
         if not self.batches_per_epoch:
             return None
         over = self.epoch_is_over(accumulation)
-        return self.epoch + (1.0 if over else self.micro_batches / self.batches_per_epoch)
+        return self.epoch + (1.0 if over else self.taken / self._epoch_length)
 
-    def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
+    @property
+    def _epoch_length(self) -> int:
+        """Samples of the micro-batches of an epoch, an incomplete one for as many as a whole one."""
+        return (self.batches_per_epoch or 1) * self.samples_per_batch
+
+    def fraction(self, accumulation: int = 1) -> float:
+        """Share of the run that is done, in [0, 1]; 1 at its end where the next update has that ``accumulation``."""
         shares = [
             seen / limit
             for seen, limit in (
@@ -84,8 +107,7 @@ class TrainingProgress:
             if limit
         ]
         if not self.limited and self.batches_per_epoch:
-            taken = self.epoch * self.batches_per_epoch + self.micro_batches
-            shares.append(taken / (self.num_epochs * self.batches_per_epoch))
+            shares.append((self.epochs(accumulation) or 0.0) / self.num_epochs)
         return min(1.0, max(shares, default=0.0))
 
     def updates_left(self, accumulation: int) -> int:
@@ -129,26 +151,26 @@ class TrainingProgress:
 
     def _plan(self, accumulation: int) -> tuple[int, int]:
         """Updates and samples to come in a run of ``num_epochs`` epochs."""
-        length, samples = self.batches_per_epoch or 1, self.samples_per_epoch or 0
-        total = math.ceil(self.num_epochs * length)
-        epoch, taken = self.epoch, self.micro_batches
+        per_epoch, per_batch = self.batches_per_epoch or 1, self.samples_per_batch
+        end = math.ceil(self.num_epochs * per_epoch)
+        epoch, taken = self.epoch, self.taken
         updates = left_samples = 0
-        while epoch * length + taken < total:
-            left = min(length - taken, total - epoch * length - taken)
-            to_the_end = left == length - taken
+        while (wanted := -((taken - (end - epoch * per_epoch) * per_batch) // per_batch)) > 0:
+            in_epoch = self._batches_after(taken)
+            left = min(in_epoch, wanted)
             whole, rest = divmod(left, accumulation)
             # The incomplete group at the end of an epoch may be skipped; in mid-epoch the last group is taken whole.
-            if rest and not (to_the_end and self.skips_incomplete):
+            if rest and not (left == in_epoch and self.skips_incomplete):
                 whole += 1
             updates += whole
-            batches = min(length, taken + whole * accumulation)
-            left_samples += self._samples_of(batches, samples) - self._samples_of(taken, samples)
+            samples = min(in_epoch, whole * accumulation) * per_batch
+            left_samples += min(samples, (self.samples_per_epoch or 0) - taken) if self.samples_per_epoch else 0
             epoch, taken = epoch + 1, 0
         return updates, left_samples
 
-    def _samples_of(self, batches: int, samples_per_epoch: int) -> int:
-        return min(batches * self.samples_per_batch, samples_per_epoch)
-
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, as plain JSON values."""
-        return {"epoch": self.epoch, "micro_batches": self.micro_batches}
+        """The position in the data, as plain JSON values.
+
+        It is in samples, so that a run can go on with batches of another size.
+        """
+        return {"epoch": self.epoch, "taken": self.taken}

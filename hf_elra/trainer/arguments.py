@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 from transformers.models.auto import modeling_auto
-from transformers.trainer_utils import SchedulerType, has_length
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim import ELRA, ELRASpectral, LossAwareOptimizer
 from hf_elra.optim.directions import KINDS
+from hf_elra.trainer.rows import number_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class ElraSettings:
         """Return the length of a control cycle for these data."""
         if self.elra_control_cycle is not None:
             return self.elra_control_cycle
-        return "1ep" if train_dataset is None or has_length(train_dataset) else "45000sp"
+        return "1ep" if train_dataset is None or number_of_rows(train_dataset) is not None else "45000sp"
 
 
 @dataclass

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import has_length
 
 from hf_elra.control import ControlCycle
 from hf_elra.control.batch_size import CONDITIONS, BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
+from hf_elra.trainer.rows import number_of_rows, samples_per_micro_batch
 
 _BATCH_FLAGS = (
     "elra_batch_growth",
@@ -41,6 +41,7 @@ class BatchControl:
         max_samples, max_tokens: budgets that end the run, or None.
         max_pass: most samples of one forward pass; ``"auto"``; None to run micro-batches as they come.
         measures_noise: take the noise scale.
+        asked_for: False where none of all this is wanted, and only the position in the data is kept.
     """
 
     controller: BatchSizeController
@@ -51,6 +52,7 @@ class BatchControl:
     max_tokens: int | None
     max_pass: int | str | None
     measures_noise: bool
+    asked_for: bool = True
 
     @property
     def decides_at_cycles(self) -> bool:
@@ -64,7 +66,7 @@ class BatchControl:
 
 
 def build_batch_control(
-    settings: ElraSettings, args: Any, train_dataset: Any, default: str = "off"
+    settings: ElraSettings, args: Any, train_dataset: Any, default: str = "off", *, always: bool = False
 ) -> BatchControl | None:
     """Build what ``settings`` ask for; None where updates are the stock Trainer's.
 
@@ -73,6 +75,7 @@ def build_batch_control(
         args: the Trainer's arguments.
         train_dataset: the Trainer's training data.
         default: what ``elra_batch_control`` is where it is not given; see :func:`default_control`.
+        always: whether a control is built where nothing is asked for, too.
 
     Raises:
         ConfigurationError: flags that contradict each other or the data; the message names the flag.
@@ -98,14 +101,14 @@ def build_batch_control(
     }
     if idle := [name for name in settings.changed() if name in without_effect.get(control, ())]:
         raise ConfigurationError(f"{', '.join(idle)}: does nothing with elra_batch_control={control}; leave it out.")
-    base = args.train_batch_size * args.world_size
+    base = samples_per_micro_batch(args, args.train_batch_size)
     max_pass = _read_max_pass(settings.elra_max_micro_batch, args.train_batch_size)
     for name in ("elra_max_samples", "elra_max_tokens"):
         budget = getattr(settings, name)
         if budget is not None and budget < 1:
             raise ConfigurationError(f"{name}={budget} must be at least 1; leave it out for no budget.")
     measures_noise = settings.elra_log_noise_scale or control == "noise"
-    wanted = (
+    wanted = bool(
         control != "off"
         or settings.elra_max_samples
         or settings.elra_max_tokens
@@ -117,7 +120,7 @@ def build_batch_control(
         first = settings.elra_initial_accumulation
     if wanted or default == "elra":
         _check_cycle(settings, control, args, train_dataset, max(first, 1) * base)
-    if not wanted:
+    if not (wanted or always):
         return None
     if args.deepspeed:
         given = [name for name in settings.changed() if name in ("elra_batch_control", *_GROUP_FLAGS)]
@@ -157,6 +160,7 @@ def build_batch_control(
         settings.elra_max_tokens,
         max_pass,
         measures_noise,
+        wanted,
     )
 
 
@@ -165,12 +169,16 @@ def default_control(trainer_class: type, wanted: str) -> str:
 
     TRL's GRPO, for one, counts on a fixed accumulation.
     """
-    own_batches = any(
+    return "off" if makes_own_batches(trainer_class) else wanted
+
+
+def makes_own_batches(trainer_class: type) -> bool:
+    """Whether a Trainer overrides how batches are made."""
+    return any(
         not cls.__module__.startswith(("transformers.", "hf_elra."))
         and any(name in vars(cls) for name in ("get_batch_samples", "_prepare_inputs", "_inner_training_loop"))
         for cls in trainer_class.__mro__
     )
-    return "off" if own_batches else wanted
 
 
 def _check_noise(control: str, first: int, args: Any) -> None:
@@ -209,7 +217,7 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
     """Refuse a control cycle that cannot be counted, or that is shorter than the first update of ``first`` samples."""
     text = settings.control_cycle(train_dataset)
     cycle = ControlCycle.parse(text, "elra_control_cycle")
-    if cycle.unit == "ep" and train_dataset is not None and not has_length(train_dataset) and control != "off":
+    if cycle.unit == "ep" and train_dataset is not None and number_of_rows(train_dataset) is None and control != "off":
         raise ConfigurationError(
             f"elra_control_cycle={text!r} counts epochs, but the training data have no length; write it in samples "
             "(45000sp), tokens (45000tok) or updates (100ba)."
@@ -219,9 +227,10 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
     samples = _samples_of_cycle(cycle, train_dataset)
     if samples is None or samples >= first:
         return
-    if has_length(train_dataset) and len(train_dataset) < first:
+    rows = number_of_rows(train_dataset)
+    if rows is not None and rows < first:
         raise ConfigurationError(
-            f"the first update takes {first} samples, but the training data have {len(train_dataset)}; lower "
+            f"the first update takes {first} samples, but the training data have {rows}; lower "
             f"--per_device_train_batch_size (now {args.per_device_train_batch_size}) or what multiplies it."
         )
     raise ConfigurationError(
@@ -230,20 +239,22 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
 
 
 def tokens_of_first_row(train_dataset: Any) -> int | None:
-    """Tokens of the first sample of map-style data of token rows; None for anything else."""
-    map_style = hasattr(train_dataset, "__getitem__") and not isinstance(train_dataset, IterableDataset)
-    if train_dataset is None or not map_style or not has_length(train_dataset) or len(train_dataset) == 0:
+    """Tokens of the first sample of map-style data of token rows; None for anything else.
+
+    It reads the row, which may draw random numbers: only for those who need it.
+    """
+    map_style = hasattr(train_dataset, "__getitem__") and not isinstance(train_dataset, IterableDataset | Mapping)
+    if not map_style or not number_of_rows(train_dataset):
         return None
-    data: Any = train_dataset
-    row = data[0]
+    row = train_dataset[0]
     tokens = row.get("input_ids") if hasattr(row, "get") else None
     return len(tokens) if tokens is not None and hasattr(tokens, "__len__") else None
 
 
 def _samples_of_cycle(cycle: ControlCycle, train_dataset: Any) -> float | None:
     """Samples in a control cycle, as far as the training data tell beforehand."""
-    known = train_dataset is not None and has_length(train_dataset)
-    return cycle.samples(len(train_dataset) if known else None, tokens_of_first_row(train_dataset))
+    tokens = tokens_of_first_row(train_dataset) if cycle.unit == "tok" else None
+    return cycle.samples(number_of_rows(train_dataset), tokens)
 
 
 @contextlib.contextmanager
@@ -272,4 +283,4 @@ def updates_per_cycle(trainer: Any) -> float | None:
     control = trainer.batch_control
     first = args.gradient_accumulation_steps if control is None else control.controller.initial_accumulation
     samples = _samples_of_cycle(cycle, data)
-    return None if samples is None else samples / (first * args.train_batch_size * args.world_size)
+    return None if samples is None else samples / (first * samples_per_micro_batch(args, args.train_batch_size))

@@ -4,8 +4,9 @@ The loop is left at one step per update: ``get_batch_samples`` takes as many mic
 returns them as *one* group, ``training_step`` runs over it, merged into as few forward passes as are allowed, and what
 counts batches (epoch, resume position, tokens, learning-rate schedule, number of updates, speed) is put right. Which
 number is wanted is decided in ``control/batch_size.py``; how far the run is, in ``control/progress.py``; how
-micro-batches are concatenated, in ``merging.py``; what the flags ask for, in ``batch_control.py``; what the optimizer
-is told, in ``mixin.py``. Works with any optimizer.
+micro-batches are concatenated, in ``merging.py``; whether a loss is a mean, in ``loss_scale.py``; what a row is, in
+``rows.py``; what the flags ask for, in ``batch_control.py``; what the optimizer is told, in ``mixin.py``. Works with
+any optimizer.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import inspect
 import logging
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.control import ControlCycle, NoiseScale, batch_size
 from hf_elra.control.batch_size import BatchDecision, BatchSizeController, linear_factor
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.snapshot import unchanged
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
 from hf_elra.trainer.batch_control import (
@@ -36,16 +37,14 @@ from hf_elra.trainer.batch_control import (
     budget_as_max_steps,
     build_batch_control,
     default_control,
+    makes_own_batches,
     tokens_of_first_row,
     updates_per_cycle,
 )
 from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
+from hf_elra.trainer.loss_scale import LossScaleMixin
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from hf_elra.trainer.rows import RowsSkipped, plain_batch_sampler, rows_of, splits_batches
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,10 @@ class MicroBatchGroup(list):
     """The micro-batches of one update."""
 
 
-class DynamicBatchMixin(_Base):
+class DynamicBatchMixin(LossScaleMixin):
     """Gives a Trainer updates of a changing number of micro-batches; does nothing while ``batch_control`` is None."""
 
-    batch_control: BatchControl | None = None
+    batch_control: BatchControl | None
     batch_controller: BatchSizeController | None = None
     progress: TrainingProgress
     elra_settings: ElraSettings
@@ -70,13 +69,17 @@ class DynamicBatchMixin(_Base):
     _last_accumulation: int | None = None  # micro-batches of the last update
     _flops_per_element: float | None = None
     _accumulation_of_user = 1
+    _rows_drawn: int | None = None  # by the last update, over all processes; None where the sampler does not tell
+    _rows_are_known = False
+    _rows_to_skip = 0
     _share_before = 0.0  # of the run
     noise_scale: NoiseScale | None = None
 
-    def prepare_batch_control(self, settings: ElraSettings, wanted: str) -> None:
+    def prepare_batch_control(self, settings: ElraSettings, wanted: str, *, keeps_position: bool = False) -> None:
         """Take the control that ``settings`` ask for, else the ``wanted`` one; groups do the accumulation from here on.
 
-        Where a Trainer makes batches of its own, what was not asked for is off.
+        Where a Trainer makes batches of its own, what was not asked for is off. Elsewhere ``keeps_position`` lets
+        groups do the accumulation also where nothing is asked for, as they know where in the data a run is.
         """
         self.progress = TrainingProgress()
         default = default_control(type(self), wanted)
@@ -86,12 +89,14 @@ class DynamicBatchMixin(_Base):
                 type(self).__name__,
                 wanted,
             )
-        self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default)
+        always = keeps_position and not makes_own_batches(type(self))
+        self.batch_control = build_batch_control(settings, self.args, self.train_dataset, default, always=always)
         bars = self.callback_handler.callbacks
+        asked_for = self.batch_control is not None and self.batch_control.asked_for
         for position, callback in enumerate(bars):
-            if type(callback) is ProgressCallback and self.batch_control is not None:
+            if type(callback) is ProgressCallback and asked_for:
                 bars[position] = DataProgressBar(self)
-            elif type(callback) is DataProgressBar and self.batch_control is None:
+            elif type(callback) is DataProgressBar and not asked_for:
                 bars[position] = ProgressCallback()
         if self.batch_control is None:
             return
@@ -143,7 +148,7 @@ class DynamicBatchMixin(_Base):
         if self.batch_control.mode == "noise":
             assert self.noise_scale is not None
             scale = self.noise_scale.value
-            wanted = None if scale is None else scale / self._samples_per_batch
+            wanted = None if scale is None else scale / self.progress.samples_per_batch
             decision = self.batch_controller.follow(wanted, mean, std)
         else:
             decision = self.batch_controller.end_cycle(mean, std)
@@ -163,11 +168,14 @@ class DynamicBatchMixin(_Base):
         """Tell the loop to make an update of every batch, where groups do the accumulation."""
         self._accumulation_of_user = self.args.gradient_accumulation_steps
         if self.batch_control is not None:
+            if not self.batch_control.asked_for:  # then it is the user's number, whatever it was before
+                self.batch_control.controller = BatchSizeController(self._accumulation_of_user)
             self.args.gradient_accumulation_steps = 1
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
         if self.batch_control is None:
+            self._rows_drawn = None
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         wanted = self.accumulation
         batches, num_items = super().get_batch_samples(epoch_iterator, wanted, device)
@@ -175,14 +183,15 @@ class DynamicBatchMixin(_Base):
             batches = []
         if not batches:
             return [], None
-        self.progress.micro_batches += len(batches)
+        rows = self.progress.take(len(batches))
+        self._rows_drawn = rows if self._rows_are_known else None
         self._last_accumulation = len(batches)
         return [MicroBatchGroup(batches)], num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run over a group of micro-batches; gradients meet those of other processes only at the last pass."""
         if not isinstance(inputs, MicroBatchGroup) or self.batch_control is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self.scaled_step(model, inputs, num_items_in_batch)
         while True:
             passes = self._merged(model, inputs, num_items_in_batch)
             try:
@@ -205,17 +214,18 @@ class DynamicBatchMixin(_Base):
 
     def _run_passes(self, model: Any, passes: list[Any], num_items: Any) -> Any:
         measures = self.noise_scale is not None and len(passes) > 1
-        divided = num_items is not None and getattr(self, "loss_is_scaled_for_ga", None) is not False
+        # Not known yet is no reason for a mean: the first pass finds out, before its loss goes back.
+        divided = self.loss_is_divided(num_items, len(passes))
         weights = [] if divided and not measures else self._weights(passes)
         shares = [len(passes)] * len(passes) if divided else weights
         total: Any = 0.0
         square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
             last = position == len(passes)
-            # The Trainer divides a loss that is a mean over its own pass by this number.
+            # A loss that is a mean over its own pass is divided by this number.
             self.current_gradient_accumulation_steps = share
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
-                total = total + super().training_step(model, inputs, num_items)
+                total = total + self.scaled_step(model, inputs, num_items, passes=len(passes))
             if measures and position == 1:
                 square_of_first = _gradient_square(model) * weights[0] ** 2
             if not last:
@@ -227,7 +237,7 @@ class DynamicBatchMixin(_Base):
     def _measure_noise(self, model: Any, passes: list[Any], square_of_first: Any, weight: Any) -> None:
         """Compare the mean gradient of the first pass with that of all passes of all processes."""
         assert self.noise_scale is not None
-        samples = torch.tensor(float(sum(find_batch_size(inputs) or 1 for inputs in passes)), device=self.args.device)
+        samples = torch.tensor(float(sum(rows_of(inputs) or 1 for inputs in passes)), device=self.args.device)
         told = torch.stack([samples, samples / weight, square_of_first]).to(accumulates_in(samples.device))
         if (processes := self.accelerator.num_processes) > 1:
             told = self.accelerator.reduce(told, reduction="mean")
@@ -239,7 +249,7 @@ class DynamicBatchMixin(_Base):
         shifted = is_causal_language_model(self.model)
         counts = [_targets(inputs, shifted) for inputs in passes]
         if any(count is None for count in counts):
-            counts = [torch.tensor(find_batch_size(inputs) or 1, device=self.args.device) for inputs in passes]
+            counts = [torch.tensor(rows_of(inputs) or 1, device=self.args.device) for inputs in passes]
         counts = [count.to(self.args.device).clamp(min=1) for count in counts]
         total = torch.stack(counts).sum().float()
         if self.accelerator.num_processes > 1:
@@ -306,10 +316,8 @@ class DynamicBatchMixin(_Base):
 
     def _fits(self, model: Any, inputs: Any, num_items: Any) -> bool:
         """Whether a pass over ``inputs`` and back fits into the memory of every process; changes nothing."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         fits = True
-        with torch.random.fork_rng(devices), self.accelerator.no_sync(model=model):
+        with unchanged(model, random_state=True), self.accelerator.no_sync(model=model):
             try:
                 super().training_step(model, inputs, num_items)
             except RuntimeError as error:
@@ -317,10 +325,6 @@ class DynamicBatchMixin(_Base):
                     raise
                 fits = False
         model.zero_grad()
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        del buffers
         if not fits:
             clear_device_cache(garbage_collection=True)
         if self.accelerator.num_processes > 1:
@@ -367,17 +371,24 @@ class DynamicBatchMixin(_Base):
         with budget_as_max_steps(args, None if sized else control.max_samples or control.max_tokens):
             values = super().set_initial_training_values(args, dataloader)
         epochs, per_epoch, examples, samples, batch, in_epoch, _ = values
-        whole = len(dataloader) * self._samples_per_batch if sized else 0
-        dropped = self._skips_last_batch() or self.accelerator.num_processes > 1
+        plain = plain_batch_sampler(dataloader) if sized else None
+        per_batch = self._samples_of(self._train_batch_size)
+        rows = len(dataloader) * per_batch if sized else None  # with several processes the last batch is filled up
+        if plain is not None:
+            per_batch = self._samples_of(plain.batch_size)
+            rows = len(dataloader) * per_batch
+            if plain.drop_last or self.accelerator.num_processes == 1:
+                rows = len(plain.sampler)  # type: ignore[arg-type]
+        self._rows_are_known = plain is not None
         self.progress = TrainingProgress(
             num_epochs=args.num_train_epochs,
             max_updates=args.max_steps if args.max_steps > 0 else None,
             max_samples=control.max_samples,
             max_tokens=control.max_tokens,
-            batches_per_epoch=len(dataloader) if sized else None,
-            samples_per_batch=self._samples_per_batch,
-            samples_per_epoch=None if not sized else whole if dropped else min(whole, examples),
-            tokens_per_sample=tokens_of_first_row(self.train_dataset) or 1,
+            samples_per_batch=per_batch,
+            samples_per_epoch=rows,
+            tokens_per_sample=(tokens_of_first_row(self.train_dataset) if self._counts_tokens(control) else None) or 1,
+            drops_last=plain is not None and plain.drop_last,
             skips_incomplete=self._skips_last_batch(),
         )
         self._warn_of_limits(control)
@@ -404,9 +415,17 @@ class DynamicBatchMixin(_Base):
                 boosted,
             )
 
-    @property
-    def _samples_per_batch(self) -> int:
-        return self._train_batch_size * self.args.world_size
+    def _counts_tokens(self, control: BatchControl) -> bool:
+        """Whether the tokens of a sample have to be known beforehand."""
+        cycle = ControlCycle.parse(self.elra_settings.control_cycle(self.train_dataset))
+        return control.max_tokens is not None or (control.decides_at_cycles and cycle.unit == "tok")
+
+    def _samples_of(self, batch_size: int) -> int:
+        """Samples of a micro-batch over all processes that have data of their own, from the loader's batch size."""
+        if splits_batches(self.args):
+            return batch_size
+        total = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+        return batch_size * (total // self._train_batch_size)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Stock scheduler over the number of updates of the first size."""
@@ -418,15 +437,28 @@ class DynamicBatchMixin(_Base):
         epochs, skip = super()._init_training_state(*args, **kwargs)
         if self.batch_control is None:
             return epochs, skip
+        self._divides = None
         self._restore_position(self.batch_control)
         self._first_epoch_of_call, self._flops_per_element = True, None
         progress = self.progress
         if self.args.ignore_data_skip:
-            progress.micro_batches = 0
+            progress.taken = 0
         if progress.batches_per_epoch and progress.epoch_is_over(self.accumulation):
             progress.restart(progress.epoch + 1)
+        batches, rows = divmod(progress.taken, progress.samples_per_batch)
+        if rows and not self._rows_are_known:  # no sampler to leave them out of: better twice than never
+            progress.taken, rows = progress.taken - rows, 0
+        self._rows_to_skip = rows
         self._show_totals()
-        return progress.epoch, progress.micro_batches
+        return progress.epoch, batches
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Stock; where a checkpoint lies within a batch of the present size, the sampler goes on after its last row."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        plain = plain_batch_sampler(train_dataloader) if self._rows_are_known else None
+        if self.batch_control is not None and plain is not None and self._rows_to_skip:
+            plain.sampler = RowsSkipped(plain.sampler, self._rows_to_skip)
+        return prepared
 
     def data_position(self) -> dict[str, Any]:
         """Where in the data the run is, and the controller's state, as JSON values for the checkpoint."""
@@ -434,6 +466,7 @@ class DynamicBatchMixin(_Base):
         limit = self._pass_limit if math.isfinite(self._pass_limit) else None
         return {
             **self.progress.state_dict(),
+            "samples_per_batch": self.progress.samples_per_batch,
             "controller": self.batch_controller.state_dict(),
             "pass_limit": limit,
             "noise_scale": None if self.noise_scale is None else self.noise_scale.state_dict(),
@@ -445,18 +478,23 @@ class DynamicBatchMixin(_Base):
         position = saved.get("data_position")
         self.batch_controller = dataclasses.replace(control.controller)
         if (most := self.elra_settings.elra_max_batch_size) is not None:  # auto_find_batch_size makes smaller batches
-            self.batch_controller.max_accumulation = most // self._samples_per_batch
+            self.batch_controller.max_accumulation = most // self.progress.samples_per_batch
         self._limit_to_cycle(self.batch_controller)
         self.noise_scale = NoiseScale() if control.measures_noise else None
         self.progress.restart()
         # What fitted is tried again: the run may go on on another device.
         self._pass_limit, self._proven_pass, self._merging_refused = math.inf, 0, False
         if position is not None:
-            self.progress.restart(position["epoch"], position["micro_batches"])
+            self.progress.restart(position["epoch"], position["taken"])
             self.progress.count(
                 updates=self.state.global_step, samples=saved.get("samples", 0), tokens=saved.get("tokens", 0)
             )
-            self.batch_controller.load_state_dict(position["controller"])
+            if control.decides_at_cycles:
+                self.batch_controller.load_state_dict(position["controller"])
+                # It counts micro-batches, which may be of another size now.
+                exact = self.batch_controller.exact * position["samples_per_batch"] / self.progress.samples_per_batch
+                exact = max(exact, self.batch_controller.initial_accumulation)
+                self.batch_controller.exact = min(exact, self.batch_controller.max_accumulation or exact)
             if position["pass_limit"] is not None:
                 self._pass_limit = position["pass_limit"]
             if self.noise_scale is not None and position.get("noise_scale") is not None:
@@ -482,14 +520,14 @@ class DynamicBatchMixin(_Base):
             self._refuse_tokens(self.batch_control)
         self._show_totals()
         if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and self._created_lr_scheduler:
-            position = round(self.progress.fraction() * self._schedule_length, 9)
+            position = round(self.progress.fraction(self.accumulation) * self._schedule_length, 9)
             if position != self.lr_scheduler.last_epoch:
                 self.lr_scheduler.last_epoch = position - 1  # type: ignore[assignment]  # a schedule takes any number
                 self.lr_scheduler.step()
 
     def begin_intervals(self) -> None:
         """Remember how far the run is, where training begins or goes on."""
-        self._share_before = 0.0 if self.batch_control is None else self.progress.fraction()
+        self._share_before = 0.0 if self.batch_control is None else self.progress.fraction(self.accumulation)
 
     def time_intervals(self) -> None:
         """After an update: let intervals that are shares of the run follow the data.
@@ -498,7 +536,7 @@ class DynamicBatchMixin(_Base):
         """
         if self.batch_control is None:
             return
-        before, self._share_before = self._share_before, self.progress.fraction()
+        before, self._share_before = self._share_before, self.progress.fraction(self.accumulation)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             share = getattr(self.args, name)
             if share is not None and 0 < share < 1:
@@ -552,7 +590,7 @@ def _rows_and_width(batch: Any) -> tuple[int, int]:
     """Samples of a micro-batch, and elements of a row of its largest tensor."""
     values = batch.values() if hasattr(batch, "values") else [batch]
     largest = max((v.numel() for v in values if isinstance(v, torch.Tensor)), default=0)
-    rows = find_batch_size(batch) or 1
+    rows = rows_of(batch) or 1
     return rows, max(1, largest // rows)
 
 

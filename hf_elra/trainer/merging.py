@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hf_elra.trainer.rows import is_padding_free, rows_of
+
 LABEL_PADDING = -100
 
 
@@ -62,8 +64,9 @@ def merge_micro_batches(batches: Sequence[Any], *, pad_token_id: int = 0, add_at
     if not all(isinstance(batch, Mapping) for batch in batches):
         raise CannotMerge(f"the collator returns {type(first).__name__}, not a mapping")
     rows = [_rows(batch) for batch in batches]
-    if "position_ids" in first and 1 in rows:
-        raise CannotMerge("position_ids with one row may be packed sequences, which are not padded")
+    packed = any(is_padding_free(batch) for batch in batches)
+    if packed or ("position_ids" in first and 1 in rows):
+        raise CannotMerge("one row of tokens with positions may be packed sequences, which are not padded")
     lengths = [batch["input_ids"].shape[1:2] for batch in batches if isinstance(batch.get("input_ids"), torch.Tensor)]
     if len(set(lengths)) > 1 and "attention_mask" not in first:
         if not add_attention_mask:
@@ -74,12 +77,9 @@ def merge_micro_batches(batches: Sequence[Any], *, pad_token_id: int = 0, add_at
 
 
 def _rows(batch: Mapping[str, Any]) -> int:
-    for value in batch.values():
-        if isinstance(value, torch.Tensor) and value.dim():
-            return value.shape[0]
-        if isinstance(value, Mapping):
-            return _rows(value)
-    raise CannotMerge("a micro-batch holds no tensor")
+    if (rows := rows_of(batch)) is None:
+        raise CannotMerge("a micro-batch holds no tensor")
+    return rows
 
 
 def _like(first: Any, merged: dict[str, Any]) -> Any:

@@ -7,17 +7,14 @@ their checks are in ``arguments.py``.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
-import math
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
@@ -37,6 +34,7 @@ from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
+from hf_elra.trainer.rows import number_of_rows, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +60,6 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _group_loss: Any = 0.0
     _group_samples = 0
     _group_tokens = 0
-    _loss_is_divided: bool | None = None
-    _in_training_step = False
     _told_accumulation: int | None = None
     non_finite_before = 0  # restarts for that reason up to the last log
 
@@ -95,7 +91,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(self.elra_settings, self._suiting_control() if self.elra_active else "off")
+        control = self._suiting_control() if self.elra_active else "off"
+        self.prepare_batch_control(self.elra_settings, control, keeps_position=self.elra_active)
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.pop_callback(ElraCallback)
@@ -158,7 +155,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train; ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end."""
-        if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+        if number_of_rows(self.train_dataset) == 0:
             raise ConfigurationError("train_dataset is empty; give it samples to train on.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
@@ -180,15 +177,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """Run a micro-batch; after the last one of an update tell the optimizer the update's mean loss."""
         micro_batches = inputs if isinstance(inputs, MicroBatchGroup) else [inputs]
         counts = [self._count(batch) for batch in micro_batches]
-        if (self.elra_active or self.batch_control is not None) and not self._divides_by_items(
-            model, micro_batches, num_items_in_batch
-        ):
-            num_items_in_batch = None
-        self._in_training_step = True
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._in_training_step = False
+        loss = super().training_step(model, inputs, num_items_in_batch)
         # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
         # the mean.
         self._group_loss = self._group_loss + loss.detach().float()
@@ -199,71 +188,12 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return loss
 
     def _count(self, batch: Any) -> tuple[int, int]:
-        """Samples and tokens of a micro-batch."""
+        """Samples, as far as its contents tell, and tokens of a micro-batch."""
         main_input = batch.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(batch, "get") else None
         tokens = 0
         if isinstance(main_input, torch.Tensor) and not main_input.is_floating_point():
             tokens = main_input.numel()
-        return find_batch_size(batch) or 0, tokens
-
-    def _divides_by_items(self, model: Any, micro_batches: list[Any], num_items: Any) -> bool:
-        """Whether the loss really is divided by ``num_items_in_batch``; found by trial, once.
-
-        Many models accept the argument and ignore it (BERT's classifiers, for one). Transformers then takes the sum
-        of the micro-batches' mean losses, times the number of processes, for the mean. Without the argument it divides
-        by their number (``groups.py``: by their shares of the targets), which is right for them. So with a
-        ``compute_loss_func``, or a subclass's ``compute_loss``, that ignores it. Not tried: a subclass that says so
-        itself (``loss_is_scaled_for_ga``), or whose ``_prepare_inputs`` does more than move tensors (TRL's GRPO).
-        """
-        alone = (
-            len(micro_batches) == self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
-        )
-        says_itself = getattr(self, "loss_is_scaled_for_ga", None) is not None
-        own_inputs = type(self)._prepare_inputs is not Trainer._prepare_inputs
-        if num_items is None or alone or says_itself or own_inputs:
-            return True
-        if self._loss_is_divided is None:
-            once, twice = self._trial_losses(model, micro_batches[0], [num_items, 2 * num_items])
-            if once == 0 or not math.isfinite(once):  # says nothing
-                return True
-            self._loss_is_divided = not math.isclose(once, twice, rel_tol=1e-2)
-            if not self._loss_is_divided and self.compute_loss_func is not None:
-                self.compute_loss_func = self._divided(self.compute_loss_func)
-        return self._loss_is_divided
-
-    def _trial_losses(self, model: Any, batch: Any, numbers: list[Any]) -> list[float]:
-        """The losses of one micro-batch for several ``num_items_in_batch``; nothing is changed by it."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        model.train()
-        prepared = self._prepare_inputs(batch)
-
-        def loss_for(number: Any) -> float:
-            torch.manual_seed(0)  # the same dropout
-            loss: Any = self.compute_loss(model, copy.copy(prepared), num_items_in_batch=number)
-            return float(loss.detach().mean())
-
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            try:
-                with torch.no_grad():
-                    losses = [loss_for(number) for number in numbers]
-            except RuntimeError:  # a loss may be made of gradients
-                with self.accelerator.no_sync(model=model):
-                    losses = [loss_for(number) for number in numbers]
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        return losses
-
-    def _divided(self, loss_function: Any) -> Any:
-        """Wrap a loss function that returns a mean, which the Trainer takes for divided by the size of the group."""
-
-        @functools.wraps(loss_function)
-        def divided(*args: Any, **kwargs: Any) -> Any:
-            loss = loss_function(*args, **kwargs)
-            return loss / self.current_gradient_accumulation_steps if self._in_training_step else loss
-
-        return divided
+        return rows_of(batch) or 0, tokens
 
     def _start_group(self) -> None:
         self._group_loss = 0.0
@@ -282,7 +212,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             told = torch.cat([loss.to(wide).view(1), loss.new_tensor([samples, tokens], dtype=wide)])
             total = self.accelerator.reduce(told, reduction="sum").tolist()
             loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
-        self.elra_callback.count(samples, tokens, loss)
+        self.elra_callback.count(samples if self._rows_drawn is None else self._rows_drawn, tokens, loss)
 
     # ---- the last batch of an epoch ----
 
@@ -292,7 +222,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             if self.elra_active and self.elra_settings.elra_skip_last_batch and self.train_dataset is not None:
                 logger.warning(
                     "The training data are less than one batch of %d: the incomplete batch is used all the same.",
-                    self._train_batch_size * self.args.world_size,
+                    self._samples_of(self._train_batch_size),
                 )
             return super().get_train_dataloader()
         kept = self.args.dataloader_drop_last
@@ -305,10 +235,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def _skips_last_batch(self) -> bool:
         if not self.elra_active or not self.elra_settings.elra_skip_last_batch:
             return False
-        if not has_length(self.train_dataset):
-            return True
-        batch = self._train_batch_size * self.args.world_size
-        return len(self.train_dataset) >= batch
+        rows = number_of_rows(self.train_dataset)
+        return rows is None or rows >= self._samples_of(self._train_batch_size)
 
     def set_initial_training_values(self, args, dataloader):
         """Stock counts, without the incomplete group of micro-batches at the end of an epoch."""
@@ -341,10 +269,10 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if self._has_ended():
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if has_length(self.train_dataset) or not batches or not self._skips_last_batch():
+        if number_of_rows(self.train_dataset) is not None or not batches or not self._skips_last_batch():
             return batches, num_items
         in_group = isinstance(batches[0], MicroBatchGroup)
-        sizes = [find_batch_size(batch) or 0 for batch in (batches[0] if in_group else batches)]
+        sizes = [rows_of(batch) or 0 for batch in (batches[0] if in_group else batches)]
         seen = self.elra_callback
         seen.full_batch = max(*sizes, seen.full_batch)
         at_the_end = self.accelerator.gradient_state.end_of_dataloader
@@ -388,13 +316,12 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def _log_decision(self, entry: dict[str, Any], numbers: dict[str, float]) -> None:
         """Write a decision about the batch to the log history, and what of it is a number to all logs."""
         seen = self.elra_callback
-        size = entry["accumulation"] * self._train_batch_size * self.args.world_size
-        more = {
-            "accumulation": entry["accumulation"],
-            "batch_size": size,
-            "batch_tokens": round(size * seen.tokens / seen.samples) if seen.samples else 0,
-            "micro_batches_per_pass": self._micro_batches_per_pass,
-        }
+        size = entry["accumulation"] * self.progress.samples_per_batch
+        more = {"accumulation": entry["accumulation"], "batch_size": size}
+        if seen.tokens:
+            more["batch_tokens"] = round(size * seen.tokens / seen.samples)
+        if self.batch_control is not None and self.batch_control.max_pass is not None:
+            more["micro_batches_per_pass"] = self._micro_batches_per_pass
         self.state.log_history.append({**entry, **more, "step": self.state.global_step})
         self.log({name: float(value) for name, value in {**numbers, **more}.items()})
 
@@ -433,8 +360,9 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     number,
                 )
             self.non_finite_before = metrics["non_finite"]
-        if "loss" in logs and self.batch_control is not None:
-            logs["batch_size"] = float((self._last_accumulation or self.accumulation) * self._samples_per_batch)
+        if "loss" in logs and self.batch_control is not None and self.batch_control.asked_for:
+            batches = self._last_accumulation or self.accumulation
+            logs["batch_size"] = float(batches * self.progress.samples_per_batch)
             if self.noise_scale is not None and (scale := self.noise_scale.value) is not None:
                 logs["noise_scale"] = scale
         if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size

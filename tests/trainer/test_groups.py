@@ -58,9 +58,8 @@ def test_noise_scale_compares_the_first_pass_with_the_update(tmp_path, divides, 
 
     class Note(ElraTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if self._in_training_step:
-                seen.append(dict(inputs))
-                divisors.append(num_items_in_batch)
+            seen.append(dict(inputs))
+            divisors.append(num_items_in_batch)
             number = num_items_in_batch if divides else None
             return super().compute_loss(model, inputs, return_outputs, number)
 
@@ -287,7 +286,7 @@ def test_the_users_arguments_are_left_as_they_were(tmp_path):
     ("searched", "samples", "control"),
     [
         ({"gradient_accumulation_steps": 4}, 8 * 16, "elra"),
-        ({"elra_batch_control": "off", "gradient_accumulation_steps": 2}, 8 * 8, None),
+        ({"elra_batch_control": "off", "gradient_accumulation_steps": 2}, 8 * 8, "off"),
         ({"elra_batch_control": "schedule", "elra_batch_schedule": "0:1,0.5:3"}, 4 * 4 + 4 * 12, "schedule"),
     ],
     ids=str,
@@ -611,6 +610,14 @@ def test_cycle_logs_hold_what_a_user_wants_to_know(tmp_path):
     assert decisions(run)[0]["micro_batches_per_pass"] == 1.5
     numbers = [entry for entry in run.state.log_history if "cycle_loss" in entry]
     assert [e["cycle_loss"] for e in numbers] == [d["mean"] for d in decisions(run)]
+
+
+def test_cycle_logs_leave_out_what_says_nothing(tmp_path):
+    run = trainer(tmp_path, vit().double(), vit_rows(), per_device_train_batch_size=2, elra_control_cycle="3ba")
+    run.train()
+    assert len(decisions(run)) == 3
+    for entry in run.state.log_history:
+        assert not {"batch_tokens", "micro_batches_per_pass"} & set(entry)
 
 
 def test_cycles_are_logged_at_their_true_epoch_also_in_the_saved_state(tmp_path):

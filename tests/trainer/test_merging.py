@@ -286,6 +286,40 @@ def test_auto_halves_on_running_out_of_memory_and_remembers(tmp_path, caplog):
     assert automatic.elra_callback.state()["attributes"]["data_position"]["pass_limit"] == 4 * 16
 
 
+class Caches(torch.nn.Module):
+    """Registers a buffer in its first forward pass, lets another grow, and averages in a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 1)
+        self.register_buffer("grows", torch.zeros(1))
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, input_ids, labels):
+        if "cos" not in self._buffers:
+            self.register_buffer("cos", torch.ones(len(input_ids)), persistent=False)
+        if len(self.grows) < len(input_ids):
+            self.grows = torch.arange(len(input_ids)).float()
+        self.average.lerp_(input_ids.float().mean(), 0.5)
+        return {"loss": (self.linear(input_ids / 64) - labels[:, :1] / 64).square().mean()}
+
+
+@pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
+def test_a_model_whose_buffers_change_is_tried_and_accumulated(tmp_path, optim):
+    runs = []
+    for together in ("8", "auto", None):
+        torch.manual_seed(0)
+        run = trainer(
+            tmp_path, Caches(), optim=optim, per_device_train_batch_size=2, max_steps=4, elra_batch_control="schedule",
+            elra_batch_schedule="0:4", elra_max_micro_batch=together,
+        )  # fmt: skip
+        run.train()
+        runs.append(run)
+    assert torch.equal(weights(runs[0].model), weights(runs[1].model))
+    assert torch.equal(runs[0].model.average, runs[1].model.average)
+    assert logged(runs[2], "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-5)
+
+
 def test_auto_goes_on_when_a_pass_that_fitted_no_longer_does(tmp_path, caplog_warnings):
     run = trainer(
         tmp_path,

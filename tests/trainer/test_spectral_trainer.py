@@ -26,7 +26,7 @@ def test_it_trains_a_stock_trainer(tmp_path):
     marked = [p for g in optimizer.param_groups for p, t in zip(g["params"], g["tables"], strict=True) if t]
     assert [id(p) for p in marked] == [id(embedding)]
     assert logged(run, "loss")[-1] < 1.0
-    assert run.batch_control is None  # the batch stays as it is
+    assert run.batch_control.mode == "off"  # the batch stays as it is
     assert logged(run, "alpha")[-1] == pytest.approx(logged(run, "learning_rate")[-1])
 
 
@@ -105,7 +105,7 @@ def test_without_momentum_the_batch_grows(tmp_path, passed, monkeypatch, caplog_
     assert told == [(step, "linear", "grow", size) for step, size in ((5, 4), (10, 6), (15, 8), (20, 10))]
     assert "The batch grows by its first size every 5 updates, as there is no momentum" in caplog_warnings.text
     for given in ({"elra_batch_control": "off"}, {"optim_args": "momentum=0.5"}):
-        assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control is None
+        assert spectral(tmp_path / "off", **{"optim_args": "momentum=0", **given}).batch_control.mode == "off"
 
 
 def test_a_growing_batch_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -1,0 +1,143 @@
+"""Is a loss divided by ``num_items_in_batch``, or the mean over its own pass? Seen from the first one, not tried.
+
+Many models accept the argument and ignore it (BERT's classifiers, for one), and so do many a ``compute_loss_func`` and
+many a subclass's ``compute_loss``. Transformers then takes the sum of the passes' mean losses, times the number of
+processes, for the mean. So the first pass of a run is given a number that knows whether the loss was made with it, and
+a loss that was not is divided by the number of passes, or by their share of the targets (``groups.py``), before it goes
+back. User code is called once for every pass.
+
+It is assumed that a loss that was made with the number is divided by it, and that one kind of loss is used all along.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class NotedNumber(Tensor):
+    """A number that knows whether a loss depends on it: by the graph of the loss, or because its value was read."""
+
+    # What is computed with it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    leaf: Tensor
+    was_read: bool
+
+    @classmethod
+    def of(cls, number: Tensor | float, device: torch.device) -> NotedNumber:
+        """Return the number, as a float, for a loss that is yet to be computed."""
+        leaf = torch.as_tensor(number, device=device).detach()
+        leaf = (leaf if leaf.is_floating_point() else leaf.float()).clone().requires_grad_()
+        noted: NotedNumber = leaf.clone().as_subclass(cls)  # no leaf itself: user code may change it in place
+        noted.leaf, noted.was_read = leaf, False
+        return noted
+
+    def was_used_in(self, loss: Tensor) -> bool:
+        """Whether a loss was, or may have been, computed with the number."""
+        waiting: list[Any] = [loss.grad_fn]
+        met: set[Any] = {None}
+        while waiting and not self.was_read:
+            node = waiting.pop()
+            if node in met:
+                continue
+            met.add(node)
+            if getattr(node, "variable", None) is self.leaf:
+                return True
+            waiting += [before for before, _ in node.next_functions]
+        return self.was_read
+
+
+def _noting(name: str) -> Any:
+    plain = getattr(Tensor, name)
+
+    @functools.wraps(plain)
+    def read(self: NotedNumber, *args: Any, **kwargs: Any) -> Any:
+        self.was_read = True
+        return plain(self.leaf.detach(), *args, **kwargs)
+
+    return read
+
+
+for _name in ("item", "tolist", "numpy", "detach", "long", "int", "__int__", "__float__", "__index__", "__array__"):
+    setattr(NotedNumber, _name, _noting(_name))
+
+
+class LossScaleMixin(_Base):
+    """Makes the loss of every pass its part of the update's mean, whoever computes it."""
+
+    elra_active = False
+    batch_control: Any = None
+    _divides: bool | None = None  # by num_items_in_batch; None until a loss was seen
+
+    def loss_is_divided(self, num_items: Any, passes: int) -> bool | None:
+        """Whether the losses of an update's passes come divided; None where that is still to be seen.
+
+        Not looked at: a subclass that says so itself (``loss_is_scaled_for_ga``), or whose ``_prepare_inputs`` does
+        more than move tensors (TRL's GRPO).
+        """
+        says: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if says is not None:
+            return says
+        if num_items is None:
+            return False
+        alone = passes == 1 and self.accelerator.num_processes == 1  # divided by its own items or not is the same
+        own_inputs = type(self)._prepare_inputs is not Trainer._prepare_inputs
+        return True if alone or own_inputs else self._divides
+
+    def scaled_step(self, model: Any, inputs: Any, num_items: Any, passes: int | None = None) -> Tensor:
+        """Run the stock training step of one pass, with its loss scaled.
+
+        A mean over the pass is divided by ``current_gradient_accumulation_steps``, one of ``passes``, or of so many.
+        """
+        divided: bool | None = True
+        if self.elra_active or self.batch_control is not None:
+            divided = self.loss_is_divided(num_items, passes or self.current_gradient_accumulation_steps)
+        if divided is False and getattr(self, "loss_is_scaled_for_ga", None) is None:
+            num_items = None
+        if divided or (divided is False and self._stock_divides(num_items)):
+            return super().training_step(model, inputs, num_items)
+        users = vars(self).get("compute_loss")
+        scaled: Any = functools.partial(self._scaled_loss, self.compute_loss, divided is None)
+        self.compute_loss = scaled  # type: ignore[method-assign]
+        try:
+            return super().training_step(model, inputs, num_items)
+        finally:
+            del self.compute_loss
+            if users is not None:
+                self.compute_loss = users  # type: ignore[method-assign]
+
+    def _stock_divides(self, num_items: Any) -> bool:
+        """Whether the stock training step divides by ``current_gradient_accumulation_steps``."""
+        says = getattr(self, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+        if says is not None:
+            return not says
+        return self.compute_loss_func is None and (num_items is None or not self.model_accepts_loss_kwargs)
+
+    def _scaled_loss(self, compute_loss: Any, asks: bool, *args: Any, **kwargs: Any) -> Any:
+        """Compute a loss, and divide it where the stock training step does not divide a mean."""
+        num_items: Any = kwargs.get("num_items_in_batch")
+        if not asks:
+            return compute_loss(*args, **kwargs) / self.current_gradient_accumulation_steps
+        number = NotedNumber.of(num_items, self.args.device)
+        averages, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # a mean would be multiplied by the processes, too
+            loss = compute_loss(*args, **{**kwargs, "num_items_in_batch": number})
+        finally:
+            self.args.average_tokens_across_devices = averages
+        if loss.grad_fn is not None:
+            self._divides = number.was_used_in(loss)
+        if self._divides is False:
+            return loss if self._stock_divides(num_items) else loss / self.current_gradient_accumulation_steps
+        if averages and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            processes = self.accelerator.num_processes // self.get_tp_size()
+            loss = loss * (processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+        return loss

@@ -76,6 +76,7 @@ class BoostingMixin(_Base):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.point_mean = None  # that of an earlier training, or trial, is of other points
         if (mean := self.mean_of_points) != "off":
             model: Any = self.model
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

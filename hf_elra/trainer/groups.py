@@ -16,6 +16,7 @@ import inspect
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from hf_elra.control import ControlCycle, NoiseScale, batch_size
 from hf_elra.control.batch_size import BatchDecision, BatchSizeController, linear_factor
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
-from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
+from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model, set_meanwhile
 from hf_elra.trainer.batch_control import (
     BatchControl,
     budget_as_max_steps,
@@ -150,19 +151,22 @@ class DynamicBatchMixin(_Base):
 
     # ---- the loop's hooks ----
 
-    def train(self, *args, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         """Stock; only meanwhile does the loop believe that an update is one batch, which is a group."""
-        self.take_over_accumulation()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.args.gradient_accumulation_steps = self._accumulation_of_user
+        with self._an_update_is_a_batch():
+            super()._run_epoch(*args, **kwargs)
 
-    def take_over_accumulation(self) -> None:
-        """Tell the loop to make an update of every batch, where groups do the accumulation."""
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Stock; what is saved and told within an epoch are the user's arguments."""
+        with set_meanwhile(self.args, gradient_accumulation_steps=self._accumulation_of_user):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _an_update_is_a_batch(self) -> Iterator[None]:
         self._accumulation_of_user = self.args.gradient_accumulation_steps
-        if self.batch_control is not None:
-            self.args.gradient_accumulation_steps = 1
+        values = {} if self.batch_control is None else {"gradient_accumulation_steps": 1}
+        with set_meanwhile(self.args, **values):
+            yield
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
@@ -361,7 +365,8 @@ class DynamicBatchMixin(_Base):
         if self.batch_control is None:
             return super().set_initial_training_values(args, dataloader)
         control, sized = self.batch_control, has_length(dataloader)
-        with budget_as_max_steps(args, None if sized else control.max_samples or control.max_tokens):
+        budget = None if sized else control.max_samples or control.max_tokens
+        with budget_as_max_steps(args, budget), self._an_update_is_a_batch():
             values = super().set_initial_training_values(args, dataloader)
         epochs, per_epoch, examples, samples, batch, in_epoch, _ = values
         whole = len(dataloader) * self._samples_per_batch if sized else 0

@@ -29,8 +29,8 @@ from hf_elra.trainer.arguments import (
     control_of,
     optimizer_name,
     parse_optim_args,
-    prepare_arguments,
-    uses_elra,
+    replaced_defaults,
+    set_meanwhile,
 )
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
@@ -40,14 +40,28 @@ from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 logger = logging.getLogger(__name__)
 
 
-def trains_with_elra(trainer: Trainer) -> bool:
-    """Whether a Trainer's arguments name one of our optimizers, or one was passed to it."""
+SETTINGS = (
+    *(field.name for field in dataclasses.fields(ElraSettings)),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "deepspeed", "fsdp"),
+)
+"""The arguments that :meth:`ElraTrainerMixin.prepare_elra` decides by."""
+
+
+def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
+    """The class of the optimizer that a Trainer has or will make, if it is one of ours.
+
+    As in the stock Trainer one that is there already, made or passed in, goes before a class that was passed in, and
+    that before the name in the arguments; with a ``model_init`` every training makes its own.
+    """
+    there = None if trainer.model_init is not None else unwrap_optimizer(trainer.optimizer)
     given = trainer.optimizer_cls_and_kwargs
-    return (
-        uses_elra(trainer.args)
-        or isinstance(trainer.optimizer, LossAwareOptimizer)
-        or (given is not None and isinstance(given[0], type) and issubclass(given[0], LossAwareOptimizer))
-    )
+    found: Any = OPTIMIZERS.get(optimizer_name(trainer.args))
+    if there is not None:
+        found = type(there)
+    elif given is not None:
+        found = given[0]
+    return found if isinstance(found, type) and issubclass(found, LossAwareOptimizer) else None
 
 
 class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
@@ -65,6 +79,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _in_training_step = False
     _told_accumulation: int | None = None
     non_finite_before = 0  # restarts for that reason up to the last log
+    _prepared_for: tuple[list[Any], list[Any]] | None = None
+    replaced_defaults: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,18 +88,21 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def prepare_elra(self) -> None:
         """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
+        self._prepared_for = None
         self.elra_settings = ElraSettings.of(self.args)
-        self.elra_active = trains_with_elra(self)
-        self.mean_of_points = self.elra_settings.mean_of_points(self._optimizer_class() if self.elra_active else None)
-        if self.elra_active:
+        ours = optimizer_of_ours(self)
+        self.elra_active = ours is not None
+        self.mean_of_points = self.elra_settings.mean_of_points(ours)
+        self.replaced_defaults = {}
+        if ours is not None:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
-            prepare_arguments(
+            self.replaced_defaults = replaced_defaults(
                 self.args,
                 deepspeed=self.is_deepspeed_enabled,
                 fsdp_version=getattr(fsdp, "fsdp_version", None),
-                ours="elra_spectral" if issubclass(self._optimizer_class(), ELRASpectral) else "ELRA",
+                ours="elra_spectral" if issubclass(ours, ELRASpectral) else "ELRA",
             )
-            if self.is_fsdp_enabled and not self._optimizer_class().takes_shards:
+            if self.is_fsdp_enabled and not ours.takes_shards:
                 raise ConfigurationError(
                     f"fsdp cannot be used with optim={optimizer_name(self.args)}, which needs whole matrices. Use DDP, "
                     "or optim=elra."
@@ -94,28 +113,25 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        self.prepare_batch_control(self.elra_settings, self._suiting_control() if self.elra_active else "off")
+        self.prepare_batch_control(self.elra_settings, "off" if ours is None else self._suiting_control(ours))
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.pop_callback(ElraCallback)
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
+        self._prepared_for = self._seen()
 
-    def _hp_search_setup(self, trial):
-        """Stock; what a trial sets of ours, or of the accumulation, is taken as if the Trainer were new."""
-        if trial is None or self.hp_search_backend is None:
-            super()._hp_search_setup(trial)
-            return
-        self.args.gradient_accumulation_steps = self._accumulation_of_user
-        super()._hp_search_setup(trial)
-        self.prepare_elra()
-        self.take_over_accumulation()
+    @property
+    def is_prepared(self) -> bool:
+        """Whether :meth:`prepare_elra` has seen what the Trainer holds now; anyone may change it between trainings."""
+        if self._prepared_for is None:
+            return False
+        (values, objects), (values_now, objects_now) = self._prepared_for, self._seen()
+        return values == values_now and all(one is other for one, other in zip(objects, objects_now, strict=True))
 
-    def _optimizer_class(self) -> Any:
-        """Class of the optimizer that was passed in, else of the one that will be made."""
-        if self.optimizer is not None:
-            return type(unwrap_optimizer(self.optimizer))
-        given = self.optimizer_cls_and_kwargs
-        return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
+    def _seen(self) -> tuple[list[Any], list[Any]]:
+        """What :meth:`prepare_elra` decides by: values, and objects that may be changed for others."""
+        values = [getattr(self.args, name, None) for name in SETTINGS]
+        return values, [type(self.args), optimizer_of_ours(self), self.optimizer_cls_and_kwargs, self.train_dataset]
 
     def create_optimizer(self, *args, **kwargs):
         """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
@@ -128,15 +144,24 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         finally:
             self.optimizer_cls_and_kwargs = given  # the next model has tables of its own
 
-    def _suiting_control(self) -> str:
-        """The batch control that suits that optimizer."""
-        if self.optimizer is not None:
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Stock, but where a default schedule would work against ELRA a constant one."""
+        with set_meanwhile(self.args, **self.replaced_defaults):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model):
+        """Stock, but no clipping by default with ELRA."""
+        return None if "max_grad_norm" in self.replaced_defaults else super()._clip_grad_norm(model)
+
+    def _suiting_control(self, ours: type[LossAwareOptimizer]) -> str:
+        """The batch control that suits an optimizer of ours."""
+        if self.optimizer is not None and self.model_init is None:
             settings = self.optimizer.param_groups[0]
         elif self.optimizer_cls_and_kwargs is not None:
             settings = self.optimizer_cls_and_kwargs[1]
         else:
-            settings = parse_optim_args(self.args.optim_args, self._optimizer_class())
-        return control_of(self._optimizer_class(), settings.get("momentum"))
+            settings = parse_optim_args(self.args.optim_args, ours)
+        return control_of(ours, settings.get("momentum"))
 
     @property
     def elra_callback(self) -> ElraCallback:
@@ -155,8 +180,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         optimizer = unwrap_optimizer(self.optimizer)
         return optimizer if hasattr(optimizer, "observe_loss") else None
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train; ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end."""
+    def begin_training(self, resume_from_checkpoint: Any) -> Any:
+        """Called by ``train``, with its argument; returns the checkpoint to resume from, or None.
+
+        ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end.
+        """
         if has_length(self.train_dataset) and len(self.train_dataset) == 0:
             raise ConfigurationError("train_dataset is empty; give it samples to train on.")
         if resume_from_checkpoint is True:
@@ -166,7 +194,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} holds no whole checkpoint; "
                     "leave it out to begin anew."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return resume_from_checkpoint
 
     def _save_checkpoint(self, *args, **kwargs):
         """Stock, but a checkpoint that cannot be written is an error that says where training can go on."""
@@ -292,12 +320,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     self._train_batch_size * self.args.world_size,
                 )
             return super().get_train_dataloader()
-        kept = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = True
-        try:
+        with set_meanwhile(self.args, dataloader_drop_last=True):
             return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = kept
 
     def _skips_last_batch(self) -> bool:
         if not self.elra_active or not self.elra_settings.elra_skip_last_batch:

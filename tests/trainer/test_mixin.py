@@ -360,7 +360,7 @@ def test_an_elra_passed_in_is_told_the_loss_too(tmp_path):
     optimizer = ELRA(model.parameters(), min_step_norm=0.1)
     args = arguments(tmp_path, TrainingArguments, max_steps=5)
     run = Trainer(model, args, train_dataset=token_rows(), optimizers=(optimizer, None))
-    assert args.max_grad_norm == 0
+    assert run.replaced_defaults == {"max_grad_norm": 0, "lr_scheduler_type": "constant"}
     run.train()
     assert run.elra_optimizer is optimizer
     assert optimizer.param_groups[0]["control"]["memory"]["initial_loss"] is not None

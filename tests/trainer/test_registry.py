@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers.integrations
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.trainer_utils import HPSearchBackend
 from transformers.training_args import OptimizerNames
 
 import hf_elra
-from hf_elra import ELRA, ElraTrainerMixin
+from hf_elra import ELRA, ELRASpectral, ElraTrainerMixin
 from hf_elra.trainer.mixin import with_elra
 from tests.conftest import arguments, llama, logged, token_rows, weights
 
@@ -23,9 +25,9 @@ def test_the_name_is_a_full_member_of_the_enumeration():
 
 
 def test_registering_again_changes_nothing():
-    before = (list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.__init__)
+    before = (list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.__init__, Trainer.train)
     hf_elra.register()
-    assert (list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.__init__) == before
+    assert (list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.__init__, Trainer.train) == before
 
 
 def test_command_lines_know_the_name(tmp_path):
@@ -90,3 +92,97 @@ def test_upgraded_and_explicit_trainers_walk_the_same_path(tmp_path):
         run.train()
         points.append(weights(run.model))
     assert torch.equal(*points)
+
+
+class OwnTrain(Trainer):
+    """Does something before it trains, once."""
+
+    calls = 0
+
+    def train(self, *args, **kwargs):
+        self.calls += 1
+        return super().train(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optim", ["elra", "elra_spectral"])
+def test_a_name_that_comes_after_the_trainer_installs_all_of_it(tmp_path, optim):
+    """As setfit's arguments, which are made by it; the same path as one that was named before."""
+    first = arguments(tmp_path, TrainingArguments, optim=optim, max_steps=14, learning_rate=1e-3)
+    early = Trainer(llama(), first, train_dataset=token_rows())
+    late = OwnTrain(
+        llama(), arguments(tmp_path, TrainingArguments, max_steps=14, learning_rate=1e-3), train_dataset=token_rows()
+    )
+    assert type(late) is OwnTrain
+    late.args.optim = optim
+    for run in (early, late):
+        run.train()
+        assert isinstance(run, ElraTrainerMixin)
+    assert late.calls == 1
+    assert torch.equal(weights(early.model), weights(late.model))
+    assert logged(early, "alpha") == logged(late, "alpha")
+    assert late.elra_callback.samples == 14 * 8
+
+
+def test_wrong_settings_that_come_after_the_trainer_install_nothing(tmp_path):
+    run = Trainer(llama(), arguments(tmp_path, TrainingArguments, max_steps=2), train_dataset=token_rows())
+    run.args.optim, run.args.optim_args = "elra", "c=2"
+    with pytest.raises(hf_elra.ConfigurationError, match="'c' is no argument of ELRA"):
+        run.train()
+    assert type(run) is Trainer
+    run.args.optim, run.args.optim_args = "adamw_torch", None
+    run.train()
+    assert isinstance(run.optimizer.optimizer, torch.optim.AdamW)
+
+
+def test_what_is_changed_between_trainings_counts(tmp_path):
+    run = Trainer(
+        model_init=lambda: llama(), args=arguments(tmp_path, TrainingArguments, optim="elra_spectral", max_steps=12),
+        train_dataset=token_rows(),
+    )  # fmt: skip
+    run.train()
+    assert run.point_mean is not None
+    run.args.optim, run.args.max_steps = "adamw_torch", 2
+    run.train()
+    assert not run.elra_active
+    assert run.point_mean is None  # or evaluate would show the points of the training before
+    stock = Trainer(
+        model_init=lambda: llama(), args=arguments(tmp_path, TrainingArguments, max_steps=2), train_dataset=token_rows()
+    )
+    stock.train()
+    torch.testing.assert_close(weights(run.model), weights(stock.model), rtol=1e-6, atol=1e-7)
+    run.args.optim, run.train_dataset = "elra", token_rows(40)
+    run.train()
+    assert isinstance(run.elra_optimizer, ELRA)
+    assert run.batch_control is not None
+
+
+def test_an_optimizer_that_was_passed_in_goes_before_the_name(tmp_path):
+    model, args = llama(), arguments(tmp_path, TrainingArguments, optim="elra", max_steps=2)
+    run = Trainer(
+        model, args, train_dataset=token_rows(), optimizers=(torch.optim.AdamW(model.parameters(), lr=1e-3), None)
+    )
+    assert type(run) is Trainer
+    run.train()
+    assert isinstance(run.optimizer.optimizer, torch.optim.AdamW)
+
+
+def test_a_search_over_optimizers_that_began_with_another(tmp_path, monkeypatch):
+    for module in (transformers.integrations, transformers.integrations.integration_utils):
+        monkeypatch.setattr(module, "hp_params", lambda trial: trial.params)
+    args = arguments(tmp_path, TrainingArguments, max_steps=14, learning_rate=1e-3)
+    run = Trainer(model_init=lambda: llama(), args=args, train_dataset=token_rows())
+    run.hp_search_backend, run.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    for number, (optim, kind) in enumerate(
+        [("adamw_torch", torch.optim.AdamW), ("elra_spectral", ELRASpectral), ("elra", ELRA), ("sgd", torch.optim.SGD)]
+    ):
+        run.train(trial=type("Trial", (), {"number": number, "params": {"optim": optim}})())
+        assert type(run.optimizer.optimizer) is kind
+        assert isinstance(run, ElraTrainerMixin) == (number > 0)
+        alone = Trainer(
+            model_init=lambda: llama(), train_dataset=token_rows(),
+            args=arguments(tmp_path, TrainingArguments, max_steps=14, learning_rate=1e-3, optim=optim),
+        )  # fmt: skip
+        alone.train()
+        assert torch.equal(weights(run.model), weights(alone.model))
+        assert logged(run, "loss") == logged(alone, "loss")
+    assert (args.max_grad_norm, args.lr_scheduler_type) == (1.0, "linear")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -44,6 +44,21 @@ class _TakesBatches(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> Any:
         return self.model(**batch)
+
+
+@contextlib.contextmanager
+def _in_place(points: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let parameters have other values for the length of a ``with`` block."""
+    kept = {p: p.detach().clone() for p in points}
+    try:
+        with torch.no_grad():
+            for p, point in points.items():
+                p.copy_(point)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in kept.items():
+                p.copy_(value)
 
 
 class BoostingMixin(_Base):
@@ -107,7 +122,14 @@ class BoostingMixin(_Base):
 
     @contextlib.contextmanager
     def boosted(self) -> Iterator[None]:
-        """Use the mean, if there is one, for the length of a ``with`` block."""
+        """Use the mean, if there is one, for the length of a ``with`` block.
+
+        During a search, which ends where it began, that is where it began.
+        """
+        if start := self._start_of_search():
+            with _in_place(start):
+                yield
+            return
         if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
             yield
             return
@@ -117,6 +139,13 @@ class BoostingMixin(_Base):
                 yield
         finally:
             self._at_the_mean = False
+
+    def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
+        """Where parameters were when the search began that runs now; nothing where none does, or where it is let be."""
+        optimizer = getattr(self, "elra_optimizer", None)
+        if optimizer is None or optimizer.settled or not self.is_in_train or self.control.should_training_stop:
+            return {}
+        return {p: state["start"] for p, state in optimizer.state.items() if "start" in state}
 
     def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
         """Training batches, the same at every call; the random state outside is left alone."""

@@ -81,6 +81,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     non_finite_before = 0  # restarts for that reason up to the last log
     _prepared_for: tuple[list[Any], list[Any]] | None = None
     replaced_defaults: dict[str, Any]
+    _put_off: set[str]  # what was due in the search: "should_evaluate", "should_save"
+    _made_up_for: tuple[int, set[str]]  # at which update, and what
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -195,6 +197,42 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     "leave it out to begin anew."
                 )
         return resume_from_checkpoint
+
+    # ---- evaluations and checkpoints during a search, whose points are taken back ----
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Stock, but what is due at a point that will be taken back is put off to the search's end, or the run's.
+
+        Early stopping and the choice of the best checkpoint would go by points that nobody can have.
+        """
+        update, names = self.state.global_step, ("should_evaluate", "should_save")
+        due = {name for name in names if getattr(self.control, name)}
+        optimizer = self.elra_optimizer
+        if optimizer is not None and not optimizer.settled and not self.control.should_training_stop:
+            if due and not self._put_off:
+                self._tell_that_it_is_put_off(due, optimizer.updates_to_settle)
+            self._put_off |= due
+            due = set()
+        elif self._put_off:
+            due, self._put_off = due | self._put_off, set()
+            self._made_up_for = update, due
+        elif self._made_up_for[0] == update:  # an epoch that ends with the search
+            due -= self._made_up_for[1]
+        for name in names:
+            setattr(self.control, name, name in due)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _tell_that_it_is_put_off(self, due: set[str], updates: int) -> None:
+        words = [word for name, word in (("evaluate", "evaluation"), ("save", "checkpoint")) if f"should_{name}" in due]
+        if self.is_world_process_zero():
+            logger.warning(
+                "Update %d: the %s that %s due %s put off to the end of the search for a learning rate, which takes "
+                "its points back: update %d, if it ends as planned.",
+                self.state.global_step,
+                " and the ".join(words),
+                *(["are"] * 2 if len(words) > 1 else ["is"] * 2),
+                self.state.global_step + updates,
+            )
 
     def _save_checkpoint(self, *args, **kwargs):
         """Stock, but a checkpoint that cannot be written is an error that says where training can go on."""
@@ -420,6 +458,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.log({name: float(value) for name, value in {**numbers, **more}.items()})
 
     def _init_training_state(self, *args, **kwargs):
+        self._put_off, self._made_up_for = set(), (0, set())
         position = super()._init_training_state(*args, **kwargs)
         self.elra_callback  # noqa: B018 - tells the callback, which may be a new one, its Trainer
         return position

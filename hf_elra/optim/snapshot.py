@@ -1,0 +1,95 @@
+"""Trial passes leave nothing behind: what forward passes change of a model comes back.
+
+Parameters and gradients are not looked after: whoever changes them knows which. Who makes trial passes, and why, is not
+here (``point_mean.py``, ``trainer/``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, *, but: Collection[nn.Module] = (), random_state: bool = False) -> Iterator[None]:
+    """Let a model's buffers be after a ``with`` block what they were before it, whatever passes are made in it.
+
+    A module may register, drop, replace or resize its buffers meanwhile, as caches of positions grow. Such a module
+    gets back its other attributes too, so that a cache and what is noted about it (how long it is) stay together.
+
+    Args:
+        model: what is called in the block.
+        but: modules of it whose buffers are not looked after.
+        random_state: whether random numbers go on after the block as if it had drawn none: those of torch on the CPU
+            and on the model's devices, of Python, and of NumPy where it is loaded.
+    """
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any], set[str]]] = []
+    for module in model.modules():
+        if module in but:
+            continue
+        buffers = dict(module._buffers)
+        attributes = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        modules.append((module, buffers, attributes, set(module._non_persistent_buffers_set)))
+        for buffer in buffers.values():
+            if buffer is not None and id(buffer) not in kept:
+                kept[id(buffer)] = buffer, buffer.detach().clone()
+    with _same_random_numbers(model) if random_state else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            resized = {number for number, (buffer, values) in kept.items() if buffer.shape != values.shape}
+            for buffer, values in kept.values():
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    if buffer.shape != values.shape:
+                        buffer.resize_(values.shape)
+                    buffer.copy_(values)
+            for module, buffers, attributes, not_saved in modules:
+                now = module._buffers
+                same = now.keys() == buffers.keys() and all(now[name] is buffers[name] for name in buffers)
+                if same and not any(id(buffer) in resized for buffer in buffers.values()):
+                    continue
+                now.clear()
+                now.update(buffers)
+                module._non_persistent_buffers_set.clear()
+                module._non_persistent_buffers_set.update(not_saved)
+                for name in vars(module).keys() - _OF_EVERY_MODULE - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
+
+
+@contextlib.contextmanager
+def _same_random_numbers(model: nn.Module) -> Iterator[None]:
+    numpy = sys.modules.get("numpy")  # what is not loaded draws nothing
+    of_python, of_torch = random.getstate(), torch.get_rng_state()
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    of_devices = [(device, _of_device("get", device)) for device in _devices_with_generators(model)]
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        torch.set_rng_state(of_torch)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+        for device, state in of_devices:
+            _of_device("set", device, state)
+
+
+def _devices_with_generators(model: nn.Module) -> set[torch.device]:
+    """Devices of a model's tensors that draw random numbers of their own."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return {device for device in devices if device.type not in ("cpu", "meta")}
+
+
+def _of_device(what: str, device: torch.device, *state: Tensor) -> Any:
+    """Get or set the state of a device's generator; Apple's MPS has one device and takes no number of it."""
+    function = getattr(torch.get_device_module(device.type), f"{what}_rng_state")
+    return function(*state) if device.type == "mps" else function(*state, device)

@@ -1,0 +1,104 @@
+"""hf_elra.optim.snapshot: passes through a model that leave nothing behind."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_elra.optim.snapshot import unchanged
+
+
+class Rotary(nn.Module):
+    """Positions in a buffer that grows with the longest input, as rotary embeddings keep them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.longest = 0
+        if how != "registers":
+            self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("scale", torch.ones(2))
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        if x.shape[0] > self.longest or self.how == "shrinks":
+            self.longest = self.noted = x.shape[0]
+            table = torch.cos(torch.arange(float(x.shape[0])))
+            if self.how == "resizes":
+                self.cos.resize_(table.shape).copy_(table)
+            elif self.how == "replaces":
+                self.cos = table
+            else:
+                self.register_buffer("cos", table, persistent=False)
+                self.scale = self.scale * 2  # another tensor of the same shape
+        return x * self.cos[: x.shape[0]].view(-1, *[1] * (x.dim() - 1)) * self.weight
+
+
+def held(model):
+    return {
+        "buffers": [(name, id(b), b.clone()) for name, b in model.named_buffers()],
+        "saved": list(model.state_dict()),
+        "longest": model.longest,
+        "has noted": hasattr(model, "noted"),
+    }
+
+
+@pytest.mark.parametrize("how", ["registers", "resizes", "replaces", "expands", "shrinks"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_and_what_is_noted_about_them_come_back(how, fails):
+    model = Rotary(how)
+    for length in (None, 4):
+        if length is not None:
+            model(torch.ones(length))
+        before = held(model)
+        for other in (9, 2):
+            try:
+                with unchanged(model):
+                    model(torch.ones(other))
+                    model(torch.ones(11))
+                    if fails:
+                        raise KeyError
+            except KeyError:
+                pass
+            after = held(model)
+            assert [b[:2] for b in after["buffers"]] == [b[:2] for b in before["buffers"]]
+            assert all(torch.equal(a[2], b[2]) for a, b in zip(after.pop("buffers"), before["buffers"], strict=True))
+            assert after == {name: value for name, value in before.items() if name != "buffers"}
+        model(torch.ones(6))  # goes on as if nothing had been
+
+
+def test_values_shared_buffers_and_buffers_of_inference_come_back():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), Rotary("replaces"))
+    model[1].running_mean = model[0].running_mean
+    with torch.inference_mode():
+        model[2](torch.ones(3))
+    assert model[2].cos.is_inference()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with unchanged(model):
+        model(torch.randn(5, 3))
+        with torch.inference_mode():
+            model[2].cos.zero_()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert model[1].running_mean is model[0].running_mean
+    with unchanged(model, but={model[0]}):
+        model[:2](torch.randn(5, 3))
+    assert model[0].num_batches_tracked == 1
+    assert model[1].num_batches_tracked == 0
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    model = nn.Linear(1, 1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    with unchanged(model, random_state=True):
+        draw()
+    assert draw() == expected
+    with unchanged(model):
+        draw()
+    assert draw() != expected

@@ -56,7 +56,7 @@ def seconds_per_update(
 ) -> float:
     """Train for ``given.updates`` updates on ``rows`` and time them."""
     optimizer = ELRA(model.parameters())
-    mean = PointMean(dict(model.named_parameters())) if kind == KINDS[2] else None
+    mean = PointMean(model) if kind == KINDS[2] else None
     ready = data.__getitems__(rows[:batch])  # type: ignore[arg-type]
     synchronise = torch.cuda.synchronize if given.device.startswith("cuda") else lambda: None
     synchronise()

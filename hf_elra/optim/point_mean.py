@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.snapshot import unchanged
 
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
@@ -27,10 +27,13 @@ BATCH_NORM_SAMPLES = 4096
 class PointMean:
     """The mean of the points that parameters went through in the running, or just finished, control cycle.
 
-    It keeps one number per parameter, in float32 where the parameter has fewer bits.
+    It keeps one number per parameter, in float32 where the parameter has fewer bits. Which parameters there are is
+    looked up at every point. One that is trained only later has a mean that begins with it; one that is frozen again
+    stays in the mean; one that is gone, or has another shape than before, loses what was known of it.
 
     Args:
-        parameters (dict of str to Parameter): what to average, by name.
+        parameters (Module, or dict of str to Parameter): what to average: the parameters of a model that are trained,
+            or all that a dict tells by name.
         power (int, optional): the mean is over all points from the first one on, whatever cycles there are, and the
             t-th has the weight t^power. (polynomial-decay averaging: O. Shamir and T. Zhang, 2013)
 
@@ -39,23 +42,39 @@ class PointMean:
 
     Attributes:
         count: how many points are in the mean.
+        mean: the mean itself, by the names of the parameters; empty before the first point.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], power: int | None = None) -> None:
+    def __init__(self, parameters: nn.Module | dict[str, nn.Parameter], power: int | None = None) -> None:
+        is_model = isinstance(parameters, nn.Module)
         is_dict = isinstance(parameters, dict) and all(isinstance(p, Tensor) for p in parameters.values())
-        if not is_dict or not parameters:
+        if not is_model and (not is_dict or not parameters):
             what = "an empty dict" if is_dict else type(parameters).__name__
-            raise ConfigurationError(
-                f"parameters must be a dict of parameters by name, not {what}; pass dict(model.named_parameters())."
-            )
+            raise ConfigurationError(f"parameters must be a model, or a dict of its parameters by name, not {what}.")
         if power is not None and (isinstance(power, bool) or not isinstance(power, int) or power < 0):
             raise ConfigurationError(f"power={power!r} must be a whole number >= 0, e.g. 8, or None for cycles.")
-        self.parameters = parameters
+        self._of = parameters
         self.power = power
-        self.mean = {name: self._wide(p).clone() for name, p in parameters.items()}
+        self.mean: dict[str, Tensor] = {}
         self.count = 0
+        self._joined: dict[str, int] = {}  # the count when a parameter came, where it came later than the first point
         self._cycle_is_over = False
-        self._average = get_swa_multi_avg_fn()
+        if not self._averaged():
+            raise ConfigurationError(
+                "parameters: nothing of this model is trained, so that there is nothing to average; set "
+                "requires_grad=True on some of its parameters."
+            )
+
+    def _averaged(self) -> dict[str, nn.Parameter]:
+        """The parameters of this moment that are averaged."""
+        if isinstance(self._of, dict):
+            return self._of
+        return {name: p for name, p in self._of.named_parameters() if p.requires_grad or name in self.mean}
+
+    def _known(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters of this moment of which there is a mean, each with it."""
+        found = self._averaged()
+        return [(p, m) for name, m in self.mean.items() if (p := found.get(name)) is not None and p.shape == m.shape]
 
     @staticmethod
     def _wide(tensor: Tensor) -> Tensor:
@@ -66,35 +85,52 @@ class PointMean:
     def add(self) -> None:
         """Take the present point into the mean; the first one after a cycle's end begins a new mean."""
         if self._cycle_is_over:
-            self.count, self._cycle_is_over = 0, False
-        points = [self._wide(p) for p in self.parameters.values()]
-        for means, of_same_type in _by_type(list(self.mean.values()), points):
-            if self.power is None:
-                self._average(means, of_same_type, self.count)
-            else:
-                torch._foreach_lerp_(means, of_same_type, (self.power + 1) / (self.count + self.power + 1))
+            self._forget_points()
+        parameters = self._averaged()
+        for name in self.mean.keys() - parameters.keys():
+            del self.mean[name]
+        lots: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}  # of one type, as foreach functions want them
+        for name, p in parameters.items():
+            point, mean = self._wide(p), self.mean.get(name)
+            if mean is None or mean.shape != point.shape:
+                mean = point.clone()
+                if self.count:
+                    self._joined[name] = self.count
+            self.mean[name] = mean = mean.to(point.device, point.dtype)  # a model may have been moved
+            count = self.count - self._joined.get(name, 0)
+            means, points = lots.setdefault((mean.dtype, mean.device, count), ([], []))
+            means.append(mean)
+            points.append(point)
+        power = self.power or 0
+        for (_, _, count), (means, points) in lots.items():
+            torch._foreach_lerp_(means, points, (power + 1) / (count + power + 1))
         self.count += 1
+
+    def _forget_points(self) -> None:
+        self.count, self._cycle_is_over = 0, False
+        self._joined.clear()
 
     def end_cycle(self) -> None:
         """Declare the cycle over; its mean stays until the next point is added."""
         self._cycle_is_over = self.power is None
 
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put the mean into the parameters; without points they stay."""
+        for p, mean in self._known() if self.count else ():
+            p.copy_(mean)
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the mean into the parameters for the length of a ``with`` block; without points they stay."""
-        if self.count == 0:
-            yield
-            return
-        with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-            for name, p in self.parameters.items():
-                p.copy_(self.mean[name])
+        kept = [(p, p.detach().clone()) for p, _ in self._known()] if self.count else []
         try:
+            self.put()
             yield
         finally:
             with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(kept[name])
+                for p, values in kept:
+                    p.copy_(values)
 
     def save(self, folder: str) -> None:
         """Write the mean, and what it is, into a folder or checkpoint; nothing while there are no points."""
@@ -108,31 +144,31 @@ class PointMean:
             if self.power is None
             else f"the mean of {self.count} points of the run, the t-th with weight t^{self.power}",
             "count": self.count,
+            "joined": self._joined,
             "cycle_is_over": self._cycle_is_over,
         }
         Path(folder, BOOSTING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str) -> bool:
-        """Take the mean from a checkpoint; without one there begin anew with no points, and return False."""
+        """Take the mean from a checkpoint; without one there begin anew with no points, and return False.
+
+        What is trained now but was not then has no points yet; what was trained then stays in the mean.
+        """
+        self._forget_points()
+        self.mean.clear()
         if not Path(folder, BOOSTED).is_file():
-            self.count, self._cycle_is_over = 0, False
             return False
+        present = self._of if isinstance(self._of, dict) else dict(self._of.named_parameters())
         saved = load_file(os.path.join(folder, BOOSTED))
-        for name, tensor in self.mean.items():
-            tensor.copy_(saved[name])
+        for name, p in present.items():
+            if name in saved and saved[name].shape == p.shape:
+                self.mean[name] = saved[name].to(p.device, self._wide(p).dtype)
+        if not self.mean:
+            return False
         content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))
         self.count, self._cycle_is_over = content["count"], content["cycle_is_over"]
+        self._joined = dict(content.get("joined", {}))
         return True
-
-
-def _by_type(means: list[Tensor], points: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Lists of one dtype and device each, as foreach functions want them."""
-    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for mean, point in zip(means, points, strict=True):
-        group = groups.setdefault((mean.dtype, mean.device), ([], []))
-        group[0].append(mean)
-        group[1].append(point)
-    return list(groups.values())
 
 
 @contextlib.contextmanager
@@ -144,19 +180,33 @@ def at_the_mean(mean: PointMean, model: nn.Module, batches: Iterable[Any]) -> It
         model: called with a batch.
         batches: training batches for the statistics; not asked for where the model has no BatchNorm.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with mean.in_place():
-            recompute_batch_norm(model, batches)
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    with mean.in_place(), unchanged(model):
+        recompute_batch_norm(model, batches)
+        yield
 
 
 @torch.no_grad()
 def recompute_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Take the statistics of all BatchNorm layers anew from ``batches``; without such layers do nothing."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        update_bn(batches, model)
+    """Take the statistics of all BatchNorm layers anew from ``batches``; nothing else of the model changes.
+
+    Layers that stay in evaluation mode when the model trains keep theirs, and all do where there is no batch.
+    """
+    modes = {module: module.training for module in model.modules()}
+    momenta: dict[nn.modules.batchnorm._BatchNorm, float | None] = {}
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+                momenta[module], module.momentum = module.momentum, None  # a plain mean over the batches
+        if momenta:
+            with unchanged(model, but=momenta.keys(), random_state=True):
+                for number, batch in enumerate(batches):
+                    if number == 0:
+                        for norm in momenta:
+                            norm.reset_running_stats()
+                    model(batch)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode

@@ -84,7 +84,7 @@ def train(
     if len(data) < micro_batch:
         raise ConfigurationError(f"micro_batch={micro_batch} is more than the {len(data)} training images.")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mean = PointMean(dict(model.named_parameters())) if boost_every is not None else None
+    mean = PointMean(model) if boost_every is not None else None
     all_micro_batches = len(data) // micro_batch
     updates = 0
     for epoch in range(epochs):

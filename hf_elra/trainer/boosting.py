@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -93,9 +93,7 @@ class BoostingMixin(_Base):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.point_mean = None  # that of an earlier training, or trial, is of other points
         if (mean := self.mean_of_points) != "off":
-            model: Any = self.model
-            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            self.point_mean = PointMean(trained, POWER if mean == "run" else None)
+            self.point_mean = PointMean(cast(nn.Module, self.model), POWER if mean == "run" else None)
             self._updates_per_cycle = updates_per_cycle(self)
             if resume_from_checkpoint is not None:
                 self.point_mean.load(resume_from_checkpoint)
@@ -196,7 +194,5 @@ class BoostingMixin(_Base):
         """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
         super()._load_best_model()
         if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
-            with torch.no_grad():
-                for name, parameter in self.point_mean.parameters.items():
-                    parameter.copy_(self.point_mean.mean[name])
+            self.point_mean.put()
             recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())

@@ -53,8 +53,8 @@ def test_without_points_there_is_no_mean_to_put_in_place():
 @pytest.mark.parametrize(
     ("parameters", "power", "message"),
     [
-        ([torch.nn.Parameter(torch.zeros(3))], 8, r"not list; pass dict\(model.named_parameters\(\)\)"),
-        (torch.nn.Linear(2, 2), 8, "not Linear; pass dict"),
+        ([torch.nn.Parameter(torch.zeros(3))], 8, "must be a model, or a dict of its parameters by name, not list"),
+        (torch.nn.ReLU(), 8, "nothing of this model is trained"),
         ({}, 8, "not an empty dict"),
         ({"p": torch.nn.Parameter(torch.zeros(3))}, -3, "power=-3 must be a whole number >= 0"),
         ({"p": torch.nn.Parameter(torch.zeros(3))}, 2.5, "power=2.5 must be a whole number >= 0"),

@@ -1,0 +1,138 @@
+"""hf_elra.optim.point_mean: parameters and buffers that change on the way; means in a Trainer are in trainer/."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hf_elra.optim.point_mean import PointMean, at_the_mean, recompute_batch_norm
+from tests.test_snapshot import Rotary
+
+
+def two(first=True, second=True):
+    model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)}).double()
+    model.a.weight.requires_grad_(first)
+    model.b.weight.requires_grad_(second)
+    return model
+
+
+def go_to(model, a, b):
+    model.a.weight.data.fill_(a)
+    model.b.weight.data.fill_(b)
+
+
+def values(model):
+    return model.a.weight.item(), model.b.weight.item()
+
+
+def test_what_is_trained_only_later_has_a_mean_that_begins_with_it(tmp_path):
+    model = two(second=False)
+    mean = PointMean(model)
+    go_to(model, 1.0, 10.0)
+    mean.add()
+    assert list(mean.mean) == ["a.weight"]
+    mean.save(str(tmp_path))
+    model.b.weight.requires_grad_(True)
+    for a, b in ((3.0, 20.0), (5.0, 40.0)):
+        go_to(model, a, b)
+        mean.add()
+    with mean.in_place():
+        assert values(model) == (3.0, 30.0)
+    assert values(model) == (5.0, 40.0)
+
+    # the second stage is another run
+    stage = two()
+    resumed = PointMean(stage)
+    assert resumed.load(str(tmp_path))
+    for a, b in ((3.0, 20.0), (5.0, 40.0)):
+        go_to(stage, a, b)
+        resumed.add()
+    resumed.save(str(tmp_path))
+    assert json.loads((tmp_path / "boosting.json").read_text())["joined"] == {"b.weight": 1}
+    again = PointMean(stage)
+    again.load(str(tmp_path))
+    go_to(stage, 7.0, 60.0)
+    again.add()
+    with again.in_place():
+        assert values(stage) == (4.0, 40.0)
+    again.end_cycle()
+    again.add()
+    with again.in_place():
+        assert values(stage) == (7.0, 60.0)
+
+
+def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_path):
+    model = two()
+    mean = PointMean(model, power=0)
+    go_to(model, 1.0, 10.0)
+    mean.add()
+    mean.save(str(tmp_path))
+    model.a.weight.requires_grad_(False)
+    go_to(model, 1.0, 20.0)
+    mean.add()
+    with mean.in_place():
+        assert values(model) == (1.0, 15.0)
+    stage = two(first=False)
+    resumed = PointMean(stage, power=0)
+    resumed.load(str(tmp_path))
+    assert list(resumed.mean) == ["a.weight", "b.weight"]
+    model.b = nn.Linear(2, 1, bias=False)  # as an embedding that is resized
+    with mean.in_place():
+        assert model.b.weight.shape == (1, 2)
+    mean.add()
+    assert torch.equal(mean.mean["b.weight"], model.b.weight)
+    del model.b
+    mean.add()
+    assert list(mean.mean) == ["a.weight"]
+    other = nn.Linear(3, 3)
+    assert not PointMean(other).load(str(tmp_path))
+
+
+def test_a_model_that_is_moved_takes_its_mean_with_it():
+    model = two()
+    mean = PointMean(model)
+    go_to(model, 1.0, 1.0)
+    mean.add()
+    model.float()
+    go_to(model, 3.0, 5.0)
+    mean.add()
+    with mean.in_place():
+        assert values(model) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("how", ["registers", "resizes", "replaces", "expands", "shrinks"])
+def test_a_forward_pass_at_the_mean_may_change_buffers(how):
+    model = nn.Sequential(nn.BatchNorm1d(1), Rotary(how))
+    mean = PointMean(model)
+    mean.add()
+    for length in (4, 9, 6):
+        with at_the_mean(mean, model, [torch.randn(5, 1)]):
+            model(torch.ones(length, 1))
+        model(torch.ones(length, 1))
+
+
+def test_statistics_are_those_of_the_batches_and_nothing_else_changes():
+    torch.manual_seed(0)
+    frozen = nn.BatchNorm1d(2, momentum=0.3)
+    frozen.running_mean.fill_(5.0)
+    frozen.train = lambda mode=True: frozen  # as of a backbone that is not to be trained
+    frozen.training = False
+    model = nn.Sequential(frozen, nn.BatchNorm1d(2, momentum=0.3), nn.Dropout(0.5), nn.BatchNorm1d(2))
+    model[3].eval()
+    state = torch.get_rng_state()
+    inputs = torch.randn(64, 2)
+    torch.set_rng_state(state)
+    recompute_batch_norm(model, [inputs[:32], inputs[32:]])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert frozen.running_mean.tolist() == [5.0, 5.0]
+    torch.testing.assert_close(model[1].running_mean, (inputs.mean(0) - 5) / (1 + 1e-5) ** 0.5)
+    assert [m.training for m in model] == [False, True, True, False]
+    assert model[1].momentum == 0.3
+
+    before = model[1].running_mean.clone()
+    recompute_batch_norm(model, [])  # no data say nothing
+    assert torch.equal(model[1].running_mean, before)
+    with pytest.raises(RuntimeError):
+        recompute_batch_norm(model, [torch.randn(4, 3)])
+    assert model[1].momentum == 0.3

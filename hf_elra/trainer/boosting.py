@@ -4,7 +4,9 @@ The paper's is the mean of a control cycle's points. The other one, for a rate t
 points of the whole run by a power of their number, so that it needs no length. ``BoostingMixin`` gives it to a Trainer;
 the running mean itself is in ``optim/point_mean.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
 use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
-``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. Works with any optimizer.
+``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. When training is over the
+mean stays in the model, unless that is the best one of ``load_best_model_at_end``, and the last point is kept beside it
+for a training that goes on. Works with any optimizer.
 """
 
 from __future__ import annotations
@@ -61,13 +63,19 @@ def _in_place(points: dict[nn.Parameter, Tensor]) -> Iterator[None]:
                 p.copy_(value)
 
 
+def _holds(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor is a value, as far as its type can be."""
+    return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
+
+
 class BoostingMixin(_Base):
     """Gives a Trainer the mean of its points; does nothing while ``point_mean`` is None."""
 
     elra_settings: ElraSettings
     mean_of_points: str
     point_mean: PointMean | None = None
-    _at_the_mean = False
+    _at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
+    _last_point: dict[str, Tensor] | None = None  # beside a model that was left at the mean
     _updates_per_cycle: float | None = None  # at the first batch
 
     def check_boosting(self) -> None:
@@ -138,6 +146,43 @@ class BoostingMixin(_Base):
         finally:
             self._at_the_mean = False
 
+    # ---- the end of training, and going on ----
+
+    def end_at_the_mean(self) -> None:
+        """Leave the mean in the model, which training is over with."""
+        if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
+            return
+        moved = self.point_mean.mean.keys() | self._tensors(parameters=False).keys()
+        self._last_point = {n: t.detach().clone() for n, t in self._tensors().items() if n in moved}
+        self._put_mean()
+
+    def _put_mean(self) -> None:
+        assert self.point_mean is not None
+        self.point_mean.put()
+        recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())
+        self._at_the_mean = True
+
+    def go_on(self, resume_from_checkpoint: str | None) -> None:
+        """Training begins: if it goes on where this Trainer ended at the mean, put the last point into the model again.
+
+        The optimizer's memory is of that point. A model that somebody changed since, or that is made anew, or read from
+        a checkpoint, is taken as it is.
+        """
+        last, self._last_point, self._at_the_mean = self._last_point, None, False
+        if last is None or self.point_mean is None or self.model_init is not None or resume_from_checkpoint is not None:
+            return
+        now = self._tensors()
+        if any(n not in now or not _holds(now[n], mean) for n, mean in self.point_mean.mean.items()):
+            return
+        with torch.no_grad():
+            for name, value in last.items():
+                if name in now and now[name].shape == value.shape:
+                    now[name].copy_(value)
+
+    def _tensors(self, *, parameters: bool = True) -> dict[str, Tensor]:
+        model = cast(nn.Module, self.model)
+        return {**dict(model.named_parameters() if parameters else ()), **dict(model.named_buffers())}
+
     def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
         """Where parameters were when the search began that runs now; nothing where none does, or where it is let be."""
         optimizer = getattr(self, "elra_optimizer", None)
@@ -194,5 +239,4 @@ class BoostingMixin(_Base):
         """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
         super()._load_best_model()
         if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
-            self.point_mean.put()
-            recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())
+            self._put_mean()

@@ -140,6 +140,7 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         state.stateful_callbacks[type(self).__name__] = self.state()  # for Trainer.save_state
+        self.trainer.end_at_the_mean()
 
     def _advance(self, state: Any) -> bool:
         return self._cycle.advance(

@@ -138,6 +138,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def create_optimizer(self, *args, **kwargs):
         """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigurationError(
+                f"model: no parameter of this {type(model).__name__} has requires_grad=True, so that there is nothing "
+                "to train; unfreeze some of them, or add adapters."
+            )
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
             kinds = {kind: find(model) for kind, find in KINDS.items()}
             self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
@@ -196,6 +201,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} holds no whole checkpoint; "
                     "leave it out to begin anew."
                 )
+        self.go_on(resume_from_checkpoint or None)
         return resume_from_checkpoint
 
     # ---- evaluations and checkpoints during a search, whose points are taken back ----

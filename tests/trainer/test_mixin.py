@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_elra import ELRA, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
+from hf_elra import ELRA, ConfigurationError, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
 from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
 
 
@@ -238,6 +238,15 @@ def test_seq2seq(tmp_path):
     assert logged(run, "loss")[-1] < logged(run, "loss")[0]
     assert run.elra_optimizer.param_groups[0]["min_step_norm"] == 0.1
     assert "eval_loss" in run.evaluate()
+
+
+@pytest.mark.parametrize("given", [{}, {"optim": "elra_spectral"}, {"optim": "adamw_torch", "elra_boost": True}])
+def test_a_model_that_is_frozen_altogether_is_refused(tmp_path, given):
+    model = llama()
+    model.requires_grad_(False)
+    run = trainer(tmp_path, model=model, **given)
+    with pytest.raises(ConfigurationError, match="no parameter of this LlamaForCausalLM has requires_grad=True"):
+        run.train()
 
 
 def test_last_incomplete_batch_is_skipped_in_training_only(tmp_path):

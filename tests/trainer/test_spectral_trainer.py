@@ -15,6 +15,7 @@ from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, tables_of
 from hf_elra.control import batch_size
 from hf_elra.optim.point_mean import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
+from tests.trainer.test_boosting import Points
 from tests.trainer.test_groups import StopAt
 
 
@@ -51,13 +52,16 @@ def test_the_logged_rate_counts_the_schedule(tmp_path):
 
 
 def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
-    run = spectral(tmp_path, eval_dataset=token_rows(32, seed=1))
+    points, seen = Points(), Evaluated()
+    run = spectral(
+        tmp_path, eval_dataset=token_rows(32, seed=1), eval_strategy="steps", eval_steps=40, callbacks=[points, seen]
+    )
     run.train()
-    last = weights(run.model)
     assert run.point_mean.count == 31  # not those of the search, but the one it goes back to
-    with run.boosted():
-        mean = weights(run.model)
+    last, mean = points.points[-1], weights(run.model)
     assert not torch.equal(mean, last)
+    assert torch.equal(seen.points[0], mean)
+    assert run.evaluate()["eval_loss"] == logged_evaluations(run)[0]
     off = spectral(tmp_path / "off", elra_boost_mean="off")
     off.train()
     assert off.point_mean is None
@@ -146,6 +150,10 @@ class Evaluated(TrainerCallback):
         self.saved.append(state.global_step)
 
 
+def logged_evaluations(run):
+    return [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+
+
 class Stop(TrainerCallback):
     def __init__(self, update):
         self.update = update
@@ -172,7 +180,7 @@ def test_early_stopping_does_not_see_the_search(tmp_path, caplog_warnings):
     assert run.state.epoch == 12
     assert seen.evaluated == seen.saved == list(range(10, 65, 5))
     assert run.state.best_global_step == 60
-    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    losses = logged_evaluations(run)
     assert losses[-1] < 0.7 * losses[0]
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
     told = [r.getMessage() for r in caplog_warnings.records if "put off" in r.getMessage()]

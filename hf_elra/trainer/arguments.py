@@ -98,8 +98,9 @@ class ElraSettings:
             or tokens (padding included) over all processes. As ``max_steps`` does, they override
             ``num_train_epochs``; of several limits the first one reached counts.
         elra_boost (bool): evaluate, predict and save the mean of the points of the last control cycle (section 3.7);
-            training goes on from the last point, and checkpoints hold both. With any optimizer. Default: False; with
-            elra_spectral a mean is made in any case, unless ``elra_boost_mean`` is ``off``.
+            training goes on from the last point, and checkpoints hold both; the Trainer's model is the mean when
+            training is over. With any optimizer. Default: False; with elra_spectral a mean is made in any case, unless
+            ``elra_boost_mean`` is ``off``.
         elra_boost_mean (str): which points: ``cycle``, those of the last control cycle; ``run``, those of the whole
             run, the t-th with weight t^8, which is mostly its last ninth, whenever that is; ``off``. Default: ``run``
             with elra_spectral, else ``cycle`` with ``elra_boost`` and ``off`` without.

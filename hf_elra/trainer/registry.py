@@ -58,7 +58,14 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
     enumeration._value2member_map_[value] = member
     if hasattr(enumeration, "_hashable_values_"):  # Python >= 3.13
         enumeration._hashable_values_.append(value)
+    # Read from a file, as arguments are from training_args.bin, it brings this package with it.
+    member.__reduce_ex__ = lambda protocol: (member_of, (enumeration, value))
     type.__setattr__(enumeration, name, member)
+
+
+def member_of(enumeration: Any, value: str) -> Any:
+    """Return the member with this value: what a pickled member that was added here is read by."""
+    return enumeration(value)
 
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:

@@ -1,6 +1,9 @@
 """``--optim elra`` as a name that Transformers knows."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from transformers.training_args import OptimizerNames
 import hf_elra
 from hf_elra import ELRA, ELRASpectral, ElraTrainerMixin
 from hf_elra.trainer.mixin import with_elra
-from tests.conftest import arguments, llama, logged, token_rows, weights
+from tests.conftest import ROOT, arguments, llama, logged, token_rows, weights
 
 
 def test_the_name_is_a_full_member_of_the_enumeration():
@@ -22,6 +25,17 @@ def test_the_name_is_a_full_member_of_the_enumeration():
     assert member is OptimizerNames.ELRA is OptimizerNames["ELRA"]
     assert list(OptimizerNames).count(member) == 1
     assert copy.deepcopy(member) is member
+    assert pickle.loads(pickle.dumps(member)) is member
+
+
+def test_saved_arguments_are_read_where_nobody_imported_this_package(tmp_path):
+    torch.save(arguments(tmp_path, TrainingArguments, optim="elra_spectral"), tmp_path / "training_args.bin")
+    text = (
+        f"import torch; args = torch.load({str(tmp_path / 'training_args.bin')!r}, weights_only=False); "
+        "print(args.optim is type(args.optim)(args.optim.value), args.optim.value)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["True", "elra_spectral"], done.stderr
 
 
 def test_registering_again_changes_nothing():

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,11 +44,18 @@ LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 class LauncherFlags:
     """The ``--elra_*`` flags that the launcher took from the command line; they win over arguments.
 
-    ``honoured`` becomes true when a Trainer has read them.
+    ``honoured`` becomes true when a Trainer has read them; the file ``tell`` is made then, if there is one.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     honoured: bool = False
+    tell: Path | None = None
+
+    def honour(self) -> None:
+        """A Trainer has read them."""
+        if not self.honoured and self.tell is not None:
+            self.tell.touch()
+        self.honoured = True
 
 
 LAUNCHER_FLAGS = LauncherFlags()
@@ -165,7 +173,8 @@ class ElraSettings:
 
         The launcher's count as honoured then, unless they are ``only_checked``.
         """
-        LAUNCHER_FLAGS.honoured = LAUNCHER_FLAGS.honoured or not only_checked
+        if not only_checked:
+            LAUNCHER_FLAGS.honour()
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 

@@ -102,7 +102,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.cycle_losses, self._waiting = saved.get("cycle_losses", [0, 0.0, 0.0]), []
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
-            self.trainer.non_finite_before = optimizer.metrics["non_finite"]
+            self.trainer.remember_counts()
             updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
             if 0 < updates <= search:
                 logger.warning(

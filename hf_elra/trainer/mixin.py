@@ -48,6 +48,19 @@ SETTINGS = (
 """The arguments that :meth:`ElraTrainerMixin.prepare_elra` decides by."""
 
 
+COUNTED = {
+    "non_finite": "loss or gradient was not finite in %d of the updates since the last log; ELRA took the step before "
+    "back and tried a shorter one, or made none.",
+    "skipped": "%d batches since the last log said nothing: their loss was not finite, and they had no gradient. They "
+    "were skipped. Are there batches without labels?",
+    "accepted_levels": "losses stayed far above their level before, however short the step (so often since the last "
+    "log: %d); ELRA takes it that the data have changed, and goes on from there.",
+}
+"""What an optimizer may count, and what it means."""
+FEW = 3
+"""So many updates taken back in a row are nothing to be told of."""
+
+
 def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
     """The class of the optimizer that a Trainer has or will make, if it is one of ours.
 
@@ -78,7 +91,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _loss_is_divided: bool | None = None
     _in_training_step = False
     _told_accumulation: int | None = None
-    non_finite_before = 0  # restarts for that reason up to the last log
+    _counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
     _prepared_for: tuple[list[Any], list[Any]] | None = None
     replaced_defaults: dict[str, Any]
     _put_off: set[str]  # what was due in the search: "should_evaluate", "should_save"
@@ -491,14 +504,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if "loss" in logs and optimizer is not None:
             metrics = optimizer.metrics
             logs.update({name: value for name, value in metrics.items() if name not in logs})
-            if (number := metrics["non_finite"] - self.non_finite_before) > 0 and self.is_world_process_zero():
-                logger.warning(
-                    "Update %d: loss or gradient was not finite in %d of the updates since the last log; ELRA took "
-                    "the step before back, or made none, and went on with a smaller learning rate.",
-                    self.state.global_step,
-                    number,
-                )
-            self.non_finite_before = metrics["non_finite"]
+            self._warn_of_updates(metrics)
         if "loss" in logs and self.batch_control is not None:
             logs["batch_size"] = float((self._last_accumulation or self.accumulation) * self._samples_per_batch)
             if self.noise_scale is not None and (scale := self.noise_scale.value) is not None:
@@ -510,6 +516,35 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 (self.state.global_step - self.elra_callback.updates_before) / seconds, 3
             )
         super().log(logs, *args, **kwargs)
+
+    def remember_counts(self) -> None:
+        """Training begins: what was counted before it is not told again."""
+        if (optimizer := self.elra_optimizer) is not None:
+            self._counts_told = self.state.global_step, optimizer.metrics
+
+    def _warn_of_updates(self, metrics: dict[str, float]) -> None:
+        """Warn of updates since the last log that were taken back in a row, and of batches that were skipped."""
+        last_update, before = self._counts_told
+        update = self.state.global_step
+        self._counts_told = update, metrics
+        if not self.is_world_process_zero():
+            return
+        updates = update - last_update
+        since = {n: int(metrics.get(n, 0) - before.get(n, 0)) for n in (*COUNTED, "restarts")}
+        for name, text in COUNTED.items():
+            if since[name] > 0:
+                logger.warning("Update %d: " + text, update, since[name])
+        taken_back = since["restarts"] - since["non_finite"]
+        now = int(metrics.get("consecutive_restarts", 0))
+        if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
+            logger.warning(
+                "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "
+                "the data of these batches are other ones, or no step as long as allowed lowers their loss.",
+                update,
+                taken_back,
+                updates,
+                f", the last {now} in a row" if now > FEW else "",
+            )
 
 
 class ElraTrainer(ElraTrainerMixin, Trainer):

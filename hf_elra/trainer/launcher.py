@@ -18,6 +18,7 @@ import runpy
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -94,7 +95,7 @@ def told_to_children(flags: list[str]) -> Iterator[Path]:
         finally:
             for name, value in kept.items():
                 if value is None:
-                    del os.environ[name]
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
 
@@ -150,7 +151,22 @@ def check_script(target: str) -> str:
         raise ConfigurationError(
             f"script {target!r} holds settings, not a script; name the script first: hf-elra run SCRIPT {target}"
         )
+    if not _can_run(path):
+        raise ConfigurationError(f"script {target!r} is not written in Python, and nothing else can be run.")
     return target
+
+
+def _can_run(path: Path) -> bool:
+    """Whether Python can run a file or folder; an error within a ``.py`` file is Python's to tell."""
+    if path.is_dir():
+        return (path / "__main__.py").exists()
+    if path.suffix in (".py", ".pyc") or zipfile.is_zipfile(path):
+        return True
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _is_python(command: Path) -> bool:

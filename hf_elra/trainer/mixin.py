@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import logging
 import math
+import types
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -93,9 +95,9 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _told_accumulation: int | None = None
     _counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
     _prepared_for: tuple[list[Any], list[Any]] | None = None
-    replaced_defaults: dict[str, Any]
-    _put_off: set[str]  # what was due in the search: "should_evaluate", "should_save"
-    _made_up_for: tuple[int, set[str]]  # at which update, and what
+    replaced_defaults: Mapping[str, Any] = types.MappingProxyType({})
+    _put_off: frozenset[str] = frozenset()  # what was due in the search: "should_evaluate", "should_save"
+    _made_up_for: tuple[int, frozenset[str]] = (0, frozenset())  # at which update, and what
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -160,9 +162,16 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             kinds = {kind: find(model) for kind, find in KINDS.items()}
             self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
         try:
-            return super().create_optimizer(*args, **kwargs)
+            made = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = given  # the next model has tables of its own
+        if self.elra_active and self.elra_optimizer is None:
+            raise ConfigurationError(
+                f"optim={optimizer_name(self.args)} is not what {type(self).__name__}.create_optimizer makes, which is "
+                f"{type(unwrap_optimizer(made)).__name__}: name that one, or let create_optimizer make the one that is "
+                "named (super().create_optimizer() does)."
+            )
+        return made
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Stock, but where a default schedule would work against ELRA a constant one."""
@@ -225,15 +234,15 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         Early stopping and the choice of the best checkpoint would go by points that nobody can have.
         """
         update, names = self.state.global_step, ("should_evaluate", "should_save")
-        due = {name for name in names if getattr(self.control, name)}
+        due = frozenset(name for name in names if getattr(self.control, name))
         optimizer = self.elra_optimizer
         if optimizer is not None and not optimizer.settled and not self.control.should_training_stop:
             if due and not self._put_off:
                 self._tell_that_it_is_put_off(due, optimizer.updates_to_settle)
             self._put_off |= due
-            due = set()
+            due = frozenset()
         elif self._put_off:
-            due, self._put_off = due | self._put_off, set()
+            due, self._put_off = due | self._put_off, frozenset()
             self._made_up_for = update, due
         elif self._made_up_for[0] == update:  # an epoch that ends with the search
             due -= self._made_up_for[1]
@@ -241,7 +250,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             setattr(self.control, name, name in due)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _tell_that_it_is_put_off(self, due: set[str], updates: int) -> None:
+    def _tell_that_it_is_put_off(self, due: frozenset[str], updates: int) -> None:
         words = [word for name, word in (("evaluate", "evaluation"), ("save", "checkpoint")) if f"should_{name}" in due]
         if self.is_world_process_zero():
             logger.warning(
@@ -477,7 +486,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.log({name: float(value) for name, value in {**numbers, **more}.items()})
 
     def _init_training_state(self, *args, **kwargs):
-        self._put_off, self._made_up_for = set(), (0, set())
+        self._put_off, self._made_up_for = frozenset(), (0, frozenset())
         position = super()._init_training_state(*args, **kwargs)
         self.elra_callback  # noqa: B018 - tells the callback, which may be a new one, its Trainer
         return position

@@ -149,6 +149,21 @@ def test_a_file_of_settings_is_no_script(tmp_path, capsys, name):
     )
 
 
+def test_what_is_no_python_is_no_script(tmp_path, capsys):
+    (tmp_path / "run.sh").write_text("for i in 1 2; do echo $i; done")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(64)))
+    for path in (tmp_path / "run.sh", tmp_path / "model.safetensors", tmp_path):
+        assert run([str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"hf-elra: error: script {str(path)!r} is not written in Python, and nothing else can be run.\n"
+        )
+    (tmp_path / "without-an-ending").write_text("print('ran')")
+    (tmp_path / "__main__.py").write_text("print('ran')")
+    for path in (tmp_path / "without-an-ending", tmp_path):
+        assert run([str(path)]) == 0
+        assert capsys.readouterr().out == "ran\n"
+
+
 def test_packages_are_modules_if_they_have_a_main(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package = tmp_path / "command_package"

@@ -200,3 +200,24 @@ def test_a_search_over_optimizers_that_began_with_another(tmp_path, monkeypatch)
         assert torch.equal(weights(run.model), weights(alone.model))
         assert logged(run, "loss") == logged(alone, "loss")
     assert (args.max_grad_norm, args.lr_scheduler_type) == (1.0, "linear")
+
+
+def test_a_trainer_that_makes_another_optimizer_than_is_named_is_refused(tmp_path):
+    class MakesItsOwn(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    run = MakesItsOwn(llama(), arguments(tmp_path, TrainingArguments, optim="elra"), train_dataset=token_rows())
+    with pytest.raises(hf_elra.ConfigurationError, match="optim=elra is not what MakesItsOwn.create_optimizer makes"):
+        run.train()
+
+
+def test_an_optimizer_that_is_set_after_the_trainer_was_made(tmp_path):
+    model = llama()
+    run = Trainer(model, arguments(tmp_path, TrainingArguments, max_steps=3), train_dataset=token_rows())
+    run.optimizer = ELRA(model.parameters(), min_step_norm=0.1)
+    run.train()
+    assert isinstance(run, ElraTrainerMixin)
+    assert len(logged(run, "alpha")) == 3
+    assert run.elra_optimizer.param_groups[0]["control"]["previous_loss"] is not None

@@ -65,8 +65,7 @@ def main(words: list[str]) -> None:
 
     loss = evaluations[-1]["eval_loss"]
     perplexity = babyllama.perplexity(loss)
-    with trainer.boosted():  # the model that was evaluated and saved
-        sample = babyllama.generate_sample(trainer.model, tokenizer, recipe.prompt, recipe.sample_tokens)
+    sample = babyllama.generate_sample(trainer.model, tokenizer, recipe.prompt, recipe.sample_tokens)
     Path(run.folder, SAMPLE).write_text(sample + "\n", encoding="utf-8")
     metrics = run.write_results(
         trainer,

@@ -32,7 +32,7 @@ VOCABULARY = 64
 @pytest.fixture(autouse=True)
 def _no_flags_left_over():
     yield
-    LAUNCHER_FLAGS.values, LAUNCHER_FLAGS.honoured = {}, False
+    LAUNCHER_FLAGS.values, LAUNCHER_FLAGS.honoured, LAUNCHER_FLAGS.tell = {}, False, None
 
 
 @pytest.fixture

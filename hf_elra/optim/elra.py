@@ -151,11 +151,13 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
 
     Example:
         >>> optimizer = ELRA(model.parameters())
-        >>> for inputs, targets in batches:
-        ...     loss = loss_function(model(inputs), targets)
-        ...     loss.backward()
-        ...     optimizer.step(loss=loss)
-        ...     optimizer.zero_grad()
+        >>> for epoch in range(epochs):
+        ...     for inputs, targets in batches:
+        ...         loss = loss_function(model(inputs), targets)
+        ...         loss.backward()
+        ...         optimizer.step(loss=loss)
+        ...         optimizer.zero_grad()
+        ...     optimizer.end_cycle()
     """
 
     direction: Direction = staticmethod(gradient_direction)

@@ -89,11 +89,13 @@ class ELRASpectral(LossAwareOptimizer):
 
     Example:
         >>> optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
-        >>> for inputs, targets in batches:
-        ...     loss = loss_function(model(inputs), targets)
-        ...     loss.backward()
-        ...     optimizer.step(loss=loss)
-        ...     optimizer.zero_grad()
+        >>> for epoch in range(epochs):
+        ...     for inputs, targets in batches:
+        ...         loss = loss_function(model(inputs), targets)
+        ...         loss.backward()
+        ...         optimizer.step(loss=loss)
+        ...         optimizer.zero_grad()
+        ...     optimizer.end_cycle()
     """
 
     takes_shards = False

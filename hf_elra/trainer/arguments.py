@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +45,18 @@ LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 class LauncherFlags:
     """The ``--elra_*`` flags that the launcher took from the command line; they win over arguments.
 
-    ``honoured`` becomes true when a Trainer has read them.
+    ``honoured`` becomes true when a Trainer has read them; the file ``tell`` is made then, if there is one.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     honoured: bool = False
+    tell: Path | None = None
+
+    def honour(self) -> None:
+        """A Trainer has read them."""
+        if not self.honoured and self.tell is not None:
+            self.tell.touch()
+        self.honoured = True
 
 
 LAUNCHER_FLAGS = LauncherFlags()
@@ -97,8 +107,9 @@ class ElraSettings:
             or tokens (padding included) over all processes. As ``max_steps`` does, they override
             ``num_train_epochs``; of several limits the first one reached counts.
         elra_boost (bool): evaluate, predict and save the mean of the points of the last control cycle (section 3.7);
-            training goes on from the last point, and checkpoints hold both. With any optimizer. Default: False; with
-            elra_spectral a mean is made in any case, unless ``elra_boost_mean`` is ``off``.
+            training goes on from the last point, and checkpoints hold both; the Trainer's model is the mean when
+            training is over. With any optimizer. Default: False; with elra_spectral a mean is made in any case, unless
+            ``elra_boost_mean`` is ``off``.
         elra_boost_mean (str): which points: ``cycle``, those of the last control cycle; ``run``, those of the whole
             run, the t-th with weight t^8, which is mostly its last ninth, whenever that is; ``off``. Default: ``run``
             with elra_spectral, else ``cycle`` with ``elra_boost`` and ``off`` without.
@@ -163,7 +174,8 @@ class ElraSettings:
 
         The launcher's count as honoured then, unless they are ``only_checked``.
         """
-        LAUNCHER_FLAGS.honoured = LAUNCHER_FLAGS.honoured or not only_checked
+        if not only_checked:
+            LAUNCHER_FLAGS.honour()
         taken = LAUNCHER_FLAGS.values
         return cls(**{f.name: taken.get(f.name, getattr(args, f.name, f.default)) for f in dataclasses.fields(cls)})
 
@@ -325,10 +337,25 @@ def refuse_unusable(*, fp16: bool, deepspeed: bool, fsdp_version: int | None = N
         )
 
 
-def prepare_arguments(
+@contextlib.contextmanager
+def set_meanwhile(args: Any, **values: Any) -> Iterator[None]:
+    """Let ``args`` have other values for the length of a ``with`` block, for stock code that reads them."""
+    kept = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+def replaced_defaults(
     args: TrainingArguments, *, deepspeed: bool, fsdp_version: int | None = None, ours: str = "ELRA"
-) -> None:
-    """Check the arguments of a run with ELRA and replace stock defaults that would harm it, telling so.
+) -> dict[str, Any]:
+    """Check the arguments of a run with ELRA; return what it uses in place of stock defaults that would harm it.
+
+    It is told, and ``args``, which are the user's and may serve another run, stay as they are.
 
     Args:
         args: of the Trainer.
@@ -340,17 +367,20 @@ def prepare_arguments(
         ConfigurationError: a setting rules ELRA out.
     """
     refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
-    replaced = []
+    replaced: dict[str, Any] = {}
+    told = []
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):
         if getattr(args, name) != value and not _given_by_user(args, name):
-            replaced.append(f"{name} {_plain(getattr(args, name))} -> {_plain(value)}")
-            setattr(args, name, value)
+            replaced[name] = value
+            told.append(f"{name} {_plain(getattr(args, name))} -> {_plain(value)}")
             if name == "lr_scheduler_type" and args.warmup_steps:
-                replaced.append(f"with it warmup_steps {args.warmup_steps:g} -> none")
+                told.append(f"with it warmup_steps {args.warmup_steps:g} -> none")
     if args.process_index == 0:
-        if replaced:
-            logger.warning("%s replaces defaults of %s: %s.", ours, type(args).__name__, ", ".join(replaced))
-        if args.max_grad_norm and args.max_grad_norm > 0:
+        if told:
+            logger.warning(
+                "%s replaces defaults of %s while it trains: %s.", ours, type(args).__name__, ", ".join(told)
+            )
+        if args.max_grad_norm and args.max_grad_norm > 0 and "max_grad_norm" not in replaced:
             logger.warning(
                 "max_grad_norm=%g clips gradients, which changes the scalar products that the learning rate is made "
                 "of. Use 0; %s crops the step instead (%s).",
@@ -358,7 +388,7 @@ def prepare_arguments(
                 ours,
                 "max_step_norm" if ours == "ELRA" else "max_relative_step",
             )
-        if args.lr_scheduler_type != SchedulerType.CONSTANT:
+        if args.lr_scheduler_type != SchedulerType.CONSTANT and "lr_scheduler_type" not in replaced:
             logger.warning(
                 "lr_scheduler_type=%s multiplies %s's own learning rate, which then makes up for it where it can. Use "
                 "constant.",
@@ -372,6 +402,7 @@ def prepare_arguments(
                 args.weight_decay,
                 round(0.693 / args.weight_decay),
             )
+    return replaced
 
 
 def _plain(value: Any) -> str:

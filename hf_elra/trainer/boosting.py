@@ -4,7 +4,9 @@ The paper's is the mean of a control cycle's points. The other one, for a rate t
 points of the whole run by a power of their number, so that it needs no length. ``BoostingMixin`` gives it to a Trainer;
 the running mean itself is in ``optim/point_mean.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
 use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
-``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. Works with any optimizer.
+``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. When training is over the
+mean stays in the model, unless that is the best one of ``load_best_model_at_end``, and the last point is kept beside it
+for a training that goes on. Works with any optimizer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -46,13 +48,34 @@ class _TakesBatches(nn.Module):
         return self.model(**batch)
 
 
+@contextlib.contextmanager
+def _in_place(points: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let parameters have other values for the length of a ``with`` block."""
+    kept = {p: p.detach().clone() for p in points}
+    try:
+        with torch.no_grad():
+            for p, point in points.items():
+                p.copy_(point)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in kept.items():
+                p.copy_(value)
+
+
+def _holds(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor is a value, as far as its type can be."""
+    return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
+
+
 class BoostingMixin(_Base):
     """Gives a Trainer the mean of its points; does nothing while ``point_mean`` is None."""
 
     elra_settings: ElraSettings
     mean_of_points: str
     point_mean: PointMean | None = None
-    _at_the_mean = False
+    _at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
+    _last_point: dict[str, Tensor] | None = None  # beside a model that was left at the mean
     _updates_per_cycle: float | None = None  # at the first batch
 
     def check_boosting(self) -> None:
@@ -76,6 +99,7 @@ class BoostingMixin(_Base):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.point_mean = None  # that of an earlier training, or trial, is of other points
         if (mean := self.mean_of_points) != "off":
             self.point_mean = PointMean(cast(nn.Module, self.model), POWER if mean == "run" else None)
             self._updates_per_cycle = updates_per_cycle(self)
@@ -104,7 +128,14 @@ class BoostingMixin(_Base):
 
     @contextlib.contextmanager
     def boosted(self) -> Iterator[None]:
-        """Use the mean, if there is one, for the length of a ``with`` block."""
+        """Use the mean, if there is one, for the length of a ``with`` block.
+
+        During a search, which ends where it began, that is where it began.
+        """
+        if start := self._start_of_search():
+            with _in_place(start):
+                yield
+            return
         if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
             yield
             return
@@ -114,6 +145,50 @@ class BoostingMixin(_Base):
                 yield
         finally:
             self._at_the_mean = False
+
+    # ---- the end of training, and going on ----
+
+    def end_at_the_mean(self) -> None:
+        """Leave the mean in the model, which training is over with."""
+        if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
+            return
+        moved = self.point_mean.mean.keys() | self._tensors(parameters=False).keys()
+        self._last_point = {n: t.detach().clone() for n, t in self._tensors().items() if n in moved}
+        self._put_mean()
+
+    def _put_mean(self) -> None:
+        assert self.point_mean is not None
+        self.point_mean.put()
+        recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())
+        self._at_the_mean = True
+
+    def go_on(self, resume_from_checkpoint: str | None) -> None:
+        """Training begins: if it goes on where this Trainer ended at the mean, put the last point into the model again.
+
+        The optimizer's memory is of that point. A model that somebody changed since, or that is made anew, or read from
+        a checkpoint, is taken as it is.
+        """
+        last, self._last_point, self._at_the_mean = self._last_point, None, False
+        if last is None or self.point_mean is None or self.model_init is not None or resume_from_checkpoint is not None:
+            return
+        now = self._tensors()
+        if any(n not in now or not _holds(now[n], mean) for n, mean in self.point_mean.mean.items()):
+            return
+        with torch.no_grad():
+            for name, value in last.items():
+                if name in now and now[name].shape == value.shape:
+                    now[name].copy_(value)
+
+    def _tensors(self, *, parameters: bool = True) -> dict[str, Tensor]:
+        model = cast(nn.Module, self.model)
+        return {**dict(model.named_parameters() if parameters else ()), **dict(model.named_buffers())}
+
+    def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
+        """Where parameters were when the search began that runs now; nothing where none does, or where it is let be."""
+        optimizer = getattr(self, "elra_optimizer", None)
+        if optimizer is None or optimizer.settled or not self.is_in_train or self.control.should_training_stop:
+            return {}
+        return {p: state["start"] for p, state in optimizer.state.items() if "start" in state}
 
     def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
         """Training batches, the same at every call; the random state outside is left alone."""
@@ -164,5 +239,4 @@ class BoostingMixin(_Base):
         """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
         super()._load_best_model()
         if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
-            self.point_mean.put()
-            recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())
+            self._put_mean()

@@ -101,7 +101,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.cycle_losses = CycleLosses() if losses is None else CycleLosses.from_state(losses)
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
-            self.trainer.non_finite_before = optimizer.metrics["non_finite"]
+            self.trainer.remember_counts()
             updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
             if 0 < updates <= search:
                 logger.warning(
@@ -138,6 +138,7 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         state.stateful_callbacks[type(self).__name__] = self.state()  # for Trainer.save_state
+        self.trainer.end_at_the_mean()
 
     def _advance(self, state: Any) -> bool:
         return self._cycle.advance(

@@ -17,6 +17,7 @@ import inspect
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from hf_elra.control.progress import TrainingProgress
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.snapshot import unchanged
 from hf_elra.optim.tensors import accumulates_in
-from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model
+from hf_elra.trainer.arguments import ElraSettings, is_causal_language_model, set_meanwhile
 from hf_elra.trainer.batch_control import (
     BatchControl,
     budget_as_max_steps,
@@ -156,21 +157,25 @@ class DynamicBatchMixin(LossScaleMixin):
 
     # ---- the loop's hooks ----
 
-    def train(self, *args, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         """Stock; only meanwhile does the loop believe that an update is one batch, which is a group."""
-        self.take_over_accumulation()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.args.gradient_accumulation_steps = self._accumulation_of_user
+        with self._an_update_is_a_batch():
+            super()._run_epoch(*args, **kwargs)
 
-    def take_over_accumulation(self) -> None:
-        """Tell the loop to make an update of every batch, where groups do the accumulation."""
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Stock; what is saved and told within an epoch are the user's arguments."""
+        with set_meanwhile(self.args, gradient_accumulation_steps=self._accumulation_of_user):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _an_update_is_a_batch(self) -> Iterator[None]:
         self._accumulation_of_user = self.args.gradient_accumulation_steps
-        if self.batch_control is not None:
-            if not self.batch_control.asked_for:  # then it is the user's number, whatever it was before
-                self.batch_control.controller = BatchSizeController(self._accumulation_of_user)
-            self.args.gradient_accumulation_steps = 1
+        if self.batch_control is not None and not self.batch_control.asked_for:
+            # Then it is the user's number, whatever it was before.
+            self.batch_control.controller = BatchSizeController(self._accumulation_of_user)
+        values = {} if self.batch_control is None else {"gradient_accumulation_steps": 1}
+        with set_meanwhile(self.args, **values):
+            yield
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one update and return them as one group."""
@@ -368,7 +373,8 @@ class DynamicBatchMixin(LossScaleMixin):
         if self.batch_control is None:
             return super().set_initial_training_values(args, dataloader)
         control, sized = self.batch_control, has_length(dataloader)
-        with budget_as_max_steps(args, None if sized else control.max_samples or control.max_tokens):
+        budget = None if sized else control.max_samples or control.max_tokens
+        with budget_as_max_steps(args, budget), self._an_update_is_a_batch():
             values = super().set_initial_training_values(args, dataloader)
         epochs, per_epoch, examples, samples, batch, in_epoch, _ = values
         plain = plain_batch_sampler(dataloader) if sized else None

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import types
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -27,8 +29,8 @@ from hf_elra.trainer.arguments import (
     control_of,
     optimizer_name,
     parse_optim_args,
-    prepare_arguments,
-    uses_elra,
+    replaced_defaults,
+    set_meanwhile,
 )
 from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
@@ -39,14 +41,41 @@ from hf_elra.trainer.rows import number_of_rows, rows_of
 logger = logging.getLogger(__name__)
 
 
-def trains_with_elra(trainer: Trainer) -> bool:
-    """Whether a Trainer's arguments name one of our optimizers, or one was passed to it."""
+SETTINGS = (
+    *(field.name for field in dataclasses.fields(ElraSettings)),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "deepspeed", "fsdp"),
+)
+"""The arguments that :meth:`ElraTrainerMixin.prepare_elra` decides by."""
+
+
+COUNTED = {
+    "non_finite": "loss or gradient was not finite in %d of the updates since the last log; ELRA took the step before "
+    "back and tried a shorter one, or made none.",
+    "skipped": "%d batches since the last log said nothing: their loss was not finite, and they had no gradient. They "
+    "were skipped. Are there batches without labels?",
+    "accepted_levels": "losses stayed far above their level before, however short the step (so often since the last "
+    "log: %d); ELRA takes it that the data have changed, and goes on from there.",
+}
+"""What an optimizer may count, and what it means."""
+FEW = 3
+"""So many updates taken back in a row are nothing to be told of."""
+
+
+def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
+    """The class of the optimizer that a Trainer has or will make, if it is one of ours.
+
+    As in the stock Trainer one that is there already, made or passed in, goes before a class that was passed in, and
+    that before the name in the arguments; with a ``model_init`` every training makes its own.
+    """
+    there = None if trainer.model_init is not None else unwrap_optimizer(trainer.optimizer)
     given = trainer.optimizer_cls_and_kwargs
-    return (
-        uses_elra(trainer.args)
-        or isinstance(trainer.optimizer, LossAwareOptimizer)
-        or (given is not None and isinstance(given[0], type) and issubclass(given[0], LossAwareOptimizer))
-    )
+    found: Any = OPTIMIZERS.get(optimizer_name(trainer.args))
+    if there is not None:
+        found = type(there)
+    elif given is not None:
+        found = given[0]
+    return found if isinstance(found, type) and issubclass(found, LossAwareOptimizer) else None
 
 
 class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
@@ -61,7 +90,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _group_samples = 0
     _group_tokens = 0
     _told_accumulation: int | None = None
-    non_finite_before = 0  # restarts for that reason up to the last log
+    _counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
+    _prepared_for: tuple[list[Any], list[Any]] | None = None
+    replaced_defaults: Mapping[str, Any] = types.MappingProxyType({})
+    _put_off: frozenset[str] = frozenset()  # what was due in the search: "should_evaluate", "should_save"
+    _made_up_for: tuple[int, frozenset[str]] = (0, frozenset())  # at which update, and what
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,18 +102,21 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def prepare_elra(self) -> None:
         """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
+        self._prepared_for = None
         self.elra_settings = ElraSettings.of(self.args)
-        self.elra_active = trains_with_elra(self)
-        self.mean_of_points = self.elra_settings.mean_of_points(self._optimizer_class() if self.elra_active else None)
-        if self.elra_active:
+        ours = optimizer_of_ours(self)
+        self.elra_active = ours is not None
+        self.mean_of_points = self.elra_settings.mean_of_points(ours)
+        self.replaced_defaults = {}
+        if ours is not None:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
-            prepare_arguments(
+            self.replaced_defaults = replaced_defaults(
                 self.args,
                 deepspeed=self.is_deepspeed_enabled,
                 fsdp_version=getattr(fsdp, "fsdp_version", None),
-                ours="elra_spectral" if issubclass(self._optimizer_class(), ELRASpectral) else "ELRA",
+                ours="elra_spectral" if issubclass(ours, ELRASpectral) else "ELRA",
             )
-            if self.is_fsdp_enabled and not self._optimizer_class().takes_shards:
+            if self.is_fsdp_enabled and not ours.takes_shards:
                 raise ConfigurationError(
                     f"fsdp cannot be used with optim={optimizer_name(self.args)}, which needs whole matrices. Use DDP, "
                     "or optim=elra."
@@ -91,50 +127,68 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 ", ".join(without_effect),
                 getattr(self.args.optim, "value", self.args.optim),
             )
-        control = self._suiting_control() if self.elra_active else "off"
+        control = "off" if ours is None else self._suiting_control(ours)
         self.prepare_batch_control(self.elra_settings, control, keeps_position=self.elra_active)
         self.check_boosting()
         # First in the row, so that every other callback sees the corrected state.
         self.callback_handler.pop_callback(ElraCallback)
         self.callback_handler.callbacks.insert(0, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
+        self._prepared_for = self._seen()
 
-    def _hp_search_setup(self, trial):
-        """Stock; what a trial sets of ours, or of the accumulation, is taken as if the Trainer were new."""
-        if trial is None or self.hp_search_backend is None:
-            super()._hp_search_setup(trial)
-            return
-        self.args.gradient_accumulation_steps = self._accumulation_of_user
-        super()._hp_search_setup(trial)
-        self.prepare_elra()
-        self.take_over_accumulation()
+    @property
+    def is_prepared(self) -> bool:
+        """Whether :meth:`prepare_elra` has seen what the Trainer holds now; anyone may change it between trainings."""
+        if self._prepared_for is None:
+            return False
+        (values, objects), (values_now, objects_now) = self._prepared_for, self._seen()
+        return values == values_now and all(one is other for one, other in zip(objects, objects_now, strict=True))
 
-    def _optimizer_class(self) -> Any:
-        """Class of the optimizer that was passed in, else of the one that will be made."""
-        if self.optimizer is not None:
-            return type(unwrap_optimizer(self.optimizer))
-        given = self.optimizer_cls_and_kwargs
-        return given[0] if given is not None else OPTIMIZERS[optimizer_name(self.args)]
+    def _seen(self) -> tuple[list[Any], list[Any]]:
+        """What :meth:`prepare_elra` decides by: values, and objects that may be changed for others."""
+        values = [getattr(self.args, name, None) for name in SETTINGS]
+        return values, [type(self.args), optimizer_of_ours(self), self.optimizer_cls_and_kwargs, self.train_dataset]
 
     def create_optimizer(self, *args, **kwargs):
         """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigurationError(
+                f"model: no parameter of this {type(model).__name__} has requires_grad=True, so that there is nothing "
+                "to train; unfreeze some of them, or add adapters."
+            )
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
             kinds = {kind: find(model) for kind, find in KINDS.items()}
             self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
         try:
-            return super().create_optimizer(*args, **kwargs)
+            made = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = given  # the next model has tables of its own
+        if self.elra_active and self.elra_optimizer is None:
+            raise ConfigurationError(
+                f"optim={optimizer_name(self.args)} is not what {type(self).__name__}.create_optimizer makes, which is "
+                f"{type(unwrap_optimizer(made)).__name__}: name that one, or let create_optimizer make the one that is "
+                "named (super().create_optimizer() does)."
+            )
+        return made
 
-    def _suiting_control(self) -> str:
-        """The batch control that suits that optimizer."""
-        if self.optimizer is not None:
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Stock, but where a default schedule would work against ELRA a constant one."""
+        with set_meanwhile(self.args, **self.replaced_defaults):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model):
+        """Stock, but no clipping by default with ELRA."""
+        return None if "max_grad_norm" in self.replaced_defaults else super()._clip_grad_norm(model)
+
+    def _suiting_control(self, ours: type[LossAwareOptimizer]) -> str:
+        """The batch control that suits an optimizer of ours."""
+        if self.optimizer is not None and self.model_init is None:
             settings = self.optimizer.param_groups[0]
         elif self.optimizer_cls_and_kwargs is not None:
             settings = self.optimizer_cls_and_kwargs[1]
         else:
-            settings = parse_optim_args(self.args.optim_args, self._optimizer_class())
-        return control_of(self._optimizer_class(), settings.get("momentum"))
+            settings = parse_optim_args(self.args.optim_args, ours)
+        return control_of(ours, settings.get("momentum"))
 
     @property
     def elra_callback(self) -> ElraCallback:
@@ -153,8 +207,11 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         optimizer = unwrap_optimizer(self.optimizer)
         return optimizer if hasattr(optimizer, "observe_loss") else None
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train; ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end."""
+    def begin_training(self, resume_from_checkpoint: Any) -> Any:
+        """Called by ``train``, with its argument; returns the checkpoint to resume from, or None.
+
+        ``resume_from_checkpoint=True`` takes the newest checkpoint that was written to its end.
+        """
         if number_of_rows(self.train_dataset) == 0:
             raise ConfigurationError("train_dataset is empty; give it samples to train on.")
         if resume_from_checkpoint is True:
@@ -164,7 +221,44 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} holds no whole checkpoint; "
                     "leave it out to begin anew."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.go_on(resume_from_checkpoint or None)
+        return resume_from_checkpoint
+
+    # ---- evaluations and checkpoints during a search, whose points are taken back ----
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Stock, but what is due at a point that will be taken back is put off to the search's end, or the run's.
+
+        Early stopping and the choice of the best checkpoint would go by points that nobody can have.
+        """
+        update, names = self.state.global_step, ("should_evaluate", "should_save")
+        due = frozenset(name for name in names if getattr(self.control, name))
+        optimizer = self.elra_optimizer
+        if optimizer is not None and not optimizer.settled and not self.control.should_training_stop:
+            if due and not self._put_off:
+                self._tell_that_it_is_put_off(due, optimizer.updates_to_settle)
+            self._put_off |= due
+            due = frozenset()
+        elif self._put_off:
+            due, self._put_off = due | self._put_off, frozenset()
+            self._made_up_for = update, due
+        elif self._made_up_for[0] == update:  # an epoch that ends with the search
+            due -= self._made_up_for[1]
+        for name in names:
+            setattr(self.control, name, name in due)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _tell_that_it_is_put_off(self, due: frozenset[str], updates: int) -> None:
+        words = [word for name, word in (("evaluate", "evaluation"), ("save", "checkpoint")) if f"should_{name}" in due]
+        if self.is_world_process_zero():
+            logger.warning(
+                "Update %d: the %s that %s due %s put off to the end of the search for a learning rate, which takes "
+                "its points back: update %d, if it ends as planned.",
+                self.state.global_step,
+                " and the ".join(words),
+                *(["are"] * 2 if len(words) > 1 else ["is"] * 2),
+                self.state.global_step + updates,
+            )
 
     def _save_checkpoint(self, *args, **kwargs):
         """Stock, but a checkpoint that cannot be written is an error that says where training can go on."""
@@ -225,12 +319,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                     self._samples_of(self._train_batch_size),
                 )
             return super().get_train_dataloader()
-        kept = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = True
-        try:
+        with set_meanwhile(self.args, dataloader_drop_last=True):
             return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = kept
 
     def _skips_last_batch(self) -> bool:
         if not self.elra_active or not self.elra_settings.elra_skip_last_batch:
@@ -326,6 +416,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.log({name: float(value) for name, value in {**numbers, **more}.items()})
 
     def _init_training_state(self, *args, **kwargs):
+        self._put_off, self._made_up_for = frozenset(), (0, frozenset())
         position = super()._init_training_state(*args, **kwargs)
         self.elra_callback  # noqa: B018 - tells the callback, which may be a new one, its Trainer
         return position
@@ -352,14 +443,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if "loss" in logs and optimizer is not None:
             metrics = optimizer.metrics
             logs.update({name: value for name, value in metrics.items() if name not in logs})
-            if (number := metrics["non_finite"] - self.non_finite_before) > 0 and self.is_world_process_zero():
-                logger.warning(
-                    "Update %d: loss or gradient was not finite in %d of the updates since the last log; ELRA took "
-                    "the step before back, or made none, and went on with a smaller learning rate.",
-                    self.state.global_step,
-                    number,
-                )
-            self.non_finite_before = metrics["non_finite"]
+            self._warn_of_updates(metrics)
         if "loss" in logs and self.batch_control is not None and self.batch_control.asked_for:
             batches = self._last_accumulation or self.accumulation
             logs["batch_size"] = float(batches * self.progress.samples_per_batch)
@@ -372,6 +456,35 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 (self.state.global_step - self.elra_callback.updates_before) / seconds, 3
             )
         super().log(logs, *args, **kwargs)
+
+    def remember_counts(self) -> None:
+        """Training begins: what was counted before it is not told again."""
+        if (optimizer := self.elra_optimizer) is not None:
+            self._counts_told = self.state.global_step, optimizer.metrics
+
+    def _warn_of_updates(self, metrics: dict[str, float]) -> None:
+        """Warn of updates since the last log that were taken back in a row, and of batches that were skipped."""
+        last_update, before = self._counts_told
+        update = self.state.global_step
+        self._counts_told = update, metrics
+        if not self.is_world_process_zero():
+            return
+        updates = update - last_update
+        since = {n: int(metrics.get(n, 0) - before.get(n, 0)) for n in (*COUNTED, "restarts")}
+        for name, text in COUNTED.items():
+            if since[name] > 0:
+                logger.warning("Update %d: " + text, update, since[name])
+        taken_back = since["restarts"] - since["non_finite"]
+        now = int(metrics.get("consecutive_restarts", 0))
+        if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
+            logger.warning(
+                "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "
+                "the data of these batches are other ones, or no step as long as allowed lowers their loss.",
+                update,
+                taken_back,
+                updates,
+                f", the last {now} in a row" if now > FEW else "",
+            )
 
 
 class ElraTrainer(ElraTrainerMixin, Trainer):

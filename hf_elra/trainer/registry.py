@@ -1,8 +1,8 @@
 """Makes ``--optim elra`` a name that Transformers knows, and every Trainer that uses it loss-aware.
 
 ``register()`` runs on ``import hf_elra``. It adds the names of ``OPTIMIZERS`` to the enumeration and the table that
-Transformers looks optimizers up in, and wraps ``Trainer.__init__``: a Trainer (or any subclass, from any library) whose
-``args.optim`` is one of ours gets ``ElraTrainerMixin`` in front of its class. Others are left as they are.
+Transformers looks optimizers up in, and wraps three methods of ``Trainer``: a Trainer (or any subclass, from any
+library) XX Others are left as they are.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ from hf_elra.trainer.arguments import (
     wants_mixin,
 )
 from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
-from hf_elra.trainer.mixin import ElraTrainerMixin, trains_with_elra, with_elra
+from hf_elra.trainer.mixin import ElraTrainerMixin, optimizer_of_ours, with_elra
 
 
 def register() -> None:
-    """Register the names and wrap ``Trainer.__init__``; calling it again changes nothing."""
+    """Register the names and wrap three methods of ``Trainer``; calling it again changes nothing."""
     for name in OPTIMIZERS:
         add_enum_member(OptimizerNames, name.upper(), name)
         trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handle
-    if not hasattr(Trainer.__init__, "_hf_elra"):
-        Trainer.__init__ = _wrap(Trainer.__init__)  # type: ignore[method-assign]
+    for method, wrap in _WRAPPERS.items():
+        stock: Any = getattr(Trainer, method)
+        if not hasattr(stock, "_hf_elra"):
+            wrapped: Any = functools.wraps(stock)(wrap(stock))
+            wrapped._hf_elra = True
+            setattr(Trainer, method, wrapped)
 
 
 def add_enum_member(enumeration: Any, name: str, value: str) -> None:
@@ -54,7 +58,14 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
     enumeration._value2member_map_[value] = member
     if hasattr(enumeration, "_hashable_values_"):  # Python >= 3.13
         enumeration._hashable_values_.append(value)
+    # Read from a file, as arguments are from training_args.bin, it brings this package with it.
+    member.__reduce_ex__ = lambda protocol: (member_of, (enumeration, value))
     type.__setattr__(enumeration, name, member)
+
+
+def member_of(enumeration: Any, value: str) -> Any:
+    """Return the member with this value: what a pickled member that was added here is read by."""
+    return enumeration(value)
 
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:
@@ -71,39 +82,77 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
     return optimizer_class, arguments
 
 
-def _wrap(initialise: Any) -> Any:
+def _wrap_init(initialise: Any) -> Any:
     signature = inspect.signature(initialise)
 
-    @functools.wraps(initialise)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Wrong settings are refused before the Trainer makes folders or moves models.
         given = signature.bind(self, *args, **kwargs).arguments
-        arguments = given.get("args")
-        if arguments is not None and uses_elra(arguments):
-            fsdp = arguments.fsdp_plugin_args or {}
-            refuse_unusable(
-                fp16=arguments.fp16, deepspeed=bool(arguments.deepspeed), fsdp_version=fsdp.get("fsdp_version")
-            )
-            optimizer_arguments(arguments, given.get("model"))
-        if arguments is not None and (
-            uses_elra(arguments)
-            or wants_mixin(arguments)
-            or isinstance(arguments, ElraSettings)
-            or LAUNCHER_FLAGS.values
-        ):
-            settings = ElraSettings.of(arguments, only_checked=True)
-            settings.check(arguments)
-            default = default_control(type(self), _control_of(arguments))
-            build_batch_control(settings, arguments, given.get("train_dataset"), default)
-        with budget_as_max_steps(arguments, _budget(arguments, given.get("train_dataset"))):
+        arguments, data = given.get("args"), given.get("train_dataset")
+        if arguments is not None:  # wrong settings are refused before the Trainer makes folders or moves models
+            _check(type(self), arguments, given.get("model"), data)
+        with budget_as_max_steps(arguments, _budget(arguments, data)):
             initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin) and (trains_with_elra(self) or wants_mixin(self.args)):
-            trainer_class: Any = type(self)
-            self.__class__ = with_elra(trainer_class)
-            self.prepare_elra()
+        if not isinstance(self, ElraTrainerMixin):  # which sees to itself
+            look_again(self)
 
-    __init__._hf_elra = True  # type: ignore[attr-defined]
     return __init__
+
+
+def _wrap_train(train: Any) -> Any:
+    def wrapped(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        look_again(self)
+        if isinstance(self, ElraTrainerMixin):
+            resume_from_checkpoint = self.begin_training(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    return wrapped
+
+
+def _wrap_trial(set_up: Any) -> Any:
+    def wrapped(self: Any, trial: Any) -> None:
+        set_up(self, trial)
+        if trial is not None and self.hp_search_backend is not None:  # it has set arguments
+            look_again(self)
+
+    return wrapped
+
+
+_WRAPPERS = {"__init__": _wrap_init, "train": _wrap_train, "_hp_search_setup": _wrap_trial}
+
+
+def look_again(trainer: Any) -> None:
+    """Put the mixin in front of a Trainer's class where something asks for it by now; let it take over what changed.
+
+    A Trainer's arguments, data and optimizer may be changed after it was made, and trials of a search do so.
+
+    Raises:
+        ConfigurationError: a setting cannot be used; the Trainer is left as it was then.
+    """
+    stock: Any = type(trainer)
+    if isinstance(trainer, ElraTrainerMixin):
+        if trainer.is_prepared:
+            return
+    elif optimizer_of_ours(trainer) is None and not wants_mixin(trainer.args):
+        return
+    _check(stock, trainer.args, trainer.model, trainer.train_dataset)
+    trainer.__class__ = with_elra(stock)
+    try:
+        trainer.prepare_elra()
+    except ConfigurationError:
+        trainer.__class__ = stock
+        raise
+
+
+def _check(trainer_class: type, args: Any, model: Any, train_dataset: Any) -> None:
+    """Raise a ConfigurationError for settings that cannot be used."""
+    if uses_elra(args):
+        version = (args.fsdp_plugin_args or {}).get("fsdp_version")
+        refuse_unusable(fp16=args.fp16, deepspeed=bool(args.deepspeed), fsdp_version=version)
+        optimizer_arguments(args, model)
+    if uses_elra(args) or wants_mixin(args) or isinstance(args, ElraSettings) or LAUNCHER_FLAGS.values:
+        settings = ElraSettings.of(args, only_checked=True)
+        settings.check(args)
+        build_batch_control(settings, args, train_dataset, default_control(trainer_class, _control_of(args)))
 
 
 def _control_of(args: Any) -> str:

@@ -1,12 +1,15 @@
 """Flags, defaults and checks before training."""
 
+import dataclasses
+import typing
+
 import pytest
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_elra import ConfigurationError, ElraSeq2SeqTrainingArguments, ElraTrainingArguments
 from hf_elra.optim import ELRA
-from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args, prepare_arguments
+from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args, replaced_defaults
 from tests.conftest import arguments, classifier, llama, token_rows, trainer
 
 
@@ -107,7 +110,7 @@ def test_deepspeed_is_refused(tmp_path):
 
 def test_fsdp_of_the_first_version_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="fsdp_version=1 cannot be used with ELRA.*Use FSDP2"):
-        prepare_arguments(arguments(tmp_path), deepspeed=False, fsdp_version=1)
+        replaced_defaults(arguments(tmp_path), deepspeed=False, fsdp_version=1)
     given = arguments(tmp_path, fsdp=True, fsdp_config={"version": 1})
     with pytest.raises(ConfigurationError, match="fsdp_version=1"):
         Trainer(llama(), given, train_dataset=[])
@@ -123,17 +126,76 @@ def test_clipping_schedule_and_decay_given_by_hand_are_kept_with_a_warning(tmp_p
     assert "weight_decay" not in caplog_warnings.text
 
 
-def test_stock_arguments_lose_harmful_defaults_and_say_so(tmp_path, caplog_warnings, monkeypatch):
-    run = Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra"), train_dataset=token_rows())
-    assert run.args.max_grad_norm == 0
-    assert run.args.lr_scheduler_type == "constant"
+class AsTrained(TrainerCallback):
+    """Notes the norm of the gradient that the optimizer gets, and the schedule's factors."""
+
+    def __init__(self):
+        self.norms, self.factors = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        self.factors.append(lr_scheduler.get_last_lr()[0] / args.learning_rate)
+
+
+def steep(seed=0):
+    """A model whose gradients are longer than 1."""
+    model = llama(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(40)
+    return model
+
+
+def test_harmful_defaults_of_stock_arguments_are_replaced_while_elra_trains_and_there_alone(tmp_path, caplog_warnings):
+    args = arguments(tmp_path, TrainingArguments, optim="elra", max_steps=3)
+    seen = AsTrained()
+    run = Trainer(steep(), args, train_dataset=token_rows(), callbacks=[seen])
     assert "max_grad_norm 1 -> 0, lr_scheduler_type linear -> constant." in caplog_warnings.text
+    run.train()
+    assert min(seen.norms) > 1.5
+    assert seen.factors == [1, 1, 1]
+    assert run.args is args
+    assert (args.max_grad_norm, args.lr_scheduler_type) == (1.0, "linear")
+    saved = arguments(tmp_path, TrainingArguments, optim="elra", max_steps=3)
+    assert {f.name: getattr(args, f.name) for f in dataclasses.fields(args)} == {
+        f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)
+    }
+
+    other, seen = dataclasses.replace(args, optim="adamw_torch"), AsTrained()
+    Trainer(steep(), other, train_dataset=token_rows(), callbacks=[seen]).train()
+    assert max(seen.norms) < 1.0001
+    assert seen.factors == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_the_command_line_tells_what_is_the_users_own(tmp_path, caplog_warnings, monkeypatch):
     Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra", warmup_steps=5), train_dataset=token_rows())
     assert "lr_scheduler_type linear -> constant, with it warmup_steps 5 -> none." in caplog_warnings.text
     monkeypatch.setattr("sys.argv", ["script.py", "--max_grad_norm=1.0", "--lr_scheduler_type", "linear"])
-    run = Trainer(llama(), arguments(tmp_path, TrainingArguments, optim="elra"), train_dataset=token_rows())
-    assert run.args.max_grad_norm == 1
-    assert run.args.lr_scheduler_type == "linear"
+    seen = AsTrained()
+    args = arguments(tmp_path, TrainingArguments, optim="elra", max_steps=2)
+    Trainer(steep(), args, train_dataset=token_rows(), callbacks=[seen]).train()
+    assert max(seen.norms) < 1.0001
+    assert seen.factors == [1, 0.5]
+
+
+def test_what_is_saved_and_told_are_the_users_arguments(tmp_path):
+    class Note(TrainerCallback):
+        seen: typing.ClassVar = []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.seen.append(args.gradient_accumulation_steps)
+
+        on_log = on_evaluate = on_save = on_train_end = on_train_begin
+
+    args = arguments(
+        tmp_path, TrainingArguments, optim="elra", gradient_accumulation_steps=2, max_steps=2, save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    run = Trainer(llama(), args, train_dataset=token_rows(), eval_dataset=token_rows(8), callbacks=[Note()])
+    run.train()
+    assert run.batch_control is not None
+    assert set(Note.seen) == {2}
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (saved.gradient_accumulation_steps, saved.max_grad_norm, saved.lr_scheduler_type) == (2, 1.0, "linear")
 
 
 def test_language_models_are_recognised():

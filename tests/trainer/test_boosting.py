@@ -73,7 +73,7 @@ def test_evaluation_prediction_and_saving_use_the_mean_and_training_does_not(tmp
     run.train()
     plain = trainer(tmp_path / "plain", **given)
     plain.train()
-    assert torch.equal(weights(run.model), weights(plain.model))
+    assert torch.equal(points.points[-1], weights(plain.model))
 
     mean = torch.stack(points.points[5:]).mean(0)
     boosted = llama()
@@ -86,7 +86,7 @@ def test_evaluation_prediction_and_saving_use_the_mean_and_training_does_not(tmp
     run.save_model(str(tmp_path / "saved"))
     saved = type(run.model).from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(weights(saved), mean)
-    assert torch.equal(weights(run.model), points.points[-1])
+    torch.testing.assert_close(weights(run.model), mean)  # what a user of trainer.model gets
 
 
 def test_points_are_sampled_every_k_updates(tmp_path):
@@ -167,30 +167,88 @@ def image_rows(count=64):
     return [{"pixel_values": image, "labels": int(4 * image.mean()) % 4} for image in images]
 
 
+class AtTheMean(TrainerCallback):
+    """Notes the statistics of the first BatchNorm layer, and the model before, at and after the mean of its points."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == args.max_steps:
+            self.before = {name: value.clone() for name, value in model.state_dict().items()}
+            random = torch.get_rng_state()
+            with self.run.boosted():
+                self.at = model.network[1].running_mean.clone()
+                with torch.no_grad():
+                    first = model.network[0](torch.stack([row["pixel_values"] for row in image_rows()]))
+                self.expected = first.mean(dim=(0, 2, 3))
+            assert torch.equal(random, torch.get_rng_state())
+            self.after = {name: value.clone() for name, value in model.state_dict().items()}
+
+
 def test_batch_norm_statistics_are_those_of_the_mean_and_come_back(tmp_path):
+    seen = AtTheMean()
+    run = seen.run = trainer(
+        tmp_path, model=image_model(), rows=image_rows(), eval_dataset=image_rows(16), elra_boost=True,
+        elra_boost_every=1, elra_control_cycle="4ba", max_steps=8, callbacks=[seen],
+    )  # fmt: skip
+    run.train()
+    torch.testing.assert_close(seen.at, seen.expected, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(seen.at, seen.before["network.1.running_mean"])
+    for name, value in seen.after.items():
+        assert torch.equal(value, seen.before[name])
+    assert torch.equal(run.model.network[1].running_mean, seen.at)  # there to stay when training is over
+    assert run.model.state_dict()["network.1.num_batches_tracked"] > 0
+
+
+@pytest.mark.parametrize("optim", ["elra", "elra_spectral", "adamw_torch"])
+@pytest.mark.parametrize("model", [llama, image_model], ids=["llama", "with BatchNorm"])
+def test_training_that_goes_on_goes_on_from_the_last_point(tmp_path, optim, model):
+    """The mean in the model when training is over does not come into the way of a second one."""
+    paths = []
+    for boosted in (False, True):
+        points = Points()
+        run = trainer(
+            tmp_path / str(boosted), model=model(), rows=image_rows() if model is image_model else None, optim=optim,
+            max_steps=14, callbacks=[points], elra_boost_mean="cycle" if boosted else "off", elra_control_cycle="3ba",
+        )  # fmt: skip
+        run.train()
+        assert torch.equal(weights(run.model), points.points[-1]) != boosted
+        run.train()
+        paths.append((points.points, dict(run.model.named_buffers()) if boosted else {}))
+    assert len(paths[0][0]) == 28
+    for one, other in zip(paths[0][0], paths[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_model_that_was_changed_between_trainings_is_taken_as_it_is(tmp_path):
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.point = weights(model)
+
+    begin, rows = Begin(), token_rows(16)
+    run = trainer(tmp_path, optim="elra_spectral", max_steps=14, callbacks=[begin])
+    run.train()
+    with torch.no_grad():
+        run.model.model.norm.weight.mul_(2)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        assert run.evaluate(rows)["eval_loss"] == pytest.approx(float(run.model(**batch).loss), rel=1e-5)
+    given = weights(run.model)
+    run.train()
+    assert torch.equal(begin.point, given)
+
+
+def test_adapters_that_are_merged_are_the_mean(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    points = Points()
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     run = trainer(
-        tmp_path,
-        model=image_model(),
-        rows=image_rows(),
-        eval_dataset=image_rows(16),
-        elra_boost=True,
-        elra_boost_every=1,
-        elra_control_cycle="4ba",
-        max_steps=8,
+        tmp_path, model=model, optim="elra_spectral", max_steps=16, eval_dataset=token_rows(8), callbacks=[points]
     )
     run.train()
-    norm = next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    state = torch.get_rng_state()
-    with run.boosted():
-        inputs = torch.stack([row["pixel_values"] for row in image_rows()])
-        with torch.no_grad():
-            first = run.model.network[0](inputs)
-        torch.testing.assert_close(norm.running_mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
-        assert not torch.equal(norm.running_mean, before["network.1.running_mean"])
-    assert torch.equal(state, torch.get_rng_state())
-    for name, value in run.model.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert not torch.equal(points.points[-1], weights(run.model))
+    loss = run.evaluate()["eval_loss"]
+    merged = run.model.merge_and_unload()
+    other = trainer(tmp_path / "merged", model=merged, eval_dataset=token_rows(8))
+    assert other.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_best_model_at_the_end_is_the_mean_that_was_evaluated(tmp_path):
@@ -259,7 +317,7 @@ def test_what_is_pushed_is_the_mean(tmp_path, monkeypatch):
     name = "model.embed_tokens.weight"
     assert torch.equal(uploaded[name], saved[name])
     assert torch.equal(uploaded[name], run.point_mean.mean[name])
-    assert not torch.equal(uploaded[name], run.model.model.embed_tokens.weight)
+    assert torch.equal(uploaded[name], run.model.model.embed_tokens.weight)
     assert not (tmp_path / "boosted.safetensors").exists()
 
 
@@ -284,11 +342,12 @@ class SizedStream(torch.utils.data.IterableDataset):
 )
 def test_batch_norm_statistics_from_data_as_the_trainer_takes_them(tmp_path, rows):
     """With columns that are not the model's, and of data that cannot be shuffled."""
-    run = trainer(tmp_path, model=image_model(), rows=rows, elra_boost=True, elra_boost_every=2, max_steps=4)
+    seen = AtTheMean()
+    run = seen.run = trainer(
+        tmp_path, model=image_model(), rows=rows, elra_boost=True, elra_boost_every=2, max_steps=4, callbacks=[seen]
+    )
     run.train()
-    before = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    with run.boosted():
-        assert not torch.equal(run.model.network[1].running_mean, before["network.1.running_mean"])
+    assert not torch.equal(seen.at, seen.before["network.1.running_mean"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``hf-elra run``: unmodified scripts, flags they do not know, and the same through Accelerate."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import textwrap
 import pytest
 
 from hf_elra.trainer.launcher import run
+from tests.conftest import ROOT
 
 PLAIN = """
 import json, sys
@@ -134,6 +136,79 @@ def test_missing_script(capsys):
     assert "write: hf-elra run -m trl.scripts.sft" in capsys.readouterr().err
     assert run([]) == 2
     assert run(["--help"]) == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.yaml", "RUN.TOML"])
+def test_a_file_of_settings_is_no_script(tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"optim": "elra", "do_train": true}')
+    assert run([str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"hf-elra: error: script {str(tmp_path / name)!r} holds settings, not a script; name the script first: "
+        f"hf-elra run SCRIPT {tmp_path / name}\n"
+    )
+
+
+def test_what_is_no_python_is_no_script(tmp_path, capsys):
+    (tmp_path / "run.sh").write_text("for i in 1 2; do echo $i; done")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(64)))
+    for path in (tmp_path / "run.sh", tmp_path / "model.safetensors", tmp_path):
+        assert run([str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"hf-elra: error: script {str(path)!r} is not written in Python, and nothing else can be run.\n"
+        )
+    (tmp_path / "without-an-ending").write_text("print('ran')")
+    (tmp_path / "__main__.py").write_text("print('ran')")
+    for path in (tmp_path / "without-an-ending", tmp_path):
+        assert run([str(path)]) == 0
+        assert capsys.readouterr().out == "ran\n"
+
+
+def test_packages_are_modules_if_they_have_a_main(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "command_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "start.py").write_text("import sys; print('started', *sys.argv[1:])")
+    assert run(["-m", "command_package"]) == 2
+    error = capsys.readouterr().err
+    assert "'command_package' is a package without a __main__, which cannot be run" in error
+    assert "name one of its modules: command_package.start." in error
+    assert error.count("\n") == 1
+    assert run(["-m", "command_package.start", "a"]) == 0
+    (package / "__main__.py").write_text("from command_package import start")
+    sys.modules.pop("command_package.start", None)
+    importlib.invalidate_caches()
+    assert run(["-m", "command_package", "b"]) == 0
+    assert capsys.readouterr().out.split() == ["started", "a", "started", "b"]
+
+
+PARENT = """#!{python}
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, {script!r}, *sys.argv[1:]]).returncode)
+"""
+
+
+@pytest.mark.parametrize(("optim", "floor"), [("elra", 0.25), ("sgd", None)])
+def test_processes_that_a_command_starts_know_our_optimizers_and_flags(tmp_path, monkeypatch, capfd, optim, floor):
+    """As ``trl sft``, which trains in a process of its own, does it."""
+    commands, site = tmp_path / "bin", tmp_path / "site"
+    for folder in (commands, site):
+        folder.mkdir()
+    (commands / "train-it").write_text(PARENT.format(python=sys.executable, script=str(write_script(tmp_path))))
+    (commands / "train-it").chmod(0o755)
+    (site / "sitecustomize.py").write_text("import sys; sys.stdout.write('also read\\n')")
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = dict(os.environ)
+    assert run(["train-it", *flags(tmp_path, "--optim", optim, "--elra_min_step_norm", "0.25")]) == 0
+    assert seen(tmp_path)["floor"] == floor
+    assert len(seen(tmp_path)["alpha"]) == (4 if optim == "elra" else 0)
+    assert dict(os.environ) == before
+    said = capfd.readouterr()
+    assert "also read" in said.out
+    assert ("--elra_min_step_norm had no effect" in said.err) == (optim == "sgd")
 
 
 def command(*words):

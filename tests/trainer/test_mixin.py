@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_elra import ELRA, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
+from hf_elra import ELRA, ConfigurationError, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
 from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
 
 
@@ -240,6 +240,15 @@ def test_seq2seq(tmp_path):
     assert "eval_loss" in run.evaluate()
 
 
+@pytest.mark.parametrize("given", [{}, {"optim": "elra_spectral"}, {"optim": "adamw_torch", "elra_boost": True}])
+def test_a_model_that_is_frozen_altogether_is_refused(tmp_path, given):
+    model = llama()
+    model.requires_grad_(False)
+    run = trainer(tmp_path, model=model, **given)
+    with pytest.raises(ConfigurationError, match="no parameter of this LlamaForCausalLM has requires_grad=True"):
+        run.train()
+
+
 def test_last_incomplete_batch_is_skipped_in_training_only(tmp_path):
     rows = token_rows(21)
     run = trainer(
@@ -355,12 +364,67 @@ def test_not_a_number_is_survived_and_told(tmp_path, caplog_warnings):
     assert "was not finite" not in caplog_warnings.text  # that was before
 
 
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "hf_elra.trainer.mixin"]
+
+
+def test_updates_that_are_taken_back_in_a_row_are_told(tmp_path, caplog_warnings):
+    class TakesBack(TrainerCallback):
+        """Stands in for an optimizer that takes one update back, and later five in a row."""
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.param_groups[0]["control"]["restarts"] += state.global_step in (3, 6, 7, 8, 9, 10)
+
+    run = trainer(tmp_path, max_steps=18, logging_steps=6, callbacks=[TakesBack()])
+    run.train()
+    told = [text for text in warnings_of(caplog_warnings) if "were taken back" in text]
+    assert len(told) == 1  # one alone is nothing to be told of
+    assert told[0].startswith("Update 12: 5 of the last 6 updates were taken back for a loss far above")
+    caplog_warnings.clear()
+    run.train()
+    assert len([text for text in warnings_of(caplog_warnings) if "were taken back" in text]) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ({"skipped": 2}, "Update 6: 2 batches since the last log said nothing: their loss was not finite"),
+        (
+            {"accepted_levels": 1},
+            "Update 6: losses stayed far above their level before, however short the step (so often",
+        ),
+        ({"restarts": 5}, "Update 6: 5 of the last 6 updates were taken back for a loss far above the ones before. "),
+        (
+            {"restarts": 4, "consecutive_restarts": 4},
+            "were taken back for a loss far above the ones before, the last 4",
+        ),
+        ({"restarts": 3, "consecutive_restarts": 3}, None),
+        ({"restarts": 3, "non_finite": 3}, "not finite in 3 of the updates since the last log"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_counts_is_told_once(tmp_path, caplog_warnings, numbers, text):
+    """Counters that an optimizer may have; stood in for here."""
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    caplog_warnings.clear()
+    run._counts_told, run.state.global_step = (0, {"restarts": 0, "non_finite": 0}), 6
+    run._warn_of_updates({"restarts": 0, "non_finite": 0, **numbers})
+    told = warnings_of(caplog_warnings)
+    assert len(told) == (text is not None)
+    assert text is None or text in told[0]
+    run.state.global_step = 12
+    run._warn_of_updates({"restarts": 0, "non_finite": 0, **numbers, "consecutive_restarts": 0})
+    assert warnings_of(caplog_warnings) == told
+
+
 def test_an_elra_passed_in_is_told_the_loss_too(tmp_path):
     model = llama()
     optimizer = ELRA(model.parameters(), min_step_norm=0.1)
     args = arguments(tmp_path, TrainingArguments, max_steps=5)
     run = Trainer(model, args, train_dataset=token_rows(), optimizers=(optimizer, None))
-    assert args.max_grad_norm == 0
+    assert run.replaced_defaults == {"max_grad_norm": 0, "lr_scheduler_type": "constant"}
     run.train()
     assert run.elra_optimizer is optimizer
     assert optimizer.param_groups[0]["control"]["memory"]["initial_loss"] is not None

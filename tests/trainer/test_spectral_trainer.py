@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, tables_of
 from hf_elra.control import batch_size
 from hf_elra.optim.point_mean import PointMean
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
+from tests.trainer.test_boosting import Points
+from tests.trainer.test_groups import StopAt
 
 
 def spectral(folder, **given):
@@ -43,13 +52,16 @@ def test_the_logged_rate_counts_the_schedule(tmp_path):
 
 
 def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
-    run = spectral(tmp_path, eval_dataset=token_rows(32, seed=1))
+    points, seen = Points(), Evaluated()
+    run = spectral(
+        tmp_path, eval_dataset=token_rows(32, seed=1), eval_strategy="steps", eval_steps=40, callbacks=[points, seen]
+    )
     run.train()
-    last = weights(run.model)
     assert run.point_mean.count == 31  # not those of the search, but the one it goes back to
-    with run.boosted():
-        mean = weights(run.model)
+    last, mean = points.points[-1], weights(run.model)
     assert not torch.equal(mean, last)
+    assert torch.equal(seen.points[0], mean)
+    assert run.evaluate()["eval_loss"] == logged_evaluations(run)[0]
     off = spectral(tmp_path / "off", elra_boost_mean="off")
     off.train()
     assert off.point_mean is None
@@ -78,9 +90,9 @@ def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
     whole = spectral(tmp_path / "whole")
     whole.train()
-    part = spectral(tmp_path / "part", save_strategy="steps", save_steps=at)
+    part = spectral(tmp_path / "part", callbacks=[StopAt(at)])
     part.train()
-    again = spectral(tmp_path / "part", save_strategy="steps", save_steps=at)
+    again = spectral(tmp_path / "part")
     again.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{at}"))
     assert torch.equal(weights(again.model), weights(whole.model))
     for name, tensor in whole.point_mean.mean.items():
@@ -122,6 +134,112 @@ def test_a_growing_batch_goes_on_where_it_was(tmp_path, monkeypatch):
         assert [e for e in again.state.log_history if "change" in e] == [
             e for e in whole.state.log_history if "change" in e
         ]
+
+
+class Evaluated(TrainerCallback):
+    """Notes at which updates a Trainer evaluated and saved, and at which weights."""
+
+    def __init__(self):
+        self.evaluated, self.saved, self.points = [], [], []
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.evaluated.append(state.global_step)
+        self.points.append(weights(model))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+
+def logged_evaluations(run):
+    return [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+
+
+class Stop(TrainerCallback):
+    def __init__(self, update):
+        self.update = update
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.update
+
+
+def epochs_of(updates, folder, **given):
+    """A run with an evaluation and a checkpoint at the end of every epoch of so many updates."""
+    return trainer(
+        folder, rows=token_rows(8 * updates), eval_dataset=token_rows(32, seed=1),
+        **{
+            "optim": "elra_spectral", "max_steps": -1, "num_train_epochs": 12, "eval_strategy": "epoch",
+            "save_strategy": "epoch", **given,
+        },
+    )  # fmt: skip
+
+
+def test_early_stopping_does_not_see_the_search(tmp_path, caplog_warnings):
+    seen = Evaluated()
+    run = epochs_of(5, tmp_path, load_best_model_at_end=True, callbacks=[EarlyStoppingCallback(1), seen])
+    run.train()
+    assert run.state.epoch == 12
+    assert seen.evaluated == seen.saved == list(range(10, 65, 5))
+    assert run.state.best_global_step == 60
+    losses = logged_evaluations(run)
+    assert losses[-1] < 0.7 * losses[0]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    told = [r.getMessage() for r in caplog_warnings.records if "put off" in r.getMessage()]
+    assert told == [
+        "Update 5: the evaluation and the checkpoint that are due are put off to the end of the search for a learning "
+        "rate, which takes its points back: update 10, if it ends as planned."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluated", "saved"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, [10, 12, 15, 18], []),
+        (
+            {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 4},
+            [10, 15],
+            [10, 12, 16],
+        ),
+        ({"eval_strategy": "no", "save_strategy": "steps", "save_steps": 10}, [], [10]),
+        ({"eval_strategy": "steps", "eval_steps": 100, "save_strategy": "no"}, [], []),
+        ({"optim_args": "search=0", "eval_strategy": "steps", "eval_steps": 9, "save_strategy": "no"}, [9, 18], []),
+    ],
+    ids=str,
+)
+def test_what_is_due_in_the_search_is_made_up_for_once(tmp_path, given, evaluated, saved):
+    seen = Evaluated()
+    run = epochs_of(4, tmp_path, callbacks=[seen, Stop(18)], **given)
+    run.train()
+    assert seen.evaluated == evaluated
+    assert seen.saved == saved
+
+
+@pytest.mark.parametrize(("updates", "by"), [(8, "limit"), (7, "signal")])
+def test_a_training_that_stops_in_the_search_evaluates_and_saves_where_it_stopped(tmp_path, updates, by):
+    seen = Evaluated()
+    stop = [StopAt(updates)] if by == "signal" else []
+    run = epochs_of(4, tmp_path, callbacks=[seen, *stop], max_steps=updates if by == "limit" else -1)
+    run.train()
+    assert seen.evaluated == seen.saved == [updates]
+    assert torch.equal(seen.points[0], weights(run.model))
+    saved = type(run.model).from_pretrained(tmp_path / f"checkpoint-{updates}")
+    assert torch.equal(weights(saved), weights(run.model))
+
+
+def test_a_callback_that_evaluates_or_saves_in_the_search_gets_the_point_that_will_be_kept(tmp_path):
+    class Impatient(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                at = weights(model)
+                self.loss = run.evaluate()["eval_loss"]
+                run.save_model(str(tmp_path / "saved"))
+                assert torch.equal(weights(model), at)
+
+    callback = Impatient()
+    run = epochs_of(20, tmp_path, callbacks=[callback])
+    before, loss = weights(run.model), run.evaluate()["eval_loss"]
+    run.train()
+    assert callback.loss == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(weights(type(run.model).from_pretrained(tmp_path / "saved")), before)
 
 
 def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):

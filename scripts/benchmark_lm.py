@@ -184,8 +184,8 @@ class _OverAdam(ELRASpectral):
     BETA, EPSILON = 0.999, 1e-8
 
     def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        updates, search, momentum = self._control["updates"], group["search"], self._momentum()
-        number = updates - search if updates > search else updates
+        updates, searched, momentum = self._control["updates"], self._control["searched"], self._momentum()
+        number = updates - (searched or 0)
         directions = []
         for p, gradient, average in zip(params, gradients, self._averaged(params, gradients, momentum), strict=True):
             if number == 1 or "squares" not in self.state[p]:

@@ -2,11 +2,14 @@
 
 import copy
 import io
+import itertools
 import math
 import warnings
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -148,6 +151,93 @@ def test_search_is_a_bisection_and_then_the_gain_falls():
     assert rule.factor(memory, 1.0) == pytest.approx(math.exp(2.5 / 100))
 
 
+# ---- one high loss ----
+
+
+def example(**given):
+    """Learn one linear map, then, from update 50 on, another; return loss, α at every update and the optimizer."""
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    inputs = torch.randn(32, 8, generator=seeded(0))
+    targets = [inputs @ torch.randn(8, 8, generator=seeded(k)) for k in (1, 2)]
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    optimizer, rates = ELRASpectral(model.parameters(), **given), []
+    for update in range(400):
+        chosen = torch.randint(0, 32, (8,), generator=seeded(update))
+        loss = (model(inputs[chosen]) - targets[update >= 50][chosen]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        rates.append(optimizer.alpha)
+    return loss.item(), rates, optimizer
+
+
+def test_data_that_change_do_not_cost_the_rate():
+    (free, free_rates, _), (loss, rates, optimizer) = example(soft_restart=False), example()
+    assert loss < 2 * free
+    assert 0.5 < rates[70] / rates[48] < 4
+    assert 0.5 < rates[-1] / free_rates[-1] < 2
+    assert optimizer.metrics["accepted_levels"] == 1
+    assert optimizer.restarts == 3
+
+
+EVENTS = {
+    "spike": ["spike"],
+    "small spike": ["small_spike"],
+    "NaN loss": ["nan_loss"],
+    "NaN gradient": ["nan_gradient"],
+    "nothing": ["nothing"],
+    "two": ["spike", "plain", "spike"],
+    "three": ["spike"] * 3,
+    "dirty": ["dirty"],
+    "level": ["level"],
+}
+makers = {
+    "spectral": lambda p: ELRASpectral([p]),
+    "spectral, no momentum": lambda p: ELRASpectral([p], momentum=0.0),
+    "gradient": lambda p: ELRA([p], max_first_step=None),
+    "point": lambda p: ELRA([p], max_first_step=None, memory="point"),
+    "offload": lambda p: ELRA([p], max_first_step=None, memory="offload"),
+}
+
+
+def rates_with(make, names, when, seed, updates=65):
+    """α after every update of a noisy linear regression; ``names`` happen from ``when`` on."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(16, 16, generator=generator)
+    target = torch.randn(16, 16, generator=generator)
+    matrix = nn.Parameter(start.clone())
+    optimizer, rates, level = make(matrix), [], 1.0
+    for number in range(updates):
+        inputs = torch.randn(32, 16, generator=generator)
+        wanted = inputs @ target + 3 * torch.randn(32, 16, generator=generator)
+        event = names[number - when] if 0 <= number - when < len(names) else "plain"
+        if event == "dirty":
+            wanted = 100 * torch.randn(32, 16, generator=generator)
+        level = 30.0 if event == "level" else level
+        loss = (inputs @ matrix - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        told = loss.item() * level * (3.0 if event == "small_spike" else 1.0)
+        happen(event, optimizer, told)
+        rates.append(optimizer.alpha)
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:elra_spectral. the search")
+@pytest.mark.parametrize("kind", makers)
+@settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(names=st.sampled_from(sorted(EVENTS)), when=st.integers(21, 39), seed=st.integers(0, 99))
+def test_the_rate_is_back_twenty_updates_after_any_event(kind, names, when, seed):
+    names = EVENTS[names]
+    without, with_ = (rates_with(makers[kind], given, when, seed) for given in ([], names))
+    after = when + len(names) - 1 + 20
+    assert 0.5 < with_[after] / without[after] < 2
+
+
 # ---- the optimizer ----
 
 
@@ -180,10 +270,12 @@ def test_the_first_learning_rate_does_not_matter(momentum):
 def test_the_search_is_taken_back():
     model = llama()
     before = copy.deepcopy(model.state_dict())
-    optimizer = ELRASpectral(model.parameters(), lr=1e-5, tables=tables_of(model), search=6)
-    train(model, optimizer, 5)
+    optimizer = ELRASpectral(model.parameters(), lr=1e-5, tables=tables_of(model))
+    train(model, optimizer, 9)
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    assert optimizer.updates_to_settle == 1
     train(model, optimizer, 1)
+    assert optimizer.settled
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert optimizer.alpha > 1e-4
     assert all(not state for state in optimizer.state.values())
@@ -211,17 +303,109 @@ def test_tables_of_another_model_are_warned_of():
         ELRASpectral([p for p in model.parameters() if p is not table], tables=[table])
 
 
-def test_a_search_that_noise_led_astray_ends_with_a_small_but_useful_rate():
-    """Every step seems to have gone much too far."""
-    matrix = nn.Parameter(torch.randn(8, 8))
-    optimizer = ELRASpectral([matrix], lr=1e-5)
-    gradient = torch.randn(8, 8)
-    for number in range(10):
-        matrix.grad = gradient * (-1) ** number
+def size_of(*matrices):
+    return torch.cat([m.detach().reshape(-1) for m in matrices]).square().mean().sqrt().item()
+
+
+def search(optimizer, gradient_of):
+    """Run a search along given gradients; return how many updates it took."""
+    (matrix,) = optimizer.param_groups[0]["params"]
+    for number in range(1, 100):
+        matrix.grad = gradient_of(number)
         optimizer.step(loss=1.0)
-        assert number == 9 or optimizer.alpha <= 1e-5
-    size = matrix.detach().square().mean().sqrt().item()
+        if optimizer.settled:
+            return number
+
+
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+@pytest.mark.parametrize("signal", [0.0, 0.1])
+def test_a_search_in_noise_ends_with_the_default_and_says_so(lr, signal):
+    torch.manual_seed(0)
+    matrix, target = nn.Parameter(torch.randn(32, 32)), torch.randn(32, 32)
+    optimizer = ELRASpectral([matrix], lr=lr)
+    size = size_of(matrix)
+    with pytest.warns(
+        UserWarning, match="search for a learning rate has found none, as slopes are mostly noise"
+    ) as warned:
+        assert search(optimizer, lambda _: torch.randn(32, 32) + signal * target) == 20
+    assert warned[0].filename == __file__
+    assert optimizer.alpha == pytest.approx(0.01 * size, rel=1e-4)
+
+
+def test_a_search_that_ends_at_its_floor_says_so():
+    """Every step seems to have gone much too far."""
+    torch.manual_seed(0)
+    matrix, gradient = nn.Parameter(torch.randn(8, 8)), torch.randn(8, 8)
+    optimizer = ELRASpectral([matrix], lr=1e-5)
+    size = size_of(matrix)
+    with pytest.warns(UserWarning, match="ended below the least one, at .*, and training goes on with"):
+        search(optimizer, lambda number: gradient * (-1) ** number)
     assert optimizer.alpha == pytest.approx(1e-3 * size)
+
+
+def test_a_search_goes_on_until_it_has_seen_both_sides():
+    """From far below, six updates are too few to come by the minimum."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(16, 16))
+    optimizer = ELRASpectral([matrix], lr=1e-7, search=6)
+    start = matrix.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken = search(optimizer, lambda _: matrix.detach() - 0.97 * start + 0.001 * torch.randn(16, 16))
+    assert 6 < taken <= 12
+    assert 3e-3 < optimizer.alpha < 0.1  # the minimum is 0.03 away
+
+
+def test_without_a_search_the_first_rate_is_trusted():
+    """It moves as after a search, not tenfold."""
+    torch.manual_seed(0)
+    for sign in (1, -1):
+        matrix, gradient = nn.Parameter(torch.randn(16, 16)), torch.randn(16, 16)
+        optimizer = ELRASpectral([matrix], lr=1e-3, search=0)
+        rates = []
+        for number in range(20):
+            matrix.grad = gradient * sign**number
+            optimizer.step(loss=1.0)
+            rates.append(optimizer.alpha)
+        assert 1e-3 / 20 < rates[-1] < 1e-3 * 20
+        assert max(abs(math.log(later / earlier)) for earlier, later in itertools.pairwise(rates)) < 2.5 / 10
+
+
+@pytest.mark.parametrize("event", ["spike", "nan_loss", "nan_gradient", "nothing"])
+@pytest.mark.parametrize("when", [1, 4, 9])
+def test_an_event_during_the_search_does_not_spoil_it(event, when):
+    found = []
+    for happens in (False, True):
+        model = llama()
+        optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        rows, generator = token_rows(512), torch.Generator().manual_seed(0)
+        for number in range(25):
+            chosen = torch.randint(0, 512, (16,), generator=generator).tolist()
+            tokens = torch.stack([rows[index]["input_ids"] for index in chosen])
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            happen(event if happens and number == when else "plain", optimizer, loss.item())
+            if optimizer.settled:
+                break
+        found.append(optimizer.alpha)
+    assert 0.4 < found[1] / found[0] < 2.5
+
+
+def happen(event, optimizer, loss):
+    """Make an update from the gradients that are there, with something that happens to it."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    if event == "spike":
+        loss = loss * 1e3 + 1
+    elif event == "nan_loss":
+        loss = math.nan
+    elif event == "nan_gradient":
+        gradients[0].fill_(math.nan)
+    elif event == "nothing":
+        loss = math.nan
+        for gradient in gradients:
+            gradient.zero_()
+    optimizer.step(loss=loss)
 
 
 def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():
@@ -295,9 +479,10 @@ def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(a
 
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
     a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
-    optimizer = ELRASpectral([a, b], search=3)
-    for number in range(3):
-        a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3) if number == 0 else None
+    optimizer = ELRASpectral([a, b], search=5)
+    while not optimizer.settled:
+        first = optimizer.updates_to_settle == 5
+        a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3) if first else None
         optimizer.step(loss=1.0)
     assert torch.equal(a, torch.eye(3))
     assert torch.equal(b, torch.eye(3))
@@ -305,8 +490,8 @@ def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_m
 
 def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_search():
     model = llama()
-    optimizer = ELRASpectral(model.parameters(), momentum=0.0, search=4)
-    train(model, optimizer, 8)
+    optimizer = ELRASpectral(model.parameters(), momentum=0.0)
+    train(model, optimizer, 20)
     assert {key for state in optimizer.state.values() for key in state} == {"direction", "momentum"}
     found = optimizer.alpha
     train(model, optimizer, 5)

@@ -36,8 +36,11 @@ SIGMA, GAIN = 0.2, 2.5
 MOMENTUM_OF_THE_SEARCH = 0.9
 """Where there is none otherwise."""
 LEAST_FOUND = 1e-3
-"""A search ends with an α of at least this share of the matrices' root mean square: where slopes are mostly noise, it
-goes anywhere."""
+"""A search ends with an α of at least this share of the matrices' root mean square."""
+NOT_FOUND = 1e-2
+"""Where a search has found nothing, α is this share of the matrices' root mean square."""
+LONGEST_SEARCH = 2
+"""A search that is not sure goes on, to at most so many times its updates."""
 
 
 class ELRASpectral(LossAwareOptimizer):
@@ -65,8 +68,10 @@ class ELRASpectral(LossAwareOptimizer):
             language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
         stacks (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.stacks_of`. Default: none.
-        search (int): updates of the search, which are taken back; 0 for none. It ends with an α of at least a
-            thousandth of the matrices' root mean square. Default: 10.
+        search (int): updates of the search, which are taken back; 0 for none, which trusts ``lr``. A search that is not
+            sure goes on to at most twice as many updates: from a tenth of α where slopes are mostly noise, or until α
+            has been both too small and too large. If slopes are noise to the end, α is a hundredth of the matrices'
+            root mean square, and a warning says so, as it does where it ends at its floor, a thousandth. Default: 10.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -126,7 +131,8 @@ class ELRASpectral(LossAwareOptimizer):
         self.param_groups[0]["control"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
             "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, **new_setbacks(),
-            "rule": FallingGain.new_memory(), "memory": new_restart_memory(),
+            "rule": FallingGain.new_memory(searches=search > 0), "memory": new_restart_memory(),
+            "searched": None if search > 0 else 0,
         }  # fmt: skip
         for kind, identities in self._kinds.items():
             if any(identities.values()) and not any(any(group[kind]) for group in self.param_groups):
@@ -137,8 +143,9 @@ class ELRASpectral(LossAwareOptimizer):
 
     @property
     def updates_to_settle(self) -> int:
-        """How many updates of the search are still to come."""
-        return max(0, self.param_groups[0]["search"] - self._control["updates"])
+        """How many updates of the search are still to come, at least."""
+        control = self._control
+        return 0 if control["searched"] is not None else max(1, self.param_groups[0]["search"] - control["updates"])
 
     # ---- the update ----
 
@@ -148,8 +155,8 @@ class ELRASpectral(LossAwareOptimizer):
             factors = [float(g.get("initial_lr", g["lr"])) / g["base_lr"] for g in self.param_groups]
         self._control["updates"] += 1
         self._update(loss, factors)
-        if searches and self.settled:
-            self._end_search()
+        if searches:
+            self._look_at_the_search()
 
     def _update(self, loss: Tensor | float | None, factors: list[float]) -> None:
         control = self._control
@@ -233,7 +240,7 @@ class ELRASpectral(LossAwareOptimizer):
             square, product = squares_and_products(directions, group_gradients)
             slope += share * product
             norm_squared += share * share * square
-            if control["updates"] <= self.param_groups[0]["search"]:
+            if control["searched"] is None:
                 for p in group_params:
                     self.state[p].setdefault("start", p.detach().clone())
             step_size = self.alpha * factor
@@ -272,9 +279,9 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _momentum(self) -> float:
         """The momentum of this update."""
-        settings = self.param_groups[0]
-        finding = self._control["updates"] <= 2 * settings["search"]
-        return float(settings["momentum"] or (MOMENTUM_OF_THE_SEARCH if finding else 0.0))
+        control = self._control
+        finding = control["searched"] is None or control["updates"] <= 2 * control["searched"]
+        return float(self.param_groups[0]["momentum"] or (MOMENTUM_OF_THE_SEARCH if finding else 0.0))
 
     def _averaged(self, params: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
@@ -317,21 +324,44 @@ class ELRASpectral(LossAwareOptimizer):
         """Of stochastic rounding: the same on every process, another one in every update."""
         return int(self._control["updates"]) if self.param_groups[0]["stochastic_rounding"] else None
 
+    def _look_at_the_search(self) -> None:
+        """End the search if it is sure of what it has found, or if it has lasted long enough."""
+        control, search = self._control, self.param_groups[0]["search"]
+        rule = control["rule"]
+        has_measured = rule["count"] >= search - 1  # a step that is taken back tells nothing, nor does its retry
+        if control["updates"] >= LONGEST_SEARCH * search or (has_measured and FallingGain.is_sure(rule)):
+            self._end_search()
+        elif has_measured and not rule["clear"] and not rule["again"]:
+            FallingGain.search_again(rule)
+            self._set_alpha(self._bounded(self.alpha / 10))
+
     def _end_search(self) -> None:
         """Back to where the search began; only α is kept of it."""
         control = self._control
+        control["searched"] = control["updates"]
         for group in self.param_groups:
             for p in group["params"]:
                 start = self.state.pop(p, {}).get("start")
                 if start is not None:
                     p.copy_(start)
         size = self._size()
-        if size > 0:
-            self._set_alpha(max(self.alpha, min(LEAST_FOUND * size, self.param_groups[0]["lr_bounds"][1])))
+        if not control["rule"]["clear"]:
+            self._set_default(NOT_FOUND * size, "has found none, as slopes are mostly noise")
+        elif self.alpha < LEAST_FOUND * size:
+            self._set_default(LEAST_FOUND * size, f"ended below the least one, at {self.alpha:.2g}")
         FallingGain.end_search(control["rule"])
         control["slope"] = control["previous_loss"] = None
         control["memory"] = new_restart_memory()
         control.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
+
+    def _set_default(self, alpha: float, why: str) -> None:
+        """Take an α that was not found, and say so."""
+        if alpha > 0:
+            self._set_alpha(self._bounded(alpha))
+        warn_user(
+            f"elra_spectral: the search for a learning rate {why}, and training goes on with {self.alpha:.2g}, which "
+            "comes from the size of the weights alone. A larger batch makes a search surer; search=0 trusts lr."
+        )
 
     # ---- groups ----
 

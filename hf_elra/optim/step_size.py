@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hf_elra.control.statistics import LossStatistics
 
 
 class LineMeasurement(NamedTuple):
@@ -58,39 +60,76 @@ class FallingGain:
     log α; what is left of it afterwards falls as c/k, as stochastic approximation has it (H. Robbins and S. Monro,
     1951; H. Kesten, 1958: smaller gains after changes of sign).
 
-    All that it remembers is in ``memory``, plain numbers for a checkpoint.
+    A search knows whether it can be trusted, see :meth:`is_sure`. All that is remembered is in ``memory``, plain
+    numbers for a checkpoint.
 
     Args:
         sigma: ratios beyond ± this move α at full gain.
         constant: c.
     """
 
+    AFTER_A_SEARCH = 10
+    """Ratios that count as seen where there is no search: the falling gain begins where that of a search would."""
+    RUN, SIGNIFICANCE = 3, 3.0
+    """A way is clear if at least so many ratios in a row are of one sign, and their mean is so many standard errors
+    (and half a ``sigma``) from zero."""
+
     def __init__(self, sigma: float, constant: float) -> None:
         self.sigma, self.constant = sigma, constant
 
-    @staticmethod
-    def new_memory() -> dict[str, float]:
-        """What is remembered: the gain of the search, the last sign, and how many ratios were seen."""
-        return {"gain": math.log(10), "sign": 0, "count": 0}
+    @classmethod
+    def new_memory(cls, *, searches: bool = True) -> dict[str, Any]:
+        """What is remembered: the gain of the search, the last sign, how many ratios were seen; of the search, the
+        ratios of one sign with which it began (count, mean, squared deviations), whether these are over and were clear,
+        how often the sign has changed, and whether it was begun anew."""
+        gain, count = (math.log(10), 0) if searches else (0.0, cls.AFTER_A_SEARCH)
+        run: dict[str, Any] = {"run": [0, 0.0, 0.0], "over": 0, "clear": 0, "changes": 0, "again": 0}
+        return {"gain": gain, "sign": 0, "count": count, **run}
 
-    def factor(self, memory: dict[str, float], ratio: float) -> float:
+    def factor(self, memory: dict[str, Any], ratio: float) -> float:
         """Take in a ratio; return what α is to be multiplied by."""
         memory["count"] += 1
         sign = 1 if ratio > 0 else -1
         if memory["sign"] == -sign:
             memory["gain"] /= 2
+            memory["changes"] += 1
         memory["sign"] = sign
+        self._extend_run(memory, ratio)
         gain = max(memory["gain"], self.constant / memory["count"])
         return math.exp(gain * min(max(ratio / self.sigma, -1.0), 1.0))
 
+    def _extend_run(self, memory: dict[str, Any], ratio: float) -> None:
+        run = LossStatistics(*memory["run"])
+        memory["over"] |= int(run.count > 0 and (run.mean > 0) != (ratio > 0))
+        if memory["over"]:
+            return
+        run.add(ratio)
+        memory["run"] = [run.count, run.mean, run.squared_deviations]
+        if run.count >= self.RUN and abs(run.mean) >= self.sigma / 2:
+            error = math.sqrt(run.squared_deviations / (run.count * (run.count - 1)))
+            memory["clear"] |= int(abs(run.mean) >= self.SIGNIFICANCE * error)
+
     @staticmethod
-    def end_search(memory: dict[str, float]) -> None:
+    def is_sure(memory: dict[str, Any]) -> bool:
+        """Whether the search has found a step size: the way to it was clear, and it has seen both sides of it.
+
+        Where slopes are mostly noise, their ratios are near zero or of either sign from the beginning.
+        """
+        return bool(memory["clear"]) and memory["changes"] > 0
+
+    @staticmethod
+    def search_again(memory: dict[str, Any]) -> None:
+        """Begin the search anew; it has to find a clear way this time."""
+        memory.update(gain=math.log(10), sign=0, run=[0, 0.0, 0.0], over=0, clear=0, changes=0, again=1)
+
+    @staticmethod
+    def end_search(memory: dict[str, Any]) -> None:
         """From now on only the falling gain counts."""
         memory["gain"] = 0.0
 
     @staticmethod
-    def restarted(memory: dict[str, float]) -> None:
-        """A step was taken back: α was too large, and the search shall not come back to it at full gain."""
+    def restarted(memory: dict[str, Any]) -> None:
+        """α turned out too large, and the search shall not come back to it at full gain."""
         if memory["sign"] > 0:
             memory["gain"] = min(memory["gain"], math.log(10) / 2)
         memory["sign"] = -1

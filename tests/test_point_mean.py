@@ -119,6 +119,7 @@ def test_statistics_are_those_of_the_batches_and_nothing_else_changes():
     frozen.train = lambda mode=True: frozen  # as of a backbone that is not to be trained
     frozen.training = False
     model = nn.Sequential(frozen, nn.BatchNorm1d(2, momentum=0.3), nn.Dropout(0.5), nn.BatchNorm1d(2))
+    model(7 + torch.randn(9, 2))
     model[3].eval()
     state = torch.get_rng_state()
     inputs = torch.randn(64, 2)

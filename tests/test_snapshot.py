@@ -32,7 +32,7 @@ class Rotary(nn.Module):
                 self.cos = table
             else:
                 self.register_buffer("cos", table, persistent=False)
-                self.scale = self.scale * 2  # another tensor of the same shape
+                self.register_buffer("scale", self.scale * 2, persistent=False)  # another tensor of the same shape
         return x * self.cos[: x.shape[0]].view(-1, *[1] * (x.dim() - 1)) * self.weight
 
 

@@ -151,7 +151,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def create_optimizer(self, *args, **kwargs):
         """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
-        if not any(p.requires_grad for p in model.parameters()):
+        if self.optimizer is None and not any(p.requires_grad for p in model.parameters()):
             raise ConfigurationError(
                 f"model: no parameter of this {type(model).__name__} has requires_grad=True, so that there is nothing "
                 "to train; unfreeze some of them, or add adapters."

@@ -242,6 +242,15 @@ def test_a_callback_that_evaluates_or_saves_in_the_search_gets_the_point_that_wi
     assert torch.equal(weights(type(run.model).from_pretrained(tmp_path / "saved")), before)
 
 
+def test_losses_of_the_search_do_not_decide_about_the_batch(tmp_path):
+    run = spectral(tmp_path, elra_batch_control="elra", elra_control_cycle="4ba", max_steps=20)
+    run.train()
+    decided = {entry["step"]: entry["cycle_loss"] for entry in run.state.log_history if "cycle_loss" in entry}
+    losses = logged(run, "loss")
+    assert list(decided) == [12, 16, 20]
+    assert decided[12] == pytest.approx(sum(losses[10:12]) / 2, rel=1e-4)
+
+
 def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):
     run = spectral(tmp_path, max_steps=8)
     before = weights(run.model)

@@ -524,13 +524,13 @@ def test_growth_is_bounded_on_negative_curvature():
 
 def decayed_path(how, settings, updates=9):
     """Points, rates and step norms on a quadratic, with spikes; a scheduler or gradient decay shortens steps."""
-    x = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([101.0, 99.0, 100.5], dtype=torch.float64, requires_grad=True)
     optimizer = ELRA([x], lr=1e-2, max_first_step=None, **settings)
     found = []
     for number in range(updates):
         decay = 1.0 if number < 2 else 0.4 if number < 6 else 0.25
         optimizer.zero_grad()
-        loss = (torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64) * x**2).sum() / 2
+        loss = (torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64) * (x - 100) ** 2).sum() / 2
         loss.backward()
         if how == "gradient decay":
             optimizer.gradient_decay = decay

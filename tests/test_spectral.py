@@ -520,13 +520,15 @@ def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
     x = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
     optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
     expected = x.detach().clone()
-    for number in range(25):
+    for _ in range(25):
+        was_settled = optimizer.settled
         x.grad = torch.zeros(8, 8, dtype=torch.float64)
         optimizer.step(loss=1.0)
-        if number >= 5:
+        if was_settled:
             expected *= 1 - 0.1 * optimizer.alpha
-        elif number == 4:
+        elif optimizer.settled:
             assert torch.equal(x, expected)  # nothing is left of the search
+    assert was_settled
     torch.testing.assert_close(x.detach(), expected)
     assert x.norm() > 0.99 * 8 * 0.8
     assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
@@ -544,11 +546,10 @@ def test_the_way_back_undoes_the_decay_too(decay):
         optimizer.step(loss=loss)
         if loss == 1.0:
             directions = [optimizer.state[p]["direction"].clone() for p in (x, plain)]
-        step = optimizer._control["step_size"] / 2  # of the first group
-        length = step * directions[0]
-        expected = (1 - min(step * decay, 0.5)) * starts[0] - length
+        length = ((starts[1] - plain.detach()) / directions[1]).mean().item()  # of the step, or of its retry
+        torch.testing.assert_close(plain.detach(), starts[1] - length * directions[1])
+        expected = (1 - min(length / 2 * decay, 0.5)) * starts[0] - length / 2 * directions[0]
         torch.testing.assert_close(x.detach(), expected)
-        torch.testing.assert_close(plain.detach(), starts[1] - 2 * step * directions[1])
     assert optimizer.restarts == 3
 
 
@@ -635,7 +636,7 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
     )
     params = [matrix, table, vector]
     start = [p.detach().clone() for p in params]
-    optimizer = ELRASpectral(params, tables=[table], max_relative_step=share, search=0)
+    optimizer = ELRASpectral(params, lr=share * 0.05, tables=[table], max_relative_step=share, search=0)
     for number in range(30):
         size = matrix.detach().square().mean().sqrt().item()
         for p in params:

@@ -478,6 +478,7 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
     counted = []
     monkeypatch.setattr(run.elra_callback, "count", lambda *numbers: counted.append(numbers))
     run._group_loss, run._group_samples, run._group_tokens = torch.tensor(3.0), 8, 128
+    run._rows_drawn = None
     run._finish_group()
     assert float(run.elra_optimizer._observed_loss) == 3.0
     assert counted == [(32, 512, 4.0)]

@@ -213,7 +213,7 @@ def test_training_that_goes_on_goes_on_from_the_last_point(tmp_path, optim, mode
         assert torch.equal(weights(run.model), points.points[-1]) != boosted
         run.train()
         paths.append((points.points, dict(run.model.named_buffers()) if boosted else {}))
-    assert len(paths[0][0]) == 28
+    assert len(paths[0][0]) == 52
     for one, other in zip(paths[0][0], paths[1][0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 

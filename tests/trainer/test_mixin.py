@@ -129,6 +129,7 @@ def test_model_without_loss_arguments(tmp_path):
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=40,
+            elra_control_cycle="1000ba",  # the batch stays
         )
         run.train()
         points.append(weights(run.model))

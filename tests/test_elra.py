@@ -40,7 +40,7 @@ def test_path_turns_with_the_coordinates(step_rule):
         return torch.stack(points)
 
     plain, turned = path(torch.eye(20, dtype=torch.float64)), path(rotation)
-    assert (plain - turned).abs().max() < 1e-9
+    assert (plain - turned).abs().max() < 1e-7
 
 
 # ---- the twin ----
@@ -55,7 +55,7 @@ arguments = st.fixed_dictionaries(
         "max_growth": st.sampled_from([1.5, 10.0, 1e6]),
         "min_step_norm": st.sampled_from([0.0, 0.1]),
         "max_step_norm": st.sampled_from([None, 0.5, 2.0]),
-        "max_relative_step": st.sampled_from([None, 0.05, 0.1]),
+        "max_relative_step": st.sampled_from([None, 0.03, 0.3]),
         "max_first_step": st.sampled_from([None, 0.01, 0.5]),
         "weight_decay": st.sampled_from([0.0, 3e-4]),
         "soft_restart": st.booleans(),

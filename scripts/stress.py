@@ -4,8 +4,9 @@
     python scripts/stress.py --quick --output runs/reliability.json
 
 Faults: NaN, infinities, spikes and zeros in losses, gradients and data, at the first update, in mid-run and several in
-a row, for every memory layout and in bfloat16; no number that is not finite may reach weights or state, and training
-must go on to a lower loss. Processes: DDP, FSDP2, HSDP and tensor parallelism beside one process. Kills: a BabyLlama is
+a row, for elra with every memory layout and in bfloat16, and for elra_spectral; no number that is not finite may reach
+weights or state, and training must go on to a lower loss. How far α is off 20 updates later is printed.
+Processes: DDP, FSDP2, HSDP and tensor parallelism beside one process. Kills: a BabyLlama is
 trained to its end, then again while it is killed (SIGKILL) at random moments and resumed each time; both ends are
 compared bit by bit. Exit code 1 if anything did not survive. --help lists all flags.
 """
@@ -18,6 +19,7 @@ import os
 import random
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from hf_elra import ELRA
+from hf_elra import ELRA, ELRASpectral
 from hf_elra.recipes import many_processes
 from hf_elra.recipes.many_processes import apart, together
 from hf_elra.recipes.run_folder import METRICS, read_json, write_json
@@ -130,6 +132,10 @@ FAULTS: dict[str, Fault] = {
     "loss NaN": lambda loss, _: math.nan,
     "loss infinite": lambda loss, _: math.inf,
     "loss spike of 1e6": lambda loss, _: loss + 1e6,
+    "loss ten times as high": lambda loss, _: loss * 10,
+    "a batch without targets (loss NaN, gradients zero)": lambda loss, gradients: _in_gradient(0.0, True)(
+        math.nan, gradients
+    ),
     "NaN in one element of a gradient": _in_gradient(math.nan, False),
     "infinity in one element of a gradient": _in_gradient(math.inf, False),
     "all gradients NaN": _in_gradient(math.nan, True),
@@ -146,15 +152,22 @@ MOMENTS = {
 }
 LAYOUTS = ("gradient", "point", "offload")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SPECTRAL = {"elra_spectral": 0.9, "elra_spectral, no momentum": 0.0}
+LATER = 20  # updates after the last fault
 
 
-def train_with(name: str, moments: tuple[int, ...], memory: str, dtype: str) -> dict[str, Any]:
-    """Train a small network for 120 updates; return whether it survived, and how often ELRA went back."""
+def train_with(name: str, moments: tuple[int, ...], kind: str, dtype: str) -> dict[str, Any]:
+    """Train a small network for 120 updates; return whether it survived, how often a step was taken back, and α at all
+    updates."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(DTYPES[dtype])
-    optimizer = ELRA(model.parameters(), memory=memory, stochastic_rounding=dtype == "bfloat16")
     params = list(model.parameters())
-    finite, losses = True, []
+    optimizer: ELRA | ELRASpectral
+    if kind in SPECTRAL:
+        optimizer = ELRASpectral(params, momentum=SPECTRAL[kind])
+    else:
+        optimizer = ELRA(params, memory=kind, stochastic_rounding=dtype == "bfloat16")
+    finite, losses, alphas = True, [], []
     for number in range(120):
         inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(number))
         if number in moments and name == "a batch of zeros":
@@ -168,23 +181,29 @@ def train_with(name: str, moments: tuple[int, ...], memory: str, dtype: str) -> 
         if number in moments:
             told = FAULTS[name](told, [p.grad for p in params if p.grad is not None])
         optimizer.step(loss=told)
+        alphas.append(optimizer.alpha)
         if number % 20 == 19:
             optimizer.end_cycle()
         tensors = [*params, *(v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))]
         finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
     learnt = sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    return {"finite": finite, "learnt": learnt, "restarts": optimizer.restarts}
+    counts = {name: optimizer.metrics[name] for name in ("restarts", "skipped", "accepted_levels")}
+    return {"finite": finite, "learnt": learnt, **counts, "alphas": alphas}
 
 
 def faults() -> list[dict[str, Any]]:
     """Every fault at every moment in every layout."""
+    kinds = [*((layout, dtype) for layout in LAYOUTS for dtype in DTYPES), *((kind, "float32") for kind in SPECTRAL)]
     results = []
-    for name in FAULTS:
-        for moment, updates in MOMENTS.items():
-            for memory in LAYOUTS:
-                for dtype in DTYPES:
-                    result = train_with(name, updates, memory, dtype)
-                    results.append({"fault": name, "moment": moment, "memory": memory, "dtype": dtype, **result})
+    for kind, dtype in kinds:
+        usual = train_with("none", (), kind, dtype)["alphas"]
+        for name in FAULTS:
+            for moment, updates in MOMENTS.items():
+                result = train_with(name, updates, kind, dtype)
+                later = updates[-1] + LATER
+                recovery = result.pop("alphas")[later] / usual[later]
+                about = {"fault": name, "moment": moment, "optimizer": kind, "dtype": dtype, "alpha_later": recovery}
+                results.append({**about, **result})
     print(f"{len(results)} runs with faults", file=sys.stderr)
     return results
 
@@ -257,6 +276,9 @@ def main(words: list[str]) -> int:
     path = Path(given.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("error")
+    warnings.filterwarnings(
+        "ignore", message="elra_spectral: the search for a learning rate"
+    )  # faults may lead it astray
     results = {"command": shlex.join(["python", *sys.argv]), **environment("cpu"), "seed": given.seed}
     if "faults" in given.parts:
         results["faults"] = faults()
@@ -274,17 +296,28 @@ def main(words: list[str]) -> int:
     return 0 if survived else 1
 
 
+def recovery(runs: list[dict[str, Any]]) -> str:
+    """How large α is after a fault, beside α of the run without it."""
+    ratios = [run["alpha_later"] for run in runs]
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
+    return f"{statistics.median(ratios):.2f}, {tenths[0]:.2f} to {tenths[-1]:.2f}"
+
+
 def tables(results: dict[str, Any]) -> tuple[str, bool]:
     """The results as text, and whether everything survived."""
     parts, survived = [], True
     if "faults" in results:
         rows = []
-        for name in FAULTS:
-            mine = [result for result in results["faults"] if result["fault"] == name]
-            good = sum(result["finite"] and result["learnt"] for result in mine)
-            survived = survived and good == len(mine)
-            rows.append([name, str(len(mine)), str(good), str(sum(result["restarts"] for result in mine))])
-        parts.append(markdown_table(["fault", "runs", "survived", "restarts"], rows))
+        for optimizer, is_mine in (("elra", lambda r: r["optimizer"] in LAYOUTS),
+                                   ("elra_spectral", lambda r: r["optimizer"] in SPECTRAL)):  # fmt: skip
+            for name in FAULTS:
+                mine = [result for result in results["faults"] if result["fault"] == name and is_mine(result)]
+                good = sum(result["finite"] and result["learnt"] for result in mine)
+                survived = survived and good == len(mine)
+                counts = [str(sum(result[count] for result in mine)) for count in ("restarts", "skipped")]
+                rows.append([optimizer, name, str(len(mine)), str(good), *counts, recovery(mine)])
+        heads = ["optimizer", "fault", "runs", "survived", "restarts", "skipped"]
+        parts.append(markdown_table([*heads, "α 20 updates later, of that without: median, middle 80 %"], rows))
         rows = [[f'"{r["memory"]}"', r["dtype"], f"{r['exact']:,} of {r['elements']:,}"] for r in results["returns"]]
         survived = survived and all(r["exact"] == r["elements"] for r in results["returns"] if r["memory"] == "point")
         parts.append(markdown_table(["memory", "parameters", "elements back at the very same value"], rows))

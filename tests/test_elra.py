@@ -40,7 +40,7 @@ def test_path_turns_with_the_coordinates(step_rule):
         return torch.stack(points)
 
     plain, turned = path(torch.eye(20, dtype=torch.float64)), path(rotation)
-    assert (plain - turned).abs().max() < 1e-9
+    assert (plain - turned).abs().max() < 1e-7
 
 
 # ---- the twin ----
@@ -55,7 +55,7 @@ arguments = st.fixed_dictionaries(
         "max_growth": st.sampled_from([1.5, 10.0, 1e6]),
         "min_step_norm": st.sampled_from([0.0, 0.1]),
         "max_step_norm": st.sampled_from([None, 0.5, 2.0]),
-        "max_relative_step": st.sampled_from([None, 0.05, 0.1]),
+        "max_relative_step": st.sampled_from([None, 0.03, 0.3]),
         "max_first_step": st.sampled_from([None, 0.01, 0.5]),
         "weight_decay": st.sampled_from([0.0, 3e-4]),
         "soft_restart": st.booleans(),
@@ -659,7 +659,7 @@ def test_under_noise_alone_a_factor_does_not_add_up(decays):
 
 def test_a_groups_own_lr_is_its_share():
     a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = ELRA([{"params": [a]}, {"params": [b], "lr": 1e-2}], lr=1e-3)
+    optimizer = ELRA([{"params": [a]}, {"params": [b], "lr": 1e-2}], lr=1e-3, max_relative_step=None)
     a.grad, b.grad = torch.ones(1), torch.ones(1)
     optimizer.step(loss=1.0)
     assert a.item() == pytest.approx(-1e-3)
@@ -847,7 +847,7 @@ def test_a_far_too_large_first_rate_does_no_harm():
     """Only the very first step is cropped, to a share of the parameters' norm or to the floor."""
     for arguments, length in (({}, 0.05), ({"max_first_step": 0.1}, 0.5), ({"min_step_norm": 0.2}, 0.2)):
         x = torch.tensor([3.0, 4.0], requires_grad=True)  # of norm 5
-        optimizer = ELRA([x], lr=100.0, noise_correction=0, **arguments)
+        optimizer = ELRA([x], lr=100.0, noise_correction=0, max_relative_step=None, **arguments)
         losses = []
         for _ in range(4):
             losses.append(quadratic_step(optimizer, x, "keyword"))

@@ -234,8 +234,8 @@ def rates_with(make, names, when, seed, updates=65):
 def test_the_rate_is_back_twenty_updates_after_any_event(kind, names, when, seed):
     names = EVENTS[names]
     without, with_ = (rates_with(makers[kind], given, when, seed) for given in ([], names))
-    after = when + len(names) - 1 + 20
-    assert 0.5 < with_[after] / without[after] < 2
+    after, factor = when + len(names) - 1 + 20, 2 if len(names) == 1 else 6  # several events are some evidence
+    assert 1 / factor < with_[after] / without[after] < factor
 
 
 # ---- the optimizer ----

@@ -74,6 +74,41 @@ def bare_loop(kind, told):
     }  # fmt: skip
 
 
+def events_on_one():
+    """What one process alone meets: processes stay alike, and α is soon where it is without."""
+    dist.init_process_group("gloo")
+    events = "spike", "nan_loss", "nan_gradient", "nothing"
+    kinds = {"ELRA": ELRA, "ELRASpectral": ELRASpectral}
+    return {name: {event: rate_after(kind, event) for event in ("plain", *events)} for name, kind in kinds.items()}
+
+
+def rate_after(kind, event):
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16)
+    together = nn.parallel.DistributedDataParallel(model)
+    optimizer = kind(model.parameters())
+    optimizer.process_group = dist.group.WORLD
+    differing = 0
+    for number in range(51):
+        data = torch.randn(16, 48, generator=torch.Generator().manual_seed(2 * number + dist.get_rank()))
+        optimizer.zero_grad()
+        happens = number == 30 and dist.get_rank() == 1
+        nothing = happens and event == "nothing"
+        outputs = together(data[:, :16])
+        loss = (outputs - data[:, :16] - 3 * data[:, 16:32]).square().mean() * (0.0 if nothing else 1.0)
+        loss.backward()
+        told = loss.detach().clone()
+        if happens and event in ("nan_loss", "nothing"):
+            told.fill_(float("nan"))
+        elif happens and event == "spike":
+            told.mul_(1e4)
+        elif happens and event == "nan_gradient":
+            model.bias.grad[1] = float("nan")
+        optimizer.step(loss=told)
+        differing += not same_everywhere(flat_weights(model))
+    return {"alpha": optimizer.alpha, "differing": differing, "restarts": optimizer.restarts}
+
+
 def sharded_offload():
     """The error for a memory layout that cannot be sharded."""
     dist.init_process_group("gloo")
@@ -225,7 +260,7 @@ def rows_of_a_resumed_run(folder):
 
 if __name__ == "__main__":
     functions = (
-        one_reads_garbage, bare_loops, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds, split_batches,
+        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds, split_batches,
         rows_of_a_resumed_run,
     )  # fmt: skip
     answer({function.__name__: function for function in functions})

@@ -101,7 +101,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         max_step_norm (float or None): crop above α‖G‖, c in section 3.5. None for none. Default: 2.
         max_relative_step (float or None): crop above this share of the norm of the parameters (or above
             ``min_step_norm`` if that is more; weights of a root mean square below 0.01 count as of 0.01). Not in the
-            paper, whose crop of 2 is as long as all weights of a small model. None for none. Default: 0.1.
+            paper, whose crop of 2 is as long as all weights of a small model. None for none. Default: 0.03.
         max_first_step (float or None): crop the very first step to this share of the norm of the parameters (or to
             ``min_step_norm`` if that is more), so that a far too large ``lr`` does no harm before a second gradient is
             known. Not in the paper, which loses runs from α_0 = 0.1 and 1. None for none. Default: 0.01.
@@ -173,7 +173,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         lr_bounds: tuple[float, float] = (1e-8, 1e6),
         min_step_norm: float = 0.0,
         max_step_norm: float | None = 2.0,
-        max_relative_step: float | None = 0.1,
+        max_relative_step: float | None = 0.03,
         max_first_step: float | None = 0.01,
         weight_decay: float = 0.0,
         soft_restart: bool = True,

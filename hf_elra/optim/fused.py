@@ -368,6 +368,7 @@ def control_kernel(
     earlier = tl.where(proven == proven, tl.minimum(proven, alpha), alpha)
     earlier = tl.where(level == level, tl.minimum(level / 2, alpha), earlier)
     level = tl.where(reduces, tl.maximum(earlier, reduced), level)
+    level = tl.where(stands & known & (failures == 0) & (level < alpha), alpha, level)
     quiet = tl.where(reduces, 0.0, quiet)
     proven = tl.where(stands & known & (failures == 0), alpha, proven)
     length_of_last = tl.where(reduces, was_good / reduced, length)

@@ -310,6 +310,8 @@ def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy:
         control["length"] = 1.0
     elif failures == 0:
         control["proven"] = alpha
+        if control["level"] is not None:
+            control["level"] = max(control["level"], alpha)
     elif noisy and (failures > 1 or control["on_trial"]):
         good = alpha * control["length"]
         reduced = max(good, alpha * SHORTEST_RETRY ** max(failures - 1, 1), lowest)

@@ -33,7 +33,7 @@ class ReferenceELRA:
         lr_bounds: tuple[float, float] = (1e-8, 1e6),
         min_step_norm: float = 0.0,
         max_step_norm: float | None = 2.0,
-        max_relative_step: float | None = 0.1,
+        max_relative_step: float | None = 0.03,
         max_first_step: float | None = 0.01,
         weight_decay: float = 0.0,
         soft_restart: bool = True,
@@ -195,6 +195,8 @@ class ReferenceELRA:
             self.length = 1.0
         elif failures == 0:
             self.proven = self.alpha
+            if self.level is not None:
+                self.level = max(self.level, self.alpha)
         elif self.noise_correction and (failures > 1 or self.on_trial):
             good = self.alpha * self.length
             reduced = max(good, self.alpha * 0.1 ** max(failures - 1, 1), self.low)

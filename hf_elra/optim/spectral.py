@@ -331,8 +331,8 @@ class ELRASpectral(LossAwareOptimizer):
         has_measured = rule["count"] >= search - 1  # a step that is taken back tells nothing, nor does its retry
         if control["updates"] >= LONGEST_SEARCH * search or (has_measured and FallingGain.is_sure(rule)):
             self._end_search()
-        elif has_measured and not rule["clear"] and not rule["again"]:
-            FallingGain.search_again(rule)
+        elif has_measured and not rule["clear"] and rule["found"] is None:
+            FallingGain.search_again(rule, self.alpha)
             self._set_alpha(self._bounded(self.alpha / 10))
 
     def _end_search(self) -> None:
@@ -345,7 +345,7 @@ class ELRASpectral(LossAwareOptimizer):
                 if start is not None:
                     p.copy_(start)
         size = self._size()
-        if not control["rule"]["clear"]:
+        if FallingGain(SIGMA, GAIN).has_found_nothing(control["rule"], self.alpha):
             self._set_default(NOT_FOUND * size, "has found none, as slopes are mostly noise")
         elif self.alpha < LEAST_FOUND * size:
             self._set_default(LEAST_FOUND * size, f"ended below the least one, at {self.alpha:.2g}")

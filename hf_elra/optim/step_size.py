@@ -70,9 +70,12 @@ class FallingGain:
 
     AFTER_A_SEARCH = 10
     """Ratios that count as seen where there is no search: the falling gain begins where that of a search would."""
-    RUN, SIGNIFICANCE = 3, 3.0
-    """A way is clear if at least so many ratios in a row are of one sign, and their mean is so many standard errors
-    (and half a ``sigma``) from zero."""
+    RUN, SIGNIFICANCE, LONG_RUN = 3, 3.0, 5
+    """A way is clear if ratios begin with at least so many of one sign, whose mean is so many standard errors from
+    zero, or with a long run of them, which is no chance either; and if the mean is more than half a ``sigma``."""
+    AGREE = 3.0
+    """Two searches that end within such a factor of one another were not led by noise, if steps a tenth as long as the
+    first one found were clearly too short."""
 
     def __init__(self, sigma: float, constant: float) -> None:
         self.sigma, self.constant = sigma, constant
@@ -81,9 +84,9 @@ class FallingGain:
     def new_memory(cls, *, searches: bool = True) -> dict[str, Any]:
         """What is remembered: the gain of the search, the last sign, how many ratios were seen; of the search, the
         ratios of one sign with which it began (count, mean, squared deviations), whether these are over and were clear,
-        how often the sign has changed, and whether it was begun anew."""
+        how often the sign has changed, and the α that was found when it was begun anew."""
         gain, count = (math.log(10), 0) if searches else (0.0, cls.AFTER_A_SEARCH)
-        run: dict[str, Any] = {"run": [0, 0.0, 0.0], "over": 0, "clear": 0, "changes": 0, "again": 0}
+        run: dict[str, Any] = {"run": [0, 0.0, 0.0], "over": 0, "clear": 0, "changes": 0, "found": None}
         return {"gain": gain, "sign": 0, "count": count, **run}
 
     def factor(self, memory: dict[str, Any], ratio: float) -> float:
@@ -107,7 +110,7 @@ class FallingGain:
         memory["run"] = [run.count, run.mean, run.squared_deviations]
         if run.count >= self.RUN and abs(run.mean) >= self.sigma / 2:
             error = math.sqrt(run.squared_deviations / (run.count * (run.count - 1)))
-            memory["clear"] |= int(abs(run.mean) >= self.SIGNIFICANCE * error)
+            memory["clear"] |= int(run.count >= self.LONG_RUN or abs(run.mean) >= self.SIGNIFICANCE * error)
 
     @staticmethod
     def is_sure(memory: dict[str, Any]) -> bool:
@@ -117,10 +120,19 @@ class FallingGain:
         """
         return bool(memory["clear"]) and memory["changes"] > 0
 
+    def has_found_nothing(self, memory: dict[str, Any], alpha: float) -> bool:
+        """Whether a search that ends with ``alpha`` was led by noise: no way was clear, nor do two searches agree."""
+        agrees = (
+            memory["found"] is not None
+            and abs(math.log(alpha / memory["found"])) < math.log(self.AGREE)
+            and memory["run"][1] >= self.sigma / 2
+        )
+        return not memory["clear"] and not agrees
+
     @staticmethod
-    def search_again(memory: dict[str, Any]) -> None:
-        """Begin the search anew; it has to find a clear way this time."""
-        memory.update(gain=math.log(10), sign=0, run=[0, 0.0, 0.0], over=0, clear=0, changes=0, again=1)
+    def search_again(memory: dict[str, Any], alpha: float) -> None:
+        """Begin the search anew, which has found ``alpha``, but no clear way to it."""
+        memory.update(gain=math.log(10), sign=0, run=[0, 0.0, 0.0], over=0, clear=0, changes=0, found=alpha)
 
     @staticmethod
     def end_search(memory: dict[str, Any]) -> None:

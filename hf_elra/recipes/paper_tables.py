@@ -139,7 +139,8 @@ def build_network(table: str, data: ImageSplits, seed: int) -> torch.nn.Module:
 def build_optimizer(configuration: Configuration, parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of one column."""
     if configuration.optimizer == "elra":
-        return ELRA(parameters, lr=configuration.lr, weight_decay=configuration.weight_decay)
+        paper: Any = {"max_relative_step": None}
+        return ELRA(parameters, lr=configuration.lr, weight_decay=configuration.weight_decay, **paper)
     if configuration.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=configuration.lr)
     if configuration.optimizer == "sgd":

@@ -130,6 +130,7 @@ def test_model_without_loss_arguments(tmp_path):
             gradient_accumulation_steps=accumulation,
             max_steps=40,
             elra_control_cycle="1000ba",  # the batch stays
+            optim_args="max_relative_step=none",  # five parameters
         )
         run.train()
         points.append(weights(run.model))

@@ -432,9 +432,9 @@ class DynamicBatchMixin(LossScaleMixin):
 
     def _init_training_state(self, *args, **kwargs):
         epochs, skip = super()._init_training_state(*args, **kwargs)
+        self._divides = None  # model and loss may be other ones than before
         if self.batch_control is None:
             return epochs, skip
-        self._divides = None
         self._restore_position(self.batch_control)
         self._first_epoch_of_call, self._flops_per_element = True, None
         progress = self.progress

@@ -102,3 +102,20 @@ def test_random_numbers_go_on_as_if_nothing_had_been():
     with unchanged(model):
         draw()
     assert draw() != expected
+
+
+@pytest.mark.parametrize("how", ["registers", "resizes", "replaces"])
+def test_everything_stays_where_that_is_asked_for(how):
+    kept, plain = Rotary(how), Rotary(how)
+    torch.manual_seed(0)
+    with unchanged(kept, random_state=True) as keep:
+        kept(torch.randn(5))
+        keep()
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    plain(torch.randn(5))
+    assert torch.equal(torch.rand(3), drawn)
+    assert kept.longest == plain.longest == 5
+    for (name, buffer), (other, expected) in zip(kept.named_buffers(), plain.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(buffer, expected)

@@ -7,9 +7,10 @@ here (``point_mean.py``, ``trainer/``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module, *, but: Collection[nn.Module] = (), random_state: bool = False) -> Iterator[None]:
+def unchanged(
+    model: nn.Module, *, but: Collection[nn.Module] = (), random_state: bool = False
+) -> Iterator[Callable[[], None]]:
     """Let a model's buffers be after a ``with`` block what they were before it, whatever passes are made in it.
 
     A module may register, drop, replace or resize its buffers meanwhile, as caches of positions grow. Such a module
@@ -30,7 +33,11 @@ def unchanged(model: nn.Module, *, but: Collection[nn.Module] = (), random_state
         but: modules of it whose buffers are not looked after.
         random_state: whether random numbers go on after the block as if it had drawn none: those of torch on the CPU
             and on the model's devices, of Python, and of NumPy where it is loaded.
+
+    Yields:
+        a function to call where everything shall stay as the block made it.
     """
+    keep: list[bool] = []
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any], set[str]]] = []
     for module in model.modules():
@@ -42,10 +49,12 @@ def unchanged(model: nn.Module, *, but: Collection[nn.Module] = (), random_state
         for buffer in buffers.values():
             if buffer is not None and id(buffer) not in kept:
                 kept[id(buffer)] = buffer, buffer.detach().clone()
-    with _same_random_numbers(model) if random_state else contextlib.nullcontext():
+    with _same_random_numbers(model, keep) if random_state else contextlib.nullcontext():
         try:
-            yield
+            yield functools.partial(keep.append, True)
         finally:
+            if keep:
+                kept, modules = {}, []
             resized = {number for number, (buffer, values) in kept.items() if buffer.shape != values.shape}
             for buffer, values in kept.values():
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
@@ -67,7 +76,7 @@ def unchanged(model: nn.Module, *, but: Collection[nn.Module] = (), random_state
 
 
 @contextlib.contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
+def _same_random_numbers(model: nn.Module, keep: list[bool]) -> Iterator[None]:
     numpy = sys.modules.get("numpy")  # what is not loaded draws nothing
     of_python, of_torch = random.getstate(), torch.get_rng_state()
     of_numpy = None if numpy is None else numpy.random.get_state()
@@ -75,12 +84,13 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(of_python)
-        torch.set_rng_state(of_torch)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
-        for device, state in of_devices:
-            _of_device("set", device, state)
+        if not keep:
+            random.setstate(of_python)
+            torch.set_rng_state(of_torch)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
+            for device, state in of_devices:
+                _of_device("set", device, state)
 
 
 def _devices_with_generators(model: nn.Module) -> set[torch.device]:

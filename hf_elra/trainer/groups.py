@@ -199,14 +199,21 @@ class DynamicBatchMixin(LossScaleMixin):
             return self.scaled_step(model, inputs, num_items_in_batch)
         while True:
             passes = self._merged(model, inputs, num_items_in_batch)
-            try:
-                total = self._run_passes(model, passes, num_items_in_batch)
-                break
-            except RuntimeError as error:
-                alone = self.accelerator.num_processes == 1
-                if not (alone and len(passes) < len(inputs) and self._shrink_passes(error, passes)):
-                    raise
-                model.zero_grad()
+            alone = self.accelerator.num_processes == 1
+            may_shrink = alone and self.batch_control.max_pass == "auto" and len(passes) < len(inputs)
+            new = may_shrink and _largest(passes) > self._proven_pass
+            with unchanged(model, random_state=True) if new else contextlib.nullcontext() as keep:
+                try:
+                    total = self._run_passes(model, passes, num_items_in_batch)
+                    if keep is not None:
+                        keep()
+                        self._proven_pass = _largest(passes)
+                    break
+                except RuntimeError as error:
+                    if not (may_shrink and should_reduce_batch_size(error)):
+                        raise
+            model.zero_grad()
+            self._shrink_passes(passes)  # only now, as the error holds on to what filled the memory
         self._micro_batches_per_pass = len(inputs) / len(passes)
         if self.batch_control.gradient_decay and self.batch_controller is not None:
             factor = self.batch_controller.gradient_decay(len(inputs))
@@ -282,7 +289,7 @@ class DynamicBatchMixin(LossScaleMixin):
             passes = self._concatenate(group, plan)
             if passes is None:
                 return list(group)
-            if not automatic:
+            if not automatic or processes == 1:  # one process alone may run out of memory and begin anew
                 return passes
             elements = _elements(sizes, plan)
             largest = max(range(len(plan)), key=elements.__getitem__)
@@ -320,7 +327,10 @@ class DynamicBatchMixin(LossScaleMixin):
         return None
 
     def _fits(self, model: Any, inputs: Any, num_items: Any) -> bool:
-        """Whether a pass over ``inputs`` and back fits into the memory of every process; changes nothing."""
+        """Whether a pass over ``inputs`` and back fits into the memory of every process, by trial; changes nothing.
+
+        What user code does in ``compute_loss`` beside the loss, it does once more here.
+        """
         fits = True
         with unchanged(model, random_state=True), self.accelerator.no_sync(model=model):
             try:
@@ -337,17 +347,12 @@ class DynamicBatchMixin(LossScaleMixin):
             fits = bool(self.accelerator.gather(told).all())
         return fits
 
-    def _shrink_passes(self, error: RuntimeError, passes: list[Any]) -> bool:
-        """After running out of memory in a merged pass that once fitted: halve the limit. False for other errors."""
-        assert self.batch_control is not None
-        if self.batch_control.max_pass != "auto" or not should_reduce_batch_size(error):
-            return False
-        sizes = [_rows_and_width(inputs) for inputs in passes]
-        self._pass_limit = max(rows * width for rows, width in sizes) / 2
+    def _shrink_passes(self, passes: list[Any]) -> None:
+        """After running out of memory in a merged pass: halve the limit."""
+        self._pass_limit = _largest(passes) / 2
         self._proven_pass = min(self._proven_pass, int(self._pass_limit))
         logger.warning("Out of memory in a merged forward pass; halving it.")
         clear_device_cache(garbage_collection=True)
-        return True
 
     def floating_point_ops(self, inputs):
         """Sum over a group; the stock one, which counts the model's parameters anew each time, is asked only once."""
@@ -441,9 +446,9 @@ class DynamicBatchMixin(LossScaleMixin):
 
     def _init_training_state(self, *args, **kwargs):
         epochs, skip = super()._init_training_state(*args, **kwargs)
+        self._divides = None  # model and loss may be other ones than before
         if self.batch_control is None:
             return epochs, skip
-        self._divides = None
         self._restore_position(self.batch_control)
         self._first_epoch_of_call, self._flops_per_element = True, None
         progress = self.progress
@@ -598,6 +603,11 @@ def _rows_and_width(batch: Any) -> tuple[int, int]:
     largest = max((v.numel() for v in values if isinstance(v, torch.Tensor)), default=0)
     rows = rows_of(batch) or 1
     return rows, max(1, largest // rows)
+
+
+def _largest(passes: list[Any]) -> int:
+    """Elements of the largest pass."""
+    return max(rows * width for rows, width in map(_rows_and_width, passes))
 
 
 def _elements(sizes: list[tuple[int, int]], plan: list[int]) -> list[int]:

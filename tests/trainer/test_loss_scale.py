@@ -25,16 +25,18 @@ class Counts(ElraTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
+@pytest.mark.parametrize(("merged", "calls"), [(None, 20), ("auto", 10)])
 @pytest.mark.parametrize("optim", ["elra", "elra_spectral", "adamw_torch"])
-def test_user_code_is_called_once_for_every_micro_batch(tmp_path, optim):
+def test_user_code_is_called_once_for_every_pass(tmp_path, optim, merged, calls):
     run = trainer(
         tmp_path, trainer_class=Counts, optim=optim, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         elra_batch_control="schedule", elra_batch_schedule="0:1", max_steps=10,
+        elra_max_micro_batch=merged,
     )  # fmt: skip
     run.train()
-    assert run.calls == 20
+    assert run.calls == calls
     assert run.tokens == 40 * 16
-    assert [entry["calls"] for entry in run.state.log_history if "calls" in entry] == list(range(1, 21))
+    assert [entry["calls"] for entry in run.state.log_history if "calls" in entry] == list(range(1, calls + 1))
 
 
 def total_over(number):

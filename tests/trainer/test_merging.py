@@ -118,7 +118,7 @@ def test_eight_times_one_four_times_two_one_times_eight_and_merged_are_the_same(
         results.append((torch.tensor(logged(run, "loss"), dtype=torch.float64), weights(run.model)))
         assert run.elra_callback.samples == 48
         expected = {"3": 3, "8": 1, "auto": 1, None: first}[together]
-        assert len(passes) == 6 * expected + (together == "auto")  # auto tries its first pass
+        assert len(passes) == 6 * expected
     for losses, points in results[1:]:
         assert_close(losses, results[0][0])
         assert_close(points, results[0][1])
@@ -278,9 +278,9 @@ def test_auto_halves_on_running_out_of_memory_and_remembers(tmp_path, caplog):
         run.train()
         runs.append(run)
     plain, automatic = runs
-    # 16 and 8 rows fail, 4 fit: two failures and one trial, then four passes an update.
-    assert len(passes) == 3 + 3 * 4
-    assert sum("does not fit; halving" in record.message for record in caplog.records) == 2
+    # 16 and 8 rows fail, 4 fit: two failures, then four passes an update.
+    assert len(passes) == 2 + 3 * 4
+    assert sum("Out of memory in a merged forward pass; halving" in r.message for r in caplog.records) == 2
     assert torch.equal(weights(plain.model), weights(automatic.model))  # trials leave no trace, not in dropout either
     assert logged(plain, "loss") == logged(automatic, "loss")
     assert automatic.elra_callback.state()["attributes"]["data_position"]["pass_limit"] == 4 * 16
@@ -338,7 +338,7 @@ def test_auto_goes_on_when_a_pass_that_fitted_no_longer_does(tmp_path, caplog_wa
     run.model.register_forward_pre_hook(shrink)
     run.train()
     assert run.state.global_step == 4
-    assert len(passes) == 1 + 2 + (1 + 2) + 2  # trial, two updates, failure and two passes, two passes
+    assert len(passes) == 2 + (1 + 2) + 2  # two updates, failure and two passes, two passes
     assert any("halving it" in record.message for record in caplog_warnings.records)
 
 

@@ -260,7 +260,7 @@ def rows_of_a_resumed_run(folder):
 
 if __name__ == "__main__":
     functions = (
-        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds, split_batches,
-        rows_of_a_resumed_run,
+        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds,
+        split_batches, rows_of_a_resumed_run,
     )  # fmt: skip
     answer({function.__name__: function for function in functions})

@@ -64,6 +64,7 @@ def test_the_path_is_the_trainers(tmp_path, architecture, optim, decay):
     args = arguments(
         tmp_path,
         optim=optim,
+        optim_args="max_relative_step=none" if own else None,  # so that the batch grows
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
@@ -93,7 +94,7 @@ def test_the_path_is_the_trainers(tmp_path, architecture, optim, decay):
     run.train()
 
     light = classifier(architecture)
-    optimizer = ELRA(light.parameters(), lr=1e-2)
+    optimizer = ELRA(light.parameters(), lr=1e-2, max_relative_step=None)
     if not own:
         optimizer = torch.optim.AdamW(light.parameters(), lr=1e-2, weight_decay=0.0)
     controller = BatchSizeController(2) if own else None

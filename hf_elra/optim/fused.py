@@ -97,7 +97,6 @@ _OF_A_LEVEL = tl.constexpr(guards.RETRIES_OF_A_LEVEL)
 _MOST_RETRIES = tl.constexpr(guards.MOST_RETRIES)
 _LONGEST = tl.constexpr(guards.LONGEST_RETRY)
 _SHORTEST = tl.constexpr(guards.SHORTEST_RETRY)
-_LOG_OF_TEN = tl.constexpr(-math.log(guards.SHORTEST_RETRY))
 _QUIET_UPDATES = tl.constexpr(guards.QUIET_UPDATES)
 _WAY_BACK = tl.constexpr(guards.WAY_BACK)
 
@@ -153,11 +152,11 @@ def _limit(
 ):
     """``RestartGuard.limit``: the highest loss, and the mean of those it comes from."""
     limit = tl.full([], float("inf"), tl.float64)
+    recent = recent_mean + sigma * tl.sqrt(recent_variance)
     if HAS_RATIO:
         known = (initial == initial) & (initial != 0)
         limit = tl.where(known, initial + (ratio - 1) * tl.abs(initial), limit)
     enough = recent_count >= _ENOUGH
-    recent = recent_mean + sigma * tl.sqrt(recent_variance)
     limit = tl.where(enough, recent, limit)
     mean = tl.where(enough, recent_mean, initial)
     of_cycle = last_mean + sigma * last_std
@@ -363,10 +362,9 @@ def control_kernel(
     if not NOISY:
         reduces = stands & (stands == 0)  # no: it was done at once
     was_good = alpha * length
-    tenths = tl.where(failures > 2, tl.exp((1 - failures) * _LOG_OF_TEN), _SHORTEST)
-    reduced = tl.maximum(tl.maximum(was_good, alpha * tenths), lowest)
+    reduced = tl.maximum(tl.maximum(was_good, alpha * _SHORTEST), lowest)
     earlier = tl.where(proven == proven, tl.minimum(proven, alpha), alpha)
-    earlier = tl.where(level == level, tl.minimum(level / 2, alpha), earlier)
+    earlier = tl.where(level == level, level / 2, earlier)
     level = tl.where(reduces, tl.maximum(earlier, reduced), level)
     level = tl.where(stands & known & (failures == 0) & (level < alpha), alpha, level)
     quiet = tl.where(reduces, 0.0, quiet)

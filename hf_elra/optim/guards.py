@@ -294,7 +294,8 @@ def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy:
 
     If steps were taken back before, α is put on trial: the next step is a full one again. α is reduced where that is
     already the second failure, that is where the retry had failed too, or where a full step after a retry had failed;
-    to the length that was good, but to not less than a tenth for every failure.
+    to the length that was good, but to not less than a tenth: losses that stay high however short the retries are, as
+    those that are near the limit by chance, are no evidence against α.
 
     Args:
         control: of :func:`new_setbacks`, with ``alpha``.
@@ -314,9 +315,9 @@ def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy:
             control["level"] = max(control["level"], alpha)
     elif noisy and (failures > 1 or control["on_trial"]):
         good = alpha * control["length"]
-        reduced = max(good, alpha * SHORTEST_RETRY ** max(failures - 1, 1), lowest)
+        reduced = max(good, alpha * SHORTEST_RETRY, lowest)
         if control["level"] is not None:
-            level = min(control["level"] / 2, alpha)
+            level = control["level"] / 2
         else:
             level = alpha if control["proven"] is None else min(control["proven"], alpha)
         control["alpha"], control["level"], control["quiet"] = reduced, max(level, reduced), 0

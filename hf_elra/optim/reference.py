@@ -199,9 +199,9 @@ class ReferenceELRA:
                 self.level = max(self.level, self.alpha)
         elif self.noise_correction and (failures > 1 or self.on_trial):
             good = self.alpha * self.length
-            reduced = max(good, self.alpha * 0.1 ** max(failures - 1, 1), self.low)
+            reduced = max(good, self.alpha * 0.1, self.low)
             if self.level is not None:  # trouble recurs: less is gone back to
-                level = min(self.level / 2, self.alpha)
+                level = self.level / 2
             else:
                 level = self.alpha if self.proven is None else min(self.proven, self.alpha)
             self.alpha, self.length, self.level, self.quiet = reduced, good / reduced, max(level, reduced), 0

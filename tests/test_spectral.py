@@ -234,8 +234,11 @@ def rates_with(make, names, when, seed, updates=65):
 def test_the_rate_is_back_twenty_updates_after_any_event(kind, names, when, seed):
     names = EVENTS[names]
     without, with_ = (rates_with(makers[kind], given, when, seed) for given in ([], names))
-    after, factor = when + len(names) - 1 + 20, 2 if len(names) == 1 else 6  # several events are some evidence
-    assert 1 / factor < with_[after] / without[after] < factor
+    after = when + len(names) - 1 + 20
+    if len(names) == 1:
+        assert 0.5 < with_[after] / without[after] < 2
+    else:  # several are some evidence, and α, which moves by itself here, falls behind; but it is back where it was
+        assert with_[after] > 0.5 * min(with_[when - 1], without[after])
 
 
 # ---- the optimizer ----

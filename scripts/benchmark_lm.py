@@ -114,7 +114,7 @@ def rows() -> dict[str, Row]:
         "elra_spectral, no momentum, batch as it is": Row({**NO_MOMENTUM, "elra_batch_control": "off"}),
         "elra_spectral, no momentum, batch by halves": Row({**NO_MOMENTUM, **BY_HALVES}),
         **{f"elra_spectral, α_0 = {rate}": Row({**OURS, "learning_rate": float(rate)}) for rate in FIRST_RATES},
-        "ELRA (paper)": Row({"optim": "elra"}),
+        "ELRA (paper)": Row({"optim": "elra", "optim_args": "max_relative_step=none"}),
         **{
             f"AdamW, cosine, rate {rate}": Row({**COSINE, "optim": "adamw_torch", "learning_rate": float(rate)})
             for rate in RATES

@@ -174,6 +174,8 @@ class ELRASpectral(LossAwareOptimizer):
         if shorter is not None:
             self._restart(shorter)
             return
+        if value is not None and control["searched"] is None:
+            FallingGain(SIGMA, GAIN).take_loss(control["rule"], value, late=2 * control["updates"] > settings["search"])
         before, known = control["alpha"], control["slope"] is not None
         was_full = step_was_good(control, known=known, lowest=settings["lr_bounds"][0])
         alpha, momentum = control["alpha"], self._momentum()

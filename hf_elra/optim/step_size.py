@@ -72,7 +72,8 @@ class FallingGain:
     """Ratios that count as seen where there is no search: the falling gain begins where that of a search would."""
     RUN, SIGNIFICANCE, LONG_RUN = 3, 3.0, 5
     """A way is clear if ratios begin with at least so many of one sign, whose mean is so many standard errors from
-    zero, or with a long run of them, which is no chance either; and if the mean is more than half a ``sigma``."""
+    zero, or with a long run of them, which is no chance either; and if the mean is more than half a ``sigma``. It is so
+    too if losses in the second half of the search are lower than in the first by so many standard errors."""
     AGREE = 3.0
     """Two searches that end within such a factor of one another were not led by noise, if steps a tenth as long as the
     first one found were clearly too short."""
@@ -84,10 +85,12 @@ class FallingGain:
     def new_memory(cls, *, searches: bool = True) -> dict[str, Any]:
         """What is remembered: the gain of the search, the last sign, how many ratios were seen; of the search, the
         ratios of one sign with which it began (count, mean, squared deviations), whether these are over and were clear,
-        how often the sign has changed, and the α that was found when it was begun anew."""
+        how often the sign has changed, the α that was found when it was begun anew, and the losses of its first and of
+        its second half (count, mean, squared deviations)."""
         gain, count = (math.log(10), 0) if searches else (0.0, cls.AFTER_A_SEARCH)
         run: dict[str, Any] = {"run": [0, 0.0, 0.0], "over": 0, "clear": 0, "changes": 0, "found": None}
-        return {"gain": gain, "sign": 0, "count": count, **run}
+        losses: dict[str, Any] = {"early": [0, 0.0, 0.0], "late": [0, 0.0, 0.0]}
+        return {"gain": gain, "sign": 0, "count": count, **run, **losses}
 
     def factor(self, memory: dict[str, Any], ratio: float) -> float:
         """Take in a ratio; return what α is to be multiplied by."""
@@ -112,11 +115,26 @@ class FallingGain:
             error = math.sqrt(run.squared_deviations / (run.count * (run.count - 1)))
             memory["clear"] |= int(run.count >= self.LONG_RUN or abs(run.mean) >= self.SIGNIFICANCE * error)
 
+    def take_loss(self, memory: dict[str, Any], loss: float, *, late: bool) -> None:
+        """Take a loss of the search into account, of its second half if it is ``late``.
+
+        Losses that fall show that the steps are of some use, also where the search began so near to its end that there
+        was no way to go.
+        """
+        statistics = LossStatistics(*memory["late" if late else "early"])
+        statistics.add(loss)
+        memory["late" if late else "early"] = [statistics.count, statistics.mean, statistics.squared_deviations]
+        early, late_ones = LossStatistics(*memory["early"]), LossStatistics(*memory["late"])
+        if min(early.count, late_ones.count) >= self.RUN:
+            error = math.hypot(*(half.std / math.sqrt(half.count - 1) for half in (early, late_ones)))
+            memory["clear"] |= int(early.mean - late_ones.mean > self.SIGNIFICANCE * error)
+
     @staticmethod
     def is_sure(memory: dict[str, Any]) -> bool:
         """Whether the search has found a step size: the way to it was clear, and it has seen both sides of it.
 
-        Where slopes are mostly noise, their ratios are near zero or of either sign from the beginning.
+        Where slopes are mostly noise, their ratios are near zero or of either sign from the beginning, and losses do
+        not fall.
         """
         return bool(memory["clear"]) and memory["changes"] > 0
 

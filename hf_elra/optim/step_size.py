@@ -73,7 +73,10 @@ class FallingGain:
     RUN, SIGNIFICANCE, LONG_RUN = 3, 3.0, 5
     """A way is clear if ratios begin with at least so many of one sign, whose mean is so many standard errors from
     zero, or with a long run of them, which is no chance either; and if the mean is more than half a ``sigma``. It is so
-    too if losses in the second half of the search are lower than in the first by so many standard errors."""
+    too if losses fall, see :attr:`FALLS`."""
+    FALLS = 2.0
+    """Losses fall if in the second half of the search they are lower than in the first by so many standard errors. The
+    fall itself makes these larger."""
     AGREE = 3.0
     """Two searches that end within such a factor of one another were not led by noise, if steps a tenth as long as the
     first one found were clearly too short."""
@@ -127,7 +130,7 @@ class FallingGain:
         early, late_ones = LossStatistics(*memory["early"]), LossStatistics(*memory["late"])
         if min(early.count, late_ones.count) >= self.RUN:
             error = math.hypot(*(half.std / math.sqrt(half.count - 1) for half in (early, late_ones)))
-            memory["clear"] |= int(early.mean - late_ones.mean > self.SIGNIFICANCE * error)
+            memory["clear"] |= int(early.mean - late_ones.mean > self.FALLS * error)
 
     @staticmethod
     def is_sure(memory: dict[str, Any]) -> bool:

@@ -183,7 +183,10 @@ class _OverAdam(ELRASpectral):
 
     BETA, EPSILON = 0.999, 1e-8
 
-    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+        return [self._of_group(*group) for group in zip(params, gradients, strict=True)]
+
+    def _of_group(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         updates, searched, momentum = self._control["updates"], self._control["searched"], self._momentum()
         number = updates - (searched or 0)
         directions = []
@@ -198,7 +201,10 @@ class _OverAdam(ELRASpectral):
 class _OverAverages(ELRASpectral):
     """The rule for α over averaged gradients, those of a group scaled together to a mean square of one."""
 
-    def _directions(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+        return [self._of_group(*group) if group[0] else [] for group in zip(params, gradients, strict=True)]
+
+    def _of_group(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         averages = self._averaged(params, gradients, self._momentum())
         size = get_total_norm(averages) / sum(average.numel() for average in averages) ** 0.5
         return [average / size for average in averages]

@@ -44,9 +44,11 @@ class Run:
 
 RUNS = (
     Run(
-        "elra", "ELRA, batch from 16", 16,
+        "elra",
+        "ELRA, batch from 16",
+        16,
         ("--optim", "elra", "--elra_min_step_norm", "0.1", "--optim_args", "max_relative_step=none"),
-    ),  # fmt: skip
+    ),
     Run("adamw-512", "AdamW, batch 512, rate 5e-4", 512, (*_ADAMW, "--learning_rate", "5e-4")),
     *(
         Run(f"adamw-16-{rate}", f"AdamW, batch 16, rate {rate}", 16, (*_ADAMW, "--learning_rate", rate))

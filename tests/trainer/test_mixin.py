@@ -128,7 +128,7 @@ def test_model_without_loss_arguments(tmp_path):
             rows=rows,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
-            max_steps=40,
+            max_steps=80,
             elra_control_cycle="1000ba",  # the batch stays
             optim_args="max_relative_step=none",  # five parameters
         )

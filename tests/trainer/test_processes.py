@@ -1,6 +1,7 @@
 """Several processes: the path of one, whatever is broken, sharded or resumed."""
 
 import pytest
+import torch
 
 from hf_elra.recipes import many_processes
 from hf_elra.recipes.many_processes import apart, together
@@ -20,7 +21,8 @@ def test_data_parallel_walks_the_path_of_one():
     assert one["updates"] == 50
     assert one["non_finite"] == 1
     assert one["restarts"] >= 2
-    assert one["longest_step"] == pytest.approx(0.1, rel=0.5)  # the floor, or a share of the weights' norm
+    norm = torch.tensor(one["weights"]).norm().item()
+    assert one["longest_step"] == pytest.approx(0.03 * norm, rel=0.1)  # cropped
     assert max(one["batches"]) > min(one["batches"])
     for processes in (2, 4):
         other = found[processes]

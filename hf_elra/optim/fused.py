@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_elra.control import statistics
 from hf_elra.optim import guards
 from hf_elra.optim.tensors import mean_over_processes
 
@@ -87,8 +88,8 @@ _VERDICT = tl.constexpr(NAMES.index("verdict"))
 _STEP_BEFORE = tl.constexpr(NAMES.index("step_before"))
 _HAD_PREVIOUS = tl.constexpr(NAMES.index("had_previous"))
 
-_ENOUGH = tl.constexpr(guards.ENOUGH_LOSSES)
-_RECENT = tl.constexpr(guards.RECENT_LOSSES)
+_ENOUGH = tl.constexpr(statistics.ENOUGH_LOSSES)
+_RECENT = tl.constexpr(statistics.RECENT_LOSSES)
 _AT_MOST = tl.constexpr(guards.COUNTS_AT_MOST)
 _MATTERS = tl.constexpr(guards.MATTERS)
 _ROUNDING = tl.constexpr(guards.ROUNDING)

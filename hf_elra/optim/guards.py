@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hf_elra.control.statistics import LossStatistics
+from hf_elra.control.statistics import ENOUGH_LOSSES, LossStatistics, RecentLosses
 
 LONGEST_RETRY, SHORTEST_RETRY = 0.5, 0.1
 """A retry is between a tenth and a half as long as the step that was taken back. After the first one, and where loss or
@@ -32,14 +32,6 @@ MOST_NON_FINITE = 20
 
 COMES_DOWN = 0.3
 """A loss comes down if its excess over the mean is below this share of that of the losses before it in a row."""
-
-ENOUGH_LOSSES = 10
-"""From so many losses on, their mean and σ set the limit in the first cycle. Beyond the paper: losses of small batches
-often differ by more than a tenth, so that 1.1·f_0 alone would take back good steps for a whole epoch; and a loss that
-has fallen far could climb back to 1.1·f_0 unnoticed."""
-
-RECENT_LOSSES = 50
-"""Updates over which the recent mean and σ of the losses look back (as a falling average)."""
 
 COUNTS_AT_MOST = 4
 """A single high loss counts in the statistics as at most so many times the distance from their mean to the limit (20σ):
@@ -158,6 +150,8 @@ class RestartGuard:
         if cycle_mean is not None:
             return max(cycle_mean + self.sigma * cycle_std, recent), mean if count >= ENOUGH_LOSSES else cycle_mean
         if count >= ENOUGH_LOSSES:
+            # Beyond the paper: losses of small batches often differ by more than a tenth, so that 1.1·f_0 alone would
+            # take back good steps for a whole epoch; and a loss that has fallen far could climb back unnoticed.
             return recent, mean
         initial = memory["initial_loss"]
         if self.initial_ratio is None or initial is None or initial == 0:
@@ -225,11 +219,9 @@ class RestartGuard:
         statistics = LossStatistics(*memory["cycle"])
         statistics.add(loss)
         memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
-        count, mean, variance = memory["recent"]
-        count = min(count + 1, RECENT_LOSSES)
-        deviation = loss - mean
-        variance = (1 - 1 / count) * (variance + deviation * deviation / count)
-        memory["recent"] = [count, mean + deviation / count, variance]
+        recent = RecentLosses(*memory["recent"])
+        recent.add(loss)
+        memory["recent"] = [recent.count, recent.mean, recent.variance]
 
     @staticmethod
     def end_cycle(memory: dict[str, Any]) -> None:

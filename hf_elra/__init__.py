@@ -6,7 +6,7 @@ that saved ones load; nothing else changes.
 
 import hf_elra.recipes.image_models  # noqa: F401 - registers the models
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA, ELRASpectral, PointMean, stacks_of, tables_of
+from hf_elra.optim import ELRA, ELRASpectral, WeightAverage, embeddings_of, experts_of
 from hf_elra.trainer import (
     ElraSeq2SeqTrainer,
     ElraSeq2SeqTrainingArguments,
@@ -27,10 +27,10 @@ __all__ = [
     "ElraTrainer",
     "ElraTrainerMixin",
     "ElraTrainingArguments",
-    "PointMean",
+    "WeightAverage",
+    "embeddings_of",
+    "experts_of",
     "register",
-    "stacks_of",
-    "tables_of",
 ]
 
 register()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_elra import ELRA
-from hf_elra.optim.point_mean import PointMean
+from hf_elra.optim.averaging import WeightAverage
 from hf_elra.recipes.image_data import ImageDataset
 from hf_elra.recipes.image_models import ARCHITECTURES
 from hf_elra.report.environment import environment
@@ -56,7 +56,7 @@ def seconds_per_update(
 ) -> float:
     """Train for ``given.updates`` updates on ``rows`` and time them."""
     optimizer = ELRA(model.parameters())
-    mean = PointMean(model) if kind == KINDS[2] else None
+    mean = WeightAverage(model) if kind == KINDS[2] else None
     ready = data.__getitems__(rows[:batch])  # type: ignore[arg-type]
     synchronise = torch.cuda.synchronize if given.device.startswith("cuda") else lambda: None
     synchronise()

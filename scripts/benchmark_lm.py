@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, tables_of
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, embeddings_of
 from hf_elra.recipes import text_data
 from hf_elra.recipes.babyllama import collate
 from hf_elra.recipes.run_folder import read_json, write_json
@@ -130,13 +130,13 @@ def rows() -> dict[str, Row]:
         "Prodigy": Row({"optim": "adamw_torch"}, _prodigy),
         "schedule-free AdamW": Row({"optim": "adamw_torch"}, _schedule_free),
         "Muon (AdamW for tables and vectors)": Row({"optim": "adamw_torch"}, _muon),
-        "elra_spectral's rule over Adam's direction": Row(OURS, lambda model: (_OverAdam, {"tables": ()})),
-        "elra_spectral's rule over averaged gradients": Row(OURS, lambda model: (_OverAverages, {"tables": ()})),
+        "elra_spectral's rule over Adam's direction": Row(OURS, lambda model: (_OverAdam, {"embeddings": ()})),
+        "elra_spectral's rule over averaged gradients": Row(OURS, lambda model: (_OverAverages, {"embeddings": ()})),
         **{
             f"elra_spectral, {end}": Row({**OURS, "elra_boost_mean": "off", **settings})
             for end, settings in ENDS.items()
         },
-        "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"stacks": ()})),
+        "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"experts": ()})),
         **{f"AdamW, linear, rate {rate}": Row({**LINEAR, "learning_rate": float(rate)}) for rate in LINEAR_RATES},
     }
 
@@ -156,10 +156,10 @@ def _schedule_free(model: Any) -> tuple[type, dict[str, Any]]:
 class _MuonAndAdamW(torch.optim.Optimizer):
     """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the rest, both at their defaults."""
 
-    def __init__(self, params: Any, tables: list[Any]) -> None:
+    def __init__(self, params: Any, embeddings: list[Any]) -> None:
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
         everything = [p for group in groups for p in group["params"]]
-        marked = {id(p) for p in tables}
+        marked = {id(p) for p in embeddings}
         hidden = [p for p in everything if p.dim() == 2 and id(p) not in marked]
         chosen = {id(p) for p in hidden}
         self.inner = [torch.optim.Muon(hidden), torch.optim.AdamW([p for p in everything if id(p) not in chosen])]
@@ -172,7 +172,7 @@ class _MuonAndAdamW(torch.optim.Optimizer):
 
 
 def _muon(model: Any) -> tuple[type, dict[str, Any]]:
-    return _MuonAndAdamW, {"tables": tables_of(model)}
+    return _MuonAndAdamW, {"embeddings": embeddings_of(model)}
 
 
 class _OverAdam(ELRASpectral):
@@ -187,7 +187,7 @@ class _OverAdam(ELRASpectral):
         return [self._of_group(*group) for group in zip(params, gradients, strict=True)]
 
     def _of_group(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        updates, searched, momentum = self._control["updates"], self._control["searched"], self._momentum()
+        updates, searched, momentum = self._scalars["updates"], self._scalars["searched"], self._momentum()
         number = updates - (searched or 0)
         directions = []
         for p, gradient, average in zip(params, gradients, self._averaged(params, gradients, momentum), strict=True):

@@ -39,7 +39,7 @@ SCHEDULE_FREE = "schedule-free AdamW, foreach"  # writes to gradients: its own p
 
 
 def shapes_of(model: str) -> list[torch.Size]:
-    """Shapes of a model's parameters; of a Llama the first is its table."""
+    """Shapes of a model's parameters; of a Llama the first is its embeddings."""
     with torch.device("meta"):
         if model == "resnet18":
             network: Any = ARCHITECTURES["resnet18"](3, 32, 10)
@@ -61,8 +61,8 @@ MODELS = ("babyllama-15m", "resnet18", *LLAMAS)
 class Together:
     """torch.optim.Muon for hidden matrices and fused AdamW for the rest."""
 
-    def __init__(self, params: list[Tensor], tables: list[Tensor]) -> None:
-        hidden = [p for p in params if p.dim() == 2 and not any(p is table for table in tables)]
+    def __init__(self, params: list[Tensor], embeddings: list[Tensor]) -> None:
+        hidden = [p for p in params if p.dim() == 2 and not any(p is e for e in embeddings)]
         rest = [p for p in params if not any(p is matrix for matrix in hidden)]
         self.parts = [torch.optim.Muon(hidden), torch.optim.AdamW(rest, fused=True)]
 
@@ -83,17 +83,17 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
     Those that multiply matrices have no such number.
     """
 
-    def tables(params: list[Tensor]) -> list[Tensor]:
+    def embeddings(params: list[Tensor]) -> list[Tensor]:
         return params[:1] if "llama" in model else []
 
     found: dict[str, tuple[int | None, Callable[[list[Tensor]], Any]]] = {
         "ELRA": (5, lambda params: ELRA(params)),
         "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
         "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
-        "elra_spectral": (None, lambda params: ELRASpectral(params, tables=tables(params), search=0)),
+        "elra_spectral": (None, lambda params: ELRASpectral(params, embeddings=embeddings(params), search=0)),
         "elra_spectral, momentum=0": (
             None,
-            lambda params: ELRASpectral(params, tables=tables(params), search=0, momentum=0.0),
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), search=0, momentum=0.0),
         ),
         BASELINE: (7, lambda params: torch.optim.AdamW(params, fused=True)),
         "AdamW, foreach": (7, lambda params: torch.optim.AdamW(params, foreach=True)),
@@ -101,7 +101,10 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
         "SGD with momentum, foreach": (5, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, foreach=True)),
     }
     if hasattr(torch.optim, "Muon"):
-        found["Muon (AdamW, fused, for tables and vectors)"] = (None, lambda params: Together(params, tables(params)))
+        found["Muon (AdamW, fused, for tables and vectors)"] = (
+            None,
+            lambda params: Together(params, embeddings(params)),
+        )
     else:
         print("left out: Muon (torch 2.9 or later)", file=sys.stderr)
     try:

@@ -225,7 +225,7 @@ def returns(memory: str, dtype: str) -> dict[str, Any]:
         x.grad = torch.randn(500, generator=generator).to(DTYPES[dtype])
         optimizer.step(loss=1.0)
         x.grad = torch.ones_like(x)
-        optimizer.param_groups[0]["control"]["alpha"] = 1e-30
+        optimizer.param_groups[0]["scalars"]["alpha"] = 1e-30
         optimizer.step(loss=math.nan)
         elements += x.numel()
         exact += int((x == before).sum())

@@ -65,7 +65,7 @@ def main(words: list[str]) -> None:
             "test_accuracy": accuracies[-1],
             "best_test_accuracy": max(accuracies),
             "test_loss": evaluations[-1]["eval_loss"],
-            "boosted": trainer.mean_of_points != "off",
+            "boosted": trainer.average_over != "off",
             "dataset": data.name,
         },
     )

@@ -51,7 +51,7 @@ def test_an_update_makes_no_float64_on_the_device_and_is_that_of_the_cpu(kind, g
         generator = torch.Generator().manual_seed(0)
         make = on_fake_mps if fake else lambda s, g: torch.nn.Parameter(torch.randn(s, generator=g))
         params = [make(shape, generator) for shape in [(6, 4), (5,), (8, 4)]]
-        more = {"tables": params[2:]} if kind is ELRASpectral else {}
+        more = {"embeddings": params[2:]} if kind is ELRASpectral else {}
         optimizer = kind([{"params": params[:2]}, {"params": params[2:], "lr": 5e-4}], **given, **more)
         rates = []
         for number in range(14):

@@ -148,7 +148,7 @@ def walk_beside_the_reference(arguments, sequence, seed):
         with torch.no_grad():  # so that such differences do not add up
             a.copy_(reference.x[:6].reshape(2, 3))
             b.copy_(reference.x[6:])
-        fast._control["alpha"] = reference.alpha
+        fast._scalars["alpha"] = reference.alpha
 
 
 # ---- the loss ----
@@ -296,7 +296,7 @@ def test_floor_never_undoes_a_restart():
 
 def batches_of_noise(optimizer, x, losses):
     """Updates along gradients that are nothing but noise, so that the rule leaves α where it is; return every α."""
-    generator = torch.Generator().manual_seed(optimizer._control["updates"])
+    generator = torch.Generator().manual_seed(optimizer._scalars["updates"])
     rates = []
     for loss in losses:
         x.grad = torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -391,14 +391,14 @@ def test_a_single_spike_does_not_end_the_guard():
 def test_a_batch_without_information_is_skipped(no_gradient):
     optimizer, x = noisy_optimizer()
     batches_of_noise(optimizer, x, noisy_losses(30))
-    before, control = x.detach().clone(), copy.deepcopy(optimizer._control)
+    before, control = x.detach().clone(), copy.deepcopy(optimizer._scalars)
     x.grad = None if no_gradient else torch.zeros_like(x)
     optimizer.step(loss=math.nan)
     assert torch.equal(x, before)
     assert optimizer.metrics["skipped"] == 1
     assert optimizer.restarts == 0
     untouched = {"alpha", "step_size", "previous_slope", "previous_loss", "memory", "direction_norm"}
-    assert {name: optimizer._control[name] for name in untouched} == {name: control[name] for name in untouched}
+    assert {name: optimizer._scalars[name] for name in untouched} == {name: control[name] for name in untouched}
     batches_of_noise(optimizer, x, noisy_losses(1))
     assert not torch.equal(x, before)
 
@@ -426,10 +426,10 @@ def test_an_outlier_after_an_easy_batch_is_no_steep_rise():
     for easy in (1.0, 1e-3):
         optimizer, x = noisy_optimizer()
         batches_of_noise(optimizer, x, noisy_losses(60))
-        optimizer._control["previous_loss"] = easy
-        optimizer._control["previous_slope"] = 1.5 / optimizer._control["step_size"]  # the step promised 1.5
+        optimizer._scalars["previous_loss"] = easy
+        optimizer._scalars["previous_slope"] = 1.5 / optimizer._scalars["step_size"]  # the step promised 1.5
         batches_of_noise(optimizer, x, [2.0])
-        lengths.append(optimizer._control["length"])
+        lengths.append(optimizer._scalars["length"])
     assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
 
 
@@ -733,7 +733,7 @@ def test_dtypes_keep_wide_control_numbers(dtype):
     assert x.dtype == dtype
     assert loss.item() < 10
     # A bfloat16 sum of 3,000 squares would be off by percents.
-    assert optimizer.param_groups[0]["control"]["direction_norm"] == pytest.approx(norms[-1], rel=1e-5)
+    assert optimizer.param_groups[0]["scalars"]["direction_norm"] == pytest.approx(norms[-1], rel=1e-5)
 
 
 def test_sparse_and_complex_are_refused():
@@ -758,7 +758,7 @@ def noisy_run(model, optimizer, generator, steps):
             loss = loss * 50
         loss.backward()
         optimizer.step(loss=loss)
-        optimizer.end_cycle() if optimizer.param_groups[0]["control"]["updates"] % 7 == 0 else None
+        optimizer.end_cycle() if optimizer.param_groups[0]["scalars"]["updates"] % 7 == 0 else None
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -70,7 +70,7 @@ def test_what_is_not_finite_stays_out_of_the_statistics_without_soft_restarts_to
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan)
         optimizer.step(loss=100.0)
-    plain, kernels = (optimizer._control["memory"] for _, optimizer in made)
+    plain, kernels = (optimizer._scalars["loss_statistics"] for _, optimizer in made)
     assert kernels["last_cycle"] == pytest.approx(plain["last_cycle"], rel=1e-5)
     assert kernels["initial_loss"] == pytest.approx(plain["initial_loss"], rel=1e-5)
     assert kernels["cycle"] == pytest.approx(plain["cycle"], rel=1e-3)
@@ -130,18 +130,18 @@ def test_reading_the_numbers_leaves_those_on_the_device_in_force(pieces):
     train(model, optimizer, 4)
     for _ in range(2):
         numbers = optimizer._kernels.numbers.clone()
-        assert optimizer._control["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
-        assert optimizer.updates_to_settle == 0
+        assert optimizer._scalars["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
+        assert optimizer.search_updates_left == 0
         optimizer.state_dict()
         assert optimizer._kernels.in_force
         assert torch.equal(optimizer._kernels.numbers.nan_to_num(), numbers.nan_to_num())
         train(model, optimizer, 1)
     optimizer.end_cycle()  # this changes them, on the host
     assert not optimizer._kernels.in_force
-    known = optimizer._control["memory"]["last_cycle"]
+    known = optimizer._scalars["loss_statistics"]["last_cycle"]
     train(model, optimizer, 1)
     assert optimizer._kernels.in_force
-    assert optimizer._control["memory"]["last_cycle"] == known
+    assert optimizer._scalars["loss_statistics"]["last_cycle"] == known
 
 
 def test_kernels_know_gradient_decay(pieces):

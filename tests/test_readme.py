@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from hf_elra import ELRA, ELRASpectral, tables_of
+from hf_elra import ELRA, ELRASpectral, embeddings_of
 from tests.conftest import ROOT
 
 LOOPS = {
@@ -41,12 +41,12 @@ def test_a_loop_that_is_shown_ends_its_cycles_and_learns(loop, monkeypatch):
     start = loss()
     names = {
         "model": model, "epochs": epochs, "batches": batches, "loss_function": torch.nn.functional.mse_loss,
-        "evaluate": evaluated.append, "tables_of": tables_of, "ELRA": ELRA, "ELRASpectral": ELRASpectral,
+        "evaluate": evaluated.append, "embeddings_of": embeddings_of, "ELRA": ELRA, "ELRASpectral": ELRASpectral,
     }  # fmt: skip
     exec(LOOPS[loop], names)
     assert ended == [names["optimizer"]] * epochs
     assert loss() < 0.8 * start
-    assert evaluated == ([model] if "PointMean" in LOOPS[loop] else [])
+    assert evaluated == ([model] if "WeightAverage" in LOOPS[loop] else [])
 
 
 def test_all_loops_are_found():

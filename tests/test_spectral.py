@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_elra import ELRA, ConfigurationError, ELRASpectral, stacks_of, tables_of
+from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
 from hf_elra.optim.directions import polar_factor, spectral_direction
-from hf_elra.optim.step_size import FallingGain
+from hf_elra.optim.step_size import KestenGain
 from tests.conftest import llama, token_rows
 
 # ---- the direction ----
@@ -73,9 +73,9 @@ def test_a_rotation_of_a_layers_inputs_and_outputs_rotates_the_direction():
 
 def test_tables_are_embeddings_and_the_output_layer():
     model = llama(tie_word_embeddings=False)
-    assert {id(p) for p in tables_of(model)} == {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
-    assert len(tables_of(llama())) == 1
-    assert tables_of(nn.Linear(2, 2)) == []
+    assert {id(p) for p in embeddings_of(model)} == {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert len(embeddings_of(llama())) == 1
+    assert embeddings_of(nn.Linear(2, 2)) == []
 
 
 def test_stacks_are_experts_and_not_convolutions():
@@ -86,12 +86,12 @@ def test_stacks_are_experts_and_not_convolutions():
     experts = [layer.mlp.experts for layer in MixtralForCausalLM(config).model.layers]
     wanted = {tuple(p.shape) for expert in experts for p in expert.parameters()}
     model = MixtralForCausalLM(config)
-    assert {tuple(p.shape) for p in stacks_of(model)} == wanted == {(3, 24, 8), (3, 8, 12)}
-    assert len(stacks_of(model)) == 4
+    assert {tuple(p.shape) for p in experts_of(model)} == wanted == {(3, 24, 8), (3, 8, 12)}
+    assert len(experts_of(model)) == 4
     normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
-    assert stacks_of(nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), normed)) == []
+    assert experts_of(nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), normed)) == []
     positions = nn.ParameterList([nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(3, 1, 4))])
-    assert stacks_of(positions) == []
+    assert experts_of(positions) == []
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
@@ -101,8 +101,8 @@ def test_the_matrices_of_a_stack_move_as_if_each_were_a_parameter(momentum):
     stack = nn.Parameter(torch.randn(3, 6, 4))
     single = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     table, other = (nn.Parameter(torch.ones(5, 4)) for _ in range(2))
-    one = ELRASpectral([stack, table], stacks=[stack], tables=[table], momentum=momentum)
-    apart = ELRASpectral([*single, other], tables=[other], momentum=momentum)
+    one = ELRASpectral([stack, table], experts=[stack], embeddings=[table], momentum=momentum)
+    apart = ELRASpectral([*single, other], embeddings=[other], momentum=momentum)
     for update in range(100):
         stack.grad, table.grad = torch.randn(3, 6, 4), torch.randn(5, 4)
         if update >= 15:
@@ -127,7 +127,7 @@ def test_a_state_from_before_there_were_stacks_goes_on():
     optimizer.step(loss=1.0)
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        del group["stacks"]
+        del group["experts"]
     other = ELRASpectral([nn.Parameter(parameter.detach().clone())], search=0)
     other.load_state_dict(state)
     other.param_groups[0]["params"][0].grad = torch.ones(3, 3)
@@ -140,12 +140,12 @@ def test_a_state_from_before_there_were_stacks_goes_on():
 
 
 def test_search_is_a_bisection_and_then_the_gain_falls():
-    rule, memory = FallingGain(sigma=0.2, constant=2.5), FallingGain.new_memory()
+    rule, memory = KestenGain(sigma=0.2, constant=2.5), KestenGain.new_memory()
     assert rule.factor(memory, 0.9) == pytest.approx(math.exp(2.5))
     assert rule.factor(memory, 0.5) == pytest.approx(10)
     assert rule.factor(memory, -0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
     assert rule.factor(memory, 0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
-    FallingGain.end_search(memory)
+    KestenGain.end_search(memory)
     for _ in range(95):
         rule.factor(memory, 0.0)
     assert rule.factor(memory, 1.0) == pytest.approx(math.exp(2.5 / 100))
@@ -264,7 +264,7 @@ def test_the_first_learning_rate_does_not_matter(momentum):
     found, losses = [], []
     for lr in (1e-7, 1e-4, 1e-1):
         model = llama()
-        optimizer = ELRASpectral(model.parameters(), lr=lr, tables=tables_of(model), momentum=momentum)
+        optimizer = ELRASpectral(model.parameters(), lr=lr, embeddings=embeddings_of(model), momentum=momentum)
         losses.append(train(model, optimizer, 60)[-1])
         found.append(optimizer.alpha)
     assert max(losses) < 0.2  # from 4.2
@@ -274,12 +274,12 @@ def test_the_first_learning_rate_does_not_matter(momentum):
 def test_the_search_is_taken_back():
     model = llama()
     before = copy.deepcopy(model.state_dict())
-    optimizer = ELRASpectral(model.parameters(), lr=1e-5, tables=tables_of(model))
+    optimizer = ELRASpectral(model.parameters(), lr=1e-5, embeddings=embeddings_of(model))
     train(model, optimizer, 9)
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert optimizer.updates_to_settle == 1
+    assert optimizer.search_updates_left == 1
     train(model, optimizer, 1)
-    assert optimizer.settled
+    assert optimizer.search_finished
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert optimizer.alpha > 1e-4
     assert all(not state for state in optimizer.state.values())
@@ -288,7 +288,7 @@ def test_the_search_is_taken_back():
     assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
 
 
-@pytest.mark.parametrize("name", ["tables", "stacks"])
+@pytest.mark.parametrize("name", ["embeddings", "experts"])
 def test_what_is_no_list_of_parameters_is_refused(name):
     model = llama()
     for wrong in (model, model.lm_head.weight, [model.lm_head], None, 3):
@@ -298,13 +298,13 @@ def test_what_is_no_list_of_parameters_is_refused(name):
 
 def test_tables_of_another_model_are_warned_of():
     model = llama()
-    with pytest.warns(UserWarning, match="tables: none of these 1 parameters is among params") as warned:
-        ELRASpectral(model.parameters(), tables=tables_of(llama()))
+    with pytest.warns(UserWarning, match="embeddings: none of these 1 parameters is among params") as warned:
+        ELRASpectral(model.parameters(), embeddings=embeddings_of(llama()))
     assert warned[0].filename == __file__
-    table = tables_of(model)[0].requires_grad_(False)  # as with PEFT: not among the parameters, and rightly so
+    table = embeddings_of(model)[0].requires_grad_(False)  # as with PEFT: not among the parameters, and rightly so
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ELRASpectral([p for p in model.parameters() if p is not table], tables=[table])
+        ELRASpectral([p for p in model.parameters() if p is not table], embeddings=[table])
 
 
 def size_of(*matrices):
@@ -317,7 +317,7 @@ def search(optimizer, gradient_of):
     for number in range(1, 100):
         matrix.grad = gradient_of(number)
         optimizer.step(loss=1.0)
-        if optimizer.settled:
+        if optimizer.search_finished:
             return number
 
 
@@ -381,7 +381,7 @@ def test_an_event_during_the_search_does_not_spoil_it(event, when):
     found = []
     for happens in (False, True):
         model = llama()
-        optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
         rows, generator = token_rows(512), torch.Generator().manual_seed(0)
         for number in range(25):
             chosen = torch.randint(0, 512, (16,), generator=generator).tolist()
@@ -390,7 +390,7 @@ def test_an_event_during_the_search_does_not_spoil_it(event, when):
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             happen(event if happens and number == when else "plain", optimizer, loss.item())
-            if optimizer.settled:
+            if optimizer.search_finished:
                 break
         found.append(optimizer.alpha)
     assert 0.4 < found[1] / found[0] < 2.5
@@ -428,7 +428,7 @@ def test_a_warm_up_does_not_mislead_the_search():
     found = []
     for warms_up in (False, True):
         model = llama()
-        optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
         if warms_up:
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / 50))
             optimizer.register_step_post_hook(lambda *_, schedule=schedule: schedule.step())
@@ -445,7 +445,7 @@ def test_what_has_no_gradient_any_more_comes_to_a_stand():
     """A row of a table, a row that is seen now and then, and a whole matrix; what has gradients goes on."""
     torch.manual_seed(0)
     table, dead, alive = (nn.Parameter(torch.randn(6, 4)) for _ in range(3))
-    optimizer = ELRASpectral([table, dead, alive], tables=[table], search=0)
+    optimizer = ELRASpectral([table, dead, alive], embeddings=[table], search=0)
     points = []
     for update in range(120):
         for p in (table, dead, alive):
@@ -484,8 +484,8 @@ def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(a
 def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
     a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
     optimizer = ELRASpectral([a, b], search=5)
-    while not optimizer.settled:
-        first = optimizer.updates_to_settle == 5
+    while not optimizer.search_finished:
+        first = optimizer.search_updates_left == 5
         a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3) if first else None
         optimizer.step(loss=1.0)
     assert torch.equal(a, torch.eye(3))
@@ -525,14 +525,14 @@ def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
     optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
     expected = x.detach().clone()
     for _ in range(25):
-        was_settled = optimizer.settled
+        was_finished = optimizer.search_finished
         x.grad = torch.zeros(8, 8, dtype=torch.float64)
         optimizer.step(loss=1.0)
-        if was_settled:
+        if was_finished:
             expected *= 1 - 0.1 * optimizer.alpha
-        elif optimizer.settled:
+        elif optimizer.search_finished:
             assert torch.equal(x, expected)  # nothing is left of the search
-    assert was_settled
+    assert was_finished
     torch.testing.assert_close(x.detach(), expected)
     assert x.norm() > 0.99 * 8 * 0.8
     assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
@@ -640,7 +640,7 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
     )
     params = [matrix, table, vector]
     start = [p.detach().clone() for p in params]
-    optimizer = ELRASpectral(params, lr=share * 0.05, tables=[table], max_relative_step=share, search=0)
+    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, search=0)
     for number in range(30):
         size = matrix.detach().square().mean().sqrt().item()
         for p in params:
@@ -658,7 +658,7 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
 @pytest.mark.parametrize("when", [0, 4, 15])
 def test_non_finite_never_reaches_weights_or_state(bad, where, when):
     model = llama()
-    optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+    optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
     rows = torch.stack([row["input_ids"] for row in token_rows(16)])
     for number in range(20):
         optimizer.zero_grad()
@@ -690,7 +690,7 @@ def test_staying_non_finite_is_an_error():
 def test_saved_state_continues_bit_for_bit(at):
     def fresh():
         model = llama()
-        return model, ELRASpectral(model.parameters(), tables=tables_of(model), weight_decay=1e-3)
+        return model, ELRASpectral(model.parameters(), embeddings=embeddings_of(model), weight_decay=1e-3)
 
     whole, optimizer = fresh()
     train(whole, optimizer, at)

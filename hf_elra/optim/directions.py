@@ -30,23 +30,23 @@ def gradient_direction(gradients: list[Tensor]) -> list[Tensor]:
     return gradients
 
 
-def spectral_direction(gradients: Sequence[Tensor], tables: Sequence[bool]) -> list[Tensor]:
+def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
 
     Of a matrix (and of a convolution, as output channels by the rest) the polar factor U·Vᵀ of its gradient, so that a
-    rotation of a layer's inputs or outputs rotates the direction; of a table, as of an embedding, every row by itself;
-    of vectors the gradient. Where a gradient, or a row of a table's, is zero, so is the direction.
+    rotation of a layer's inputs or outputs rotates the direction; of an embedding every row by itself;
+    of vectors the gradient. Where a gradient, or a row of an embedding, is zero, so is the direction.
 
     Args:
         gradients: floating point tensors of any shapes.
-        tables: of each, whether it is a table.
+        embeddings: of each, whether it is an embedding.
     """
     directions: list[Tensor] = [torch.empty(0)] * len(gradients)
     by_shape: dict[tuple[object, ...], list[int]] = {}
-    for index, (gradient, table) in enumerate(zip(gradients, tables, strict=True)):
+    for index, (gradient, embedding) in enumerate(zip(gradients, embeddings, strict=True)):
         if gradient.dim() < 2:
             directions[index] = _unit_rows(gradient.reshape(1, -1)).view_as(gradient)
-        elif table:
+        elif embedding:
             directions[index] = _unit_rows(gradient.flatten(1)).view_as(gradient)
         else:
             rows, columns = gradient.flatten(1).shape
@@ -85,23 +85,23 @@ def polar_factor(matrices: Tensor) -> Tensor:
     return x.to(wide)
 
 
-def still_what_is_over(
-    directions: Sequence[Tensor], averaged: Sequence[Tensor], gradients: Sequence[Tensor], tables: Sequence[bool]
+def freeze_inactive(
+    directions: Sequence[Tensor], averaged: Sequence[Tensor], gradients: Sequence[Tensor], embeddings: Sequence[bool]
 ) -> None:
     """Set to zero, in place, directions that only an average's memory of long ago would go on with.
 
     A direction does not fall with the average that it is made of, so that what has no gradient any more (a rare token's
     row of an untied embedding, an expert that is not chosen) would walk on as fast as ever. It stops when its gradient
-    is exactly zero and its average below a thousandth of the largest row's of its table, or, if it is no table, of the
+    is exactly zero and its average below a thousandth of the largest row's of its embedding, or otherwise of the
     largest mean square of all tensors' averages.
 
     Args:
-        directions, averaged, gradients, tables: one of each a parameter, as of :func:`spectral_direction`; those of all
-            groups of an optimizer, which are compared with each other.
+        directions, averaged, gradients, embeddings: one of each a parameter, as of :func:`spectral_direction`; those of
+            all groups of an optimizer, which are compared with each other.
     """
     if not directions:
         return
-    peaks = [_peaks(gradient, table) for gradient, table in zip(gradients, tables, strict=True)]
+    peaks = [_peaks(gradient, embedding) for gradient, embedding in zip(gradients, embeddings, strict=True)]
     if not torch.cat([peak.to(peaks[0].device) == 0 for peak in peaks]).any():  # one wait, and mostly the end
         return
     norms = torch._foreach_norm(list(averaged))
@@ -115,15 +115,15 @@ def still_what_is_over(
             direction.flatten(1).masked_fill_(((peak == 0) & (rows < OVER * rows.max()))[:, None], 0.0)
 
 
-def _peaks(gradient: Tensor, table: bool) -> Tensor:
-    """The largest absolute value of every row of a table, or of the whole."""
+def _peaks(gradient: Tensor, embedding: bool) -> Tensor:
+    """The largest absolute value of every row of an embedding, or of the whole."""
     if gradient.numel() == 0:
         return gradient.new_zeros(1)
-    by_rows = gradient.flatten(1) if table and gradient.dim() > 1 else gradient.reshape(1, -1)
+    by_rows = gradient.flatten(1) if embedding and gradient.dim() > 1 else gradient.reshape(1, -1)
     return torch.maximum(by_rows.amax(1), -by_rows.amin(1))  # an infinity norm is ten times slower on a CPU
 
 
-def tables_of(model: nn.Module) -> list[nn.Parameter]:
+def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model whose rows belong to tokens: embeddings, and a language model's output layer."""
     modules: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     modules.append(getattr(model, "get_output_embeddings", lambda: None)())
@@ -131,28 +131,28 @@ def tables_of(model: nn.Module) -> list[nn.Parameter]:
     return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
 
 
-def stacks_of(model: nn.Module) -> list[nn.Parameter]:
+def experts_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that are several matrices in one: those of three dimensions, as Transformers
     stacks the experts of a mixture, that are no convolution's."""
     convolved = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
     return [p for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in convolved]
 
 
-KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"tables": tables_of, "stacks": stacks_of}
+KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"embeddings": embeddings_of, "experts": experts_of}
 """Parameters for which a direction of their own is taken: names of the arguments that tell them, and who finds them."""
 
 
-def apart(tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
+def unstack(tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
     """Views of the matrices that are stacked in some tensors, and the other tensors, in order."""
-    return [part for t, is_stack in zip(tensors, stacked, strict=True) for part in (t.unbind() if is_stack else (t,))]
+    return [part for t, is_expert in zip(tensors, stacked, strict=True) for part in (t.unbind() if is_expert else (t,))]
 
 
-def together(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
-    """Of tensors that :func:`apart` took apart, the like of which are ``parts``: the whole ones again."""
+def restack(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
+    """Of tensors that :func:`unstack` took apart, the like of which are ``parts``: the whole ones again."""
     parts = iter(parts)
     return [
-        torch.stack([next(parts) for _ in t]) if is_stack else next(parts)
-        for t, is_stack in zip(tensors, stacked, strict=True)
+        torch.stack([next(parts) for _ in t]) if is_expert else next(parts)
+        for t, is_expert in zip(tensors, stacked, strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from hf_elra.optim.directions import Direction, gradient_direction
 from hf_elra.optim.guards import (
     RestartGuard,
     StepGuards,
-    new_restart_memory,
+    new_loss_statistics,
     new_setbacks,
     norm_to_crop_by,
     step_was_good,
@@ -194,7 +194,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
         settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **_NO_STEP})
-        self.param_groups[0]["control"] = {
+        self.param_groups[0]["scalars"] = {
             "alpha": float(lr),
             "step_size": 0.0,
             "previous_slope": None,
@@ -207,7 +207,7 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             "moved": False,
             "updates": 0,
             **new_setbacks(),
-            "memory": new_restart_memory(restart_window),
+            "loss_statistics": new_loss_statistics(restart_window),
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -244,9 +244,9 @@ class ELRA(UpdatesOnDevice, LossAwareOptimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts that into the defaults here
                     group.setdefault(name, value)
-        control = self.param_groups[0]["control"]
+        control = self.param_groups[0]["scalars"]
         control.setdefault("moved", True)
-        control["memory"]["last_cycle"] = control["memory"]["last_cycle"] or [None, None]
+        control["loss_statistics"]["last_cycle"] = control["loss_statistics"]["last_cycle"] or [None, None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.

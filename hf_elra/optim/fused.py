@@ -589,7 +589,7 @@ class FusedUpdate:
 
     def push(self, control: dict[str, Any], device: torch.device) -> None:
         """Copy the host's numbers to the device."""
-        memory = control["memory"]
+        memory = control["loss_statistics"]
         values = dict.fromkeys(NAMES)
         values.update({name: control[name] for name in OF_CONTROL})
         values["initial_loss"] = memory["initial_loss"]
@@ -617,7 +617,7 @@ class FusedUpdate:
             control[name] = int(found[name]) if name in COUNTS else found[name]
         if control["gradient_norm"] is None and control["updates"] > 0:
             control["gradient_norm"] = math.nan
-        memory = control["memory"]
+        memory = control["loss_statistics"]
         memory["initial_loss"] = found["initial_loss"]
         memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
         memory["last_cycle"] = [found["last_mean"], found["last_std"]]

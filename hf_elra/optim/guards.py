@@ -97,7 +97,7 @@ def norm_to_crop_by(weight_square: float, number: int) -> float:
     return math.sqrt(max(weight_square, LEAST_SIZE**2 * number))
 
 
-def new_restart_memory(window: int | None = None) -> dict[str, Any]:
+def new_loss_statistics(window: int | None = None) -> dict[str, Any]:
     """The plain, serialisable memory of a :class:`RestartGuard` with this ``window``.
 
     Of one structure from the first update to the last: torch's distributed checkpoints merge a saved state leaf by leaf
@@ -116,7 +116,7 @@ def new_restart_memory(window: int | None = None) -> dict[str, Any]:
 class RestartGuard:
     """Soft restarts (ELRA, section 3.2): is a loss too high, and how much shorter must the step be?
 
-    The guard keeps nothing; what it must remember is in the ``memory`` that ``new_restart_memory`` makes and that the
+    The guard keeps nothing; what it must remember is in the ``memory`` that ``new_loss_statistics`` makes and that the
     optimizer stores with its state.
 
     Args:

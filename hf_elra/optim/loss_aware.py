@@ -30,7 +30,7 @@ FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
 class LossAwareOptimizer(torch.optim.Optimizer):
     """An optimizer that has to know the loss of every update, and says what it did with it.
 
-    Subclasses implement :meth:`_take_step`, and keep their numbers in ``param_groups[0]["control"]``.
+    Subclasses implement :meth:`_take_step`, and keep their numbers in ``param_groups[0]["scalars"]``.
     """
 
     takes_shards = True
@@ -77,14 +77,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         return metrics
 
     @property
-    def updates_to_settle(self) -> int:
+    def search_updates_left(self) -> int:
         """How many of the updates to come are taken back at their end, as those of a search for α are."""
         return 0
 
     @property
-    def settled(self) -> bool:
+    def search_finished(self) -> bool:
         """Whether the points of training are there to stay."""
-        return self.updates_to_settle == 0
+        return self.search_updates_left == 0
 
     # ---- what a training loop calls ----
 
@@ -108,7 +108,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
-        RestartGuard.end_cycle(self._numbers_to_change()["memory"])
+        RestartGuard.end_cycle(self._numbers_to_change()["loss_statistics"])
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
@@ -163,11 +163,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def _numbers(self) -> dict[str, Any]:
         """What the optimizer knows besides tensors."""
-        control: dict[str, Any] = self.param_groups[0]["control"]
+        control: dict[str, Any] = self.param_groups[0]["scalars"]
         return control
 
     @property
-    def _control(self) -> dict[str, Any]:
+    def _scalars(self) -> dict[str, Any]:
         """The same; who changes anything of it says so beforehand, by :meth:`_numbers_to_change`."""
         return self._numbers()
 
@@ -203,7 +203,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
         """
         control = self._numbers_to_change()
-        memory, failures = control["memory"], control["consecutive_restarts"]
+        memory, failures = control["loss_statistics"], control["consecutive_restarts"]
         if not math.isfinite(gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
             control["non_finite"] += 1
             control["non_finite_in_a_row"] += 1
@@ -264,7 +264,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
         """
-        given = state_dict["param_groups"][0].get("control")
+        given = state_dict["param_groups"][0].get("scalars")
         if given is None or not given.keys() <= self._numbers().keys():  # fewer: those of an older version
             raise ConfigurationError(
                 f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
@@ -281,7 +281,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         new = self._numbers()
         super().load_state_dict(state_dict)
         for name, value in new.items():
-            self.param_groups[0]["control"].setdefault(name, value)
+            self.param_groups[0]["scalars"].setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
@@ -318,7 +318,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     @property
     def _looks_for_rounding(self) -> bool:
         """Whether it is time to look for steps that are lost in rounding."""
-        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.settled
+        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.search_finished
         return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
 
     def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:

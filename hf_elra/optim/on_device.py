@@ -1,6 +1,6 @@
 """Which updates ELRA makes in the kernels of ``fused.py``, and how its numbers get to the device and back.
 
-A mixin of ``ELRA``, which makes all other updates itself. Numbers live on the host, in ``param_groups[0]["control"]``,
+A mixin of ``ELRA``, which makes all other updates itself. Numbers live on the host, in ``param_groups[0]["scalars"]``,
 until the first update in kernels; from then on those on the device count, until something is changed on the host.
 """
 
@@ -39,7 +39,7 @@ class UpdatesOnDevice:
 
     def _numbers(self) -> dict[str, Any]:
         """What the optimizer knows besides tensors; reading it changes nothing."""
-        control = self.param_groups[0]["control"]
+        control = self.param_groups[0]["scalars"]
         kernels = self._kernels
         if kernels is not None and kernels.in_force and not kernels.was_read:
             kernels.pull(control)
@@ -60,7 +60,7 @@ class UpdatesOnDevice:
         """After a change on the host: a captured CUDA graph sees only what is on the device."""
         kernels = self._kernels
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
-            kernels.push(self.param_groups[0]["control"], kernels.numbers.device)
+            kernels.push(self.param_groups[0]["scalars"], kernels.numbers.device)
 
     def _settings(self) -> dict[str, Any]:
         """The settings of this update; as in ``elra.py``."""
@@ -80,7 +80,7 @@ class UpdatesOnDevice:
         """Parameters of a group with their states; where these are only read, one that is not there is not made."""
         states = [self.state[p] if to_write else self.state.get(p, {}) for p in params]
         settings = self.param_groups[0]
-        seed = settings["control"]["updates"] if settings["stochastic_rounding"] else None  # as on every process
+        seed = settings["scalars"]["updates"] if settings["stochastic_rounding"] else None  # as on every process
         return Part(params, states, group, seed)
 
     # ---- the update ----
@@ -101,7 +101,7 @@ class UpdatesOnDevice:
             raise ConfigurationError(f"fused=True cannot be done: {reason}. Leave fused out.")
         ready = (
             reason is None
-            and settings["control"]["moved"]
+            and settings["scalars"]["moved"]
             and all(
                 (self._memory.key in self.state.get(p, {})) == (p.grad is not None)
                 for group in self.param_groups
@@ -155,8 +155,8 @@ class UpdatesOnDevice:
         device = next(p for group in params for p in group).device
         if not kernels.in_force:
             used = [p for group in params for p in group]
-            settings["control"]["weight_square"] = squares_and_products(used, [None] * len(used))[0]
-            kernels.push(settings["control"], device)
+            settings["scalars"]["weight_square"] = squares_and_products(used, [None] * len(used))[0]
+            kernels.push(settings["scalars"], device)
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -1,7 +1,7 @@
 """Trial passes leave nothing behind: what forward passes change of a model comes back.
 
 Parameters and gradients are not looked after: whoever changes them knows which. Who makes trial passes, and why, is not
-here (``point_mean.py``, ``trainer/``).
+here (``averaging.py``, ``trainer/``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is different from ``elra.py``: the direction (``directions.py``), with momentum; the rule for α
 (``step_size.py``), with a search at the beginning whose updates are taken back; and the length of a step, which is
 relative to the weights. Soft restarts are the same (``guards.py``). The mean of the points, which belongs to it, is in
-``point_mean.py``.
+``averaging.py``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.directions import KINDS, apart, spectral_direction, still_what_is_over, together
+from hf_elra.optim.directions import KINDS, freeze_inactive, restack, spectral_direction, unstack
 from hf_elra.optim.guards import (
     RestartGuard,
-    new_restart_memory,
+    new_loss_statistics,
     new_setbacks,
     step_was_good,
     take_back,
     way_back,
 )
 from hf_elra.optim.loss_aware import LossAwareOptimizer, check_weight_decay, need_lr_bounds, need_number, shares
-from hf_elra.optim.step_size import FallingGain
+from hf_elra.optim.step_size import KestenGain
 from hf_elra.optim.tensors import descend, dot, squares_and_products
 
 SIGMA, GAIN = 0.2, 2.5
-"""Constants of the rule for α, see :class:`~hf_elra.optim.step_size.FallingGain`."""
+"""Constants of the rule for α, see :class:`~hf_elra.optim.step_size.KestenGain`."""
 MOMENTUM_OF_THE_SEARCH = 0.9
 """Where there is none otherwise."""
 LEAST_FOUND = 1e-3
@@ -54,7 +54,8 @@ class ELRASpectral(LossAwareOptimizer):
 
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
-    loop :class:`~hf_elra.optim.point_mean.PointMean` with ``power=8`` is that mean (add points once :attr:`settled`).
+    loop :class:`~hf_elra.optim.averaging.WeightAverage` with ``power=8`` is that mean (add points once
+    :attr:`search_finished`).
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
@@ -64,10 +65,10 @@ class ELRASpectral(LossAwareOptimizer):
             saves a state: gradients are then averaged only during the search and as many updates after it, and from
             then on α is constant. Noise has to be averaged by batches that grow then, as a Trainer makes them by
             itself. Default: 0.9.
-        tables (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer of a
-            language model; see :func:`~hf_elra.optim.directions.tables_of`. Default: none.
-        stacks (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
-            experts of a mixture; see :func:`~hf_elra.optim.directions.stacks_of`. Default: none.
+        embeddings (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer
+            of a language model; see :func:`~hf_elra.optim.directions.embeddings_of`. Default: none.
+        experts (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
+            experts of a mixture; see :func:`~hf_elra.optim.directions.experts_of`. Default: none.
         search (int): updates of the search, which are taken back; 0 for none, which trusts ``lr``. A search that is not
             sure goes on to at most twice as many updates: from a tenth of α where slopes are mostly noise, or until α
             has been both too small and too large. If slopes are noise to the end, α is a hundredth of the matrices'
@@ -93,7 +94,7 @@ class ELRASpectral(LossAwareOptimizer):
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
 
     Example:
-        >>> optimizer = ELRASpectral(model.parameters(), tables=tables_of(model))
+        >>> optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
         >>> for epoch in range(epochs):
         ...     for inputs, targets in batches:
         ...         loss = loss_function(model(inputs), targets)
@@ -113,8 +114,8 @@ class ELRASpectral(LossAwareOptimizer):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        tables: Iterable[Tensor] = (),
-        stacks: Iterable[Tensor] = (),
+        embeddings: Iterable[Tensor] = (),
+        experts: Iterable[Tensor] = (),
         search: int = 10,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
@@ -126,12 +127,12 @@ class ELRASpectral(LossAwareOptimizer):
     ) -> None:
         settings = {n: v for n, v in locals().items() if n not in (*KINDS, "self", "params", "__class__")}
         _check_settings(settings)
-        self._kinds = {"tables": _identities("tables", tables), "stacks": _identities("stacks", stacks)}
+        self._kinds = {"embeddings": _identities("embeddings", embeddings), "experts": _identities("experts", experts)}
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr})
-        self.param_groups[0]["control"] = {
+        self.param_groups[0]["scalars"] = {
             "alpha": float(lr), "step_size": 0.0, "slope": None, "previous_loss": None, "gradient_norm": None,
             "direction_norm": None, "step_norm": 0.0, "cosine": None, "updates": 0, **new_setbacks(),
-            "rule": FallingGain.new_memory(searches=search > 0), "memory": new_restart_memory(),
+            "rule": KestenGain.new_memory(searches=search > 0), "loss_statistics": new_loss_statistics(),
             "searched": None if search > 0 else 0,
         }  # fmt: skip
         for kind, identities in self._kinds.items():
@@ -142,24 +143,24 @@ class ELRASpectral(LossAwareOptimizer):
                 )
 
     @property
-    def updates_to_settle(self) -> int:
+    def search_updates_left(self) -> int:
         """How many updates of the search are still to come, at least."""
-        control = self._control
+        control = self._scalars
         return 0 if control["searched"] is not None else max(1, self.param_groups[0]["search"] - control["updates"])
 
     # ---- the update ----
 
     def _take_step(self, loss: Tensor | float | None, factors: list[float]) -> None:
-        searches = not self.settled
+        searches = not self.search_finished
         if searches:  # a schedule that begins low would be made up for by an α that is too large afterwards
             factors = [float(g.get("initial_lr", g["lr"])) / g["base_lr"] for g in self.param_groups]
-        self._control["updates"] += 1
+        self._scalars["updates"] += 1
         self._update(loss, factors)
         if searches:
             self._look_at_the_search()
 
     def _update(self, loss: Tensor | float | None, factors: list[float]) -> None:
-        control = self._control
+        control = self._scalars
         params, gradients = self._gather()
         told = [] if loss is None else [float(loss)]
         square, current_slope, *told = self._agreed(*self._slopes(params, gradients), *told)
@@ -175,17 +176,17 @@ class ELRASpectral(LossAwareOptimizer):
             self._restart(shorter)
             return
         if value is not None and control["searched"] is None:
-            FallingGain(SIGMA, GAIN).take_loss(control["rule"], value, late=2 * control["updates"] > settings["search"])
+            KestenGain(SIGMA, GAIN).take_loss(control["rule"], value, late=2 * control["updates"] > settings["search"])
         before, known = control["alpha"], control["slope"] is not None
         was_full = step_was_good(control, known=known, lowest=settings["lr_bounds"][0])
         alpha, momentum = control["alpha"], self._momentum()
         if alpha < before:
-            FallingGain.restarted(control["rule"])
+            KestenGain.restarted(control["rule"])
         if known and control["slope"] > 0:  # else the last gradient says nothing
             if was_full:  # a retry is too short for the rule
                 if momentum > 0:
-                    alpha *= FallingGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
-                if self.settled:
+                    alpha *= KestenGain(SIGMA, GAIN).factor(control["rule"], current_slope / control["slope"])
+                if self.search_finished:
                     alpha = max(alpha, way_back(control, control["slope"], current_slope))
             product = control["gradient_norm"] * control["direction_norm"]
             control["cosine"] = current_slope / product if product > 0 else 0.0
@@ -216,8 +217,8 @@ class ELRASpectral(LossAwareOptimizer):
         matrices = [
             p
             for group in self.param_groups
-            for p, is_table in zip(group["params"], group["tables"], strict=True)
-            if p.dim() > 1 and not is_table
+            for p, is_embedding in zip(group["params"], group["embeddings"], strict=True)
+            if p.dim() > 1 and not is_embedding
         ]
         counted = [p for p in matrices or weights if p.numel() > 0]
         (square,) = self._agreed(dot(counted, counted))
@@ -227,7 +228,7 @@ class ELRASpectral(LossAwareOptimizer):
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float], loss: float | None
     ) -> None:
         """x ← (1 - α·factor·d)·x - α·factor·u; remember u."""
-        control = self._control
+        control = self._scalars
         slope = norm_squared = 0.0
         all_directions = self._directions(params, gradients)
         for group, group_params, group_gradients, directions, factor, share in zip(
@@ -267,21 +268,25 @@ class ELRASpectral(LossAwareOptimizer):
         of_all: list[list[Any]] = [[], [], [], []]
         for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
             places = {p: index for index, p in enumerate(group["params"])}
-            tables, stacks = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
-            matrices = apart(self._averaged(group_params, group_gradients, momentum), stacks)
-            counts = [len(p) if is_stack else 1 for p, is_stack in zip(group_params, stacks, strict=True)]
-            tables = [is_table for is_table, count in zip(tables, counts, strict=True) for _ in range(count)]
-            along = spectral_direction(matrices, tables)
-            for kept, found in zip(of_all, (along, matrices, apart(group_gradients, stacks), tables), strict=True):
+            embeddings, experts = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
+            matrices = unstack(self._averaged(group_params, group_gradients, momentum), experts)
+            counts = [len(p) if is_expert else 1 for p, is_expert in zip(group_params, experts, strict=True)]
+            embeddings = [
+                is_embedding for is_embedding, count in zip(embeddings, counts, strict=True) for _ in range(count)
+            ]
+            along = spectral_direction(matrices, embeddings)
+            for kept, found in zip(
+                of_all, (along, matrices, unstack(group_gradients, experts), embeddings), strict=True
+            ):
                 kept.extend(found)
-            directions.append((along, group_params, stacks))
+            directions.append((along, group_params, experts))
         if momentum > 0:
-            still_what_is_over(*of_all)
-        return [together(*group) for group in directions]
+            freeze_inactive(*of_all)
+        return [restack(*group) for group in directions]
 
     def _momentum(self) -> float:
         """The momentum of this update."""
-        control = self._control
+        control = self._scalars
         finding = control["searched"] is None or control["updates"] <= 2 * control["searched"]
         return float(self.param_groups[0]["momentum"] or (MOMENTUM_OF_THE_SEARCH if finding else 0.0))
 
@@ -300,7 +305,7 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _restart(self, factor: float) -> None:
         """Go back to x_{t-1} and step again along the old direction, ``factor`` times as long."""
-        control = self._control
+        control = self._scalars
         before = control["length"]
         take_back(control, factor, lowest=self.param_groups[0]["lr_bounds"][0])
         if control["slope"] is None:  # no step behind us
@@ -324,22 +329,22 @@ class ELRASpectral(LossAwareOptimizer):
 
     def _seed(self) -> int | None:
         """Of stochastic rounding: the same on every process, another one in every update."""
-        return int(self._control["updates"]) if self.param_groups[0]["stochastic_rounding"] else None
+        return int(self._scalars["updates"]) if self.param_groups[0]["stochastic_rounding"] else None
 
     def _look_at_the_search(self) -> None:
         """End the search if it is sure of what it has found, or if it has lasted long enough."""
-        control, search = self._control, self.param_groups[0]["search"]
+        control, search = self._scalars, self.param_groups[0]["search"]
         rule = control["rule"]
         has_measured = rule["count"] >= search - 1  # a step that is taken back tells nothing, nor does its retry
-        if control["updates"] >= LONGEST_SEARCH * search or (has_measured and FallingGain.is_sure(rule)):
+        if control["updates"] >= LONGEST_SEARCH * search or (has_measured and KestenGain.is_sure(rule)):
             self._end_search()
         elif has_measured and not rule["clear"] and rule["found"] is None:
-            FallingGain.search_again(rule, self.alpha)
+            KestenGain.search_again(rule, self.alpha)
             self._set_alpha(self._bounded(self.alpha / 10))
 
     def _end_search(self) -> None:
         """Back to where the search began; only α is kept of it."""
-        control = self._control
+        control = self._scalars
         control["searched"] = control["updates"]
         for group in self.param_groups:
             for p in group["params"]:
@@ -347,13 +352,13 @@ class ELRASpectral(LossAwareOptimizer):
                 if start is not None:
                     p.copy_(start)
         size = self._size()
-        if FallingGain(SIGMA, GAIN).has_found_nothing(control["rule"], self.alpha):
+        if KestenGain(SIGMA, GAIN).has_found_nothing(control["rule"], self.alpha):
             self._set_default(NOT_FOUND * size, "has found none, as slopes are mostly noise")
         elif self.alpha < LEAST_FOUND * size:
             self._set_default(LEAST_FOUND * size, f"ended below the least one, at {self.alpha:.2g}")
-        FallingGain.end_search(control["rule"])
+        KestenGain.end_search(control["rule"])
         control["slope"] = control["previous_loss"] = None
-        control["memory"] = new_restart_memory()
+        control["loss_statistics"] = new_loss_statistics()
         control.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     def _set_default(self, alpha: float, why: str) -> None:
@@ -377,7 +382,7 @@ class ELRASpectral(LossAwareOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # of an older state
-            group.setdefault("stacks", [False] * len(group["params"]))
+            group.setdefault("experts", [False] * len(group["params"]))
             group.setdefault("stochastic_rounding", False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

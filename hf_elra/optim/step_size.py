@@ -1,7 +1,7 @@
 """Step-size rules: what two neighbouring gradients say about the best step along the last direction.
 
 ELRA's rules are functions from a :class:`LineMeasurement` to the ratio of the line's best step to the step that was
-taken; to add one, write the function and name it in ``STEP_RULES``. That of ``elra_spectral``, :class:`FallingGain`,
+taken; to add one, write the function and name it in ``STEP_RULES``. That of ``elra_spectral``, :class:`KestenGain`,
 remembers what it saw before. None of them knows bounds or corrects for noise (see ``guards.py`` and ``elra.py``).
 """
 
@@ -51,7 +51,7 @@ def bb2(line: LineMeasurement) -> float:
 STEP_RULES: dict[str, StepRule] = {"bb1": bb1, "bb2": bb2}
 
 
-class FallingGain:
+class KestenGain:
     """Search for a step size from the sign and size of one ratio, then follow it ever more slowly.
 
     r = ⟨G_t, u_{t-1}⟩/⟨G_{t-1}, u_{t-1}⟩ says how far along its line the last step went: near 1 it was much too short,

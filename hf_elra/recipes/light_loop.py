@@ -19,7 +19,7 @@ from hf_elra.control import CycleLosses
 from hf_elra.control.batch_size import BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
-from hf_elra.optim.point_mean import BATCH_NORM_SAMPLES, PointMean, at_the_mean
+from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean
 from hf_elra.recipes.image_data import ImageDataset
 
 
@@ -84,7 +84,7 @@ def train(
     if len(data) < micro_batch:
         raise ConfigurationError(f"micro_batch={micro_batch} is more than the {len(data)} training images.")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mean = PointMean(model) if boost_every is not None else None
+    mean = WeightAverage(model) if boost_every is not None else None
     all_micro_batches = len(data) // micro_batch
     updates = 0
     seen = CycleLosses()

@@ -189,10 +189,10 @@ class ElraSettings:
             return
         if self.elra_boost_every < 1:
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} must be at least 1.")
-        if self.mean_of_points(OPTIMIZERS.get(optimizer_name(args))) == "off":
+        if self.average_over(OPTIMIZERS.get(optimizer_name(args))) == "off":
             raise ConfigurationError(f"elra_boost_every={self.elra_boost_every} does nothing without --elra_boost.")
 
-    def mean_of_points(self, optimizer_class: type | None) -> str:
+    def average_over(self, optimizer_class: type | None) -> str:
         """Return which points are averaged with an optimizer (None: of others): ``"off"``, ``"cycle"`` or ``"run"``."""
         if self.elra_boost_mean is not None:
             return self.elra_boost_mean

@@ -2,7 +2,7 @@
 
 The paper's is the mean of a control cycle's points. The other one, for a rate that is never brought down, weights the
 points of the whole run by a power of their number, so that it needs no length. ``BoostingMixin`` gives it to a Trainer;
-the running mean itself is in ``optim/point_mean.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
+the running mean itself is in ``optim/averaging.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
 use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
 ``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. When training is over the
 mean stays in the model, unless that is the best one of ``load_best_model_at_end``, and the last point is kept beside it
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.point_mean import BATCH_NORM_SAMPLES, PointMean, at_the_mean, recompute_batch_norm
+from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean, recompute_batch_norm
 from hf_elra.trainer.arguments import ElraSettings
 from hf_elra.trainer.batch_control import updates_per_cycle
 
@@ -69,18 +69,18 @@ def _holds(tensor: Tensor, value: Tensor) -> bool:
 
 
 class BoostingMixin(_Base):
-    """Gives a Trainer the mean of its points; does nothing while ``point_mean`` is None."""
+    """Gives a Trainer the mean of its points; does nothing while ``weight_average`` is None."""
 
     elra_settings: ElraSettings
-    mean_of_points: str
-    point_mean: PointMean | None = None
+    average_over: str
+    weight_average: WeightAverage | None = None
     _at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
     _last_point: dict[str, Tensor] | None = None  # beside a model that was left at the mean
     _updates_per_cycle: float | None = None  # at the first batch
 
     def check_boosting(self) -> None:
         """Refuse what cannot be boosted, before training begins."""
-        mean = self.mean_of_points
+        mean = self.average_over
         if mean != "off" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(
                 f"elra_boost_mean={mean}, the mean of points, cannot be used with FSDP or DeepSpeed, which shard the "
@@ -90,21 +90,21 @@ class BoostingMixin(_Base):
     def sample_point(self, update: int, cycle_is_over: bool) -> None:
         """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
         optimizer = getattr(self, "elra_optimizer", None)
-        if self.point_mean is None or (optimizer is not None and not optimizer.settled):
+        if self.weight_average is None or (optimizer is not None and not optimizer.search_finished):
             return
-        if (cycle_is_over and self.point_mean.power is None) or update % self.boost_every == 0:
-            self.point_mean.add()
+        if (cycle_is_over and self.weight_average.power is None) or update % self.boost_every == 0:
+            self.weight_average.add()
         if cycle_is_over:
-            self.point_mean.end_cycle()
+            self.weight_average.end_cycle()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.point_mean = None  # that of an earlier training, or trial, is of other points
-        if (mean := self.mean_of_points) != "off":
-            self.point_mean = PointMean(cast(nn.Module, self.model), POWER if mean == "run" else None)
+        self.weight_average = None  # that of an earlier training, or trial, is of other points
+        if (mean := self.average_over) != "off":
+            self.weight_average = WeightAverage(cast(nn.Module, self.model), POWER if mean == "run" else None)
             self._updates_per_cycle = updates_per_cycle(self)
             if resume_from_checkpoint is not None:
-                self.point_mean.load(resume_from_checkpoint)
+                self.weight_average.load(resume_from_checkpoint)
         return prepared
 
     @property
@@ -112,7 +112,7 @@ class BoostingMixin(_Base):
         """Every how many updates a point is taken: as asked for, or for so many points a cycle at the present batch."""
         if self.elra_settings.elra_boost_every is not None:
             return self.elra_settings.elra_boost_every
-        if self.point_mean is not None and self.point_mean.power is not None:
+        if self.weight_average is not None and self.weight_average.power is not None:
             return 1
         if self._updates_per_cycle is None:
             return 10
@@ -136,12 +136,12 @@ class BoostingMixin(_Base):
             with _in_place(start):
                 yield
             return
-        if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
+        if self.weight_average is None or self.weight_average.count == 0 or self._at_the_mean:
             yield
             return
         self._at_the_mean = True
         try:
-            with at_the_mean(self.point_mean, _TakesBatches(self.model), self._batches_for_statistics()):
+            with at_the_mean(self.weight_average, _TakesBatches(self.model), self._batches_for_statistics()):
                 yield
         finally:
             self._at_the_mean = False
@@ -150,15 +150,15 @@ class BoostingMixin(_Base):
 
     def end_at_the_mean(self) -> None:
         """Leave the mean in the model, which training is over with."""
-        if self.point_mean is None or self.point_mean.count == 0 or self._at_the_mean:
+        if self.weight_average is None or self.weight_average.count == 0 or self._at_the_mean:
             return
-        moved = self.point_mean.mean.keys() | self._tensors(parameters=False).keys()
+        moved = self.weight_average.mean.keys() | self._tensors(parameters=False).keys()
         self._last_point = {n: t.detach().clone() for n, t in self._tensors().items() if n in moved}
         self._put_mean()
 
     def _put_mean(self) -> None:
-        assert self.point_mean is not None
-        self.point_mean.put()
+        assert self.weight_average is not None
+        self.weight_average.put()
         recompute_batch_norm(_TakesBatches(self.model), self._batches_for_statistics())
         self._at_the_mean = True
 
@@ -169,10 +169,15 @@ class BoostingMixin(_Base):
         a checkpoint, is taken as it is.
         """
         last, self._last_point, self._at_the_mean = self._last_point, None, False
-        if last is None or self.point_mean is None or self.model_init is not None or resume_from_checkpoint is not None:
+        if (
+            last is None
+            or self.weight_average is None
+            or self.model_init is not None
+            or resume_from_checkpoint is not None
+        ):
             return
         now = self._tensors()
-        if any(n not in now or not _holds(now[n], mean) for n, mean in self.point_mean.mean.items()):
+        if any(n not in now or not _holds(now[n], mean) for n, mean in self.weight_average.mean.items()):
             return
         with torch.no_grad():
             for name, value in last.items():
@@ -186,7 +191,7 @@ class BoostingMixin(_Base):
     def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
         """Where parameters were when the search began that runs now; nothing where none does, or where it is let be."""
         optimizer = getattr(self, "elra_optimizer", None)
-        if optimizer is None or optimizer.settled or not self.is_in_train or self.control.should_training_stop:
+        if optimizer is None or optimizer.search_finished or not self.is_in_train or self.control.should_training_stop:
             return {}
         return {p: state["start"] for p, state in optimizer.state.items() if "start" in state}
 
@@ -227,8 +232,8 @@ class BoostingMixin(_Base):
                 super().save_model(output_dir, _internal_call)
             return
         super().save_model(output_dir, _internal_call)
-        if self.point_mean is not None and self.args.should_save and not self._at_the_mean:
-            self.point_mean.save(str(output_dir or self.args.output_dir))
+        if self.weight_average is not None and self.args.should_save and not self._at_the_mean:
+            self.weight_average.save(str(output_dir or self.args.output_dir))
 
     def push_to_hub(self, *args, **kwargs):
         """Stock upload, of the mean where boosting is on."""
@@ -238,5 +243,5 @@ class BoostingMixin(_Base):
     def _load_best_model(self):
         """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
         super()._load_best_model()
-        if self.point_mean is not None and self.point_mean.load(str(self.state.best_model_checkpoint)):
+        if self.weight_average is not None and self.weight_average.load(str(self.state.best_model_checkpoint)):
             self._put_mean()

@@ -81,7 +81,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         control = self.trainer.batch_control
         if control is None or not control.decides_at_cycles:  # nobody asks for the cycle's losses
             return
-        if (optimizer := self.trainer.elra_optimizer) is not None and not optimizer.settled:
+        if (optimizer := self.trainer.elra_optimizer) is not None and not optimizer.search_finished:
             return  # of a point that will be taken back
         self._waiting.append(loss)
         if len(self._waiting) >= LOSSES_ON_DEVICE:
@@ -104,7 +104,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.full_batch = saved.get("full_batch", 0)
         if (optimizer := self.trainer.elra_optimizer) is not None:
             self.trainer.remember_counts()
-            updates, search = state.max_steps - state.global_step, optimizer.updates_to_settle
+            updates, search = state.max_steps - state.global_step, optimizer.search_updates_left
             if 0 < updates <= search:
                 logger.warning(
                     "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "

@@ -61,7 +61,7 @@ class DynamicBatchMixin(LossScaleMixin):
     batch_controller: BatchSizeController | None = None
     progress: TrainingProgress
     elra_settings: ElraSettings
-    mean_of_points: str
+    average_over: str
     _first_epoch_of_call = True
     _pass_limit: float = math.inf
     _proven_pass = 0
@@ -419,7 +419,7 @@ class DynamicBatchMixin(LossScaleMixin):
             logger.warning("Updates of %d micro-batches are cut to the %d that an epoch has.", wanted, per_epoch)
         updates, left = updates_per_cycle(self), self.progress.updates_left(first)
         if control.decides_at_cycles and updates is not None and updates >= left:
-            boosted = "; with elra_boost the mean is over all of it" if self.mean_of_points == "cycle" else ""
+            boosted = "; with elra_boost the mean is over all of it" if self.average_over == "cycle" else ""
             logger.warning(
                 "elra_control_cycle=%s is no shorter than this run: the batch size will not change%s.",
                 self.elra_settings.control_cycle(self.train_dataset),

@@ -106,7 +106,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.elra_settings = ElraSettings.of(self.args)
         ours = optimizer_of_ours(self)
         self.elra_active = ours is not None
-        self.mean_of_points = self.elra_settings.mean_of_points(ours)
+        self.average_over = self.elra_settings.average_over(ours)
         self.replaced_defaults = {}
         if ours is not None:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
@@ -149,7 +149,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return values, [type(self.args), optimizer_of_ours(self), self.optimizer_cls_and_kwargs, self.train_dataset]
 
     def create_optimizer(self, *args, **kwargs):
-        """Stock; a class of ours that was passed in is told the model's tables and stacks, if it was not yet."""
+        """Stock; a class of ours that was passed in is told the model's embeddings and experts, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
         if self.optimizer is None and not any(p.requires_grad for p in model.parameters()):
             raise ConfigurationError(
@@ -162,7 +162,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         try:
             made = super().create_optimizer(*args, **kwargs)
         finally:
-            self.optimizer_cls_and_kwargs = given  # the next model has tables of its own
+            self.optimizer_cls_and_kwargs = given  # the next model has embeddings of its own
         if self.elra_active and self.elra_optimizer is None:
             raise ConfigurationError(
                 f"optim={optimizer_name(self.args)} is not what {type(self).__name__}.create_optimizer makes, which is "
@@ -234,9 +234,9 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         update, names = self.state.global_step, ("should_evaluate", "should_save")
         due = frozenset(name for name in names if getattr(self.control, name))
         optimizer = self.elra_optimizer
-        if optimizer is not None and not optimizer.settled and not self.control.should_training_stop:
+        if optimizer is not None and not optimizer.search_finished and not self.control.should_training_stop:
             if due and not self._put_off:
-                self._tell_that_it_is_put_off(due, optimizer.updates_to_settle)
+                self._tell_that_it_is_put_off(due, optimizer.search_updates_left)
             self._put_off |= due
             due = frozenset()
         elif self._put_off:
@@ -435,7 +435,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         if optimizer is None:
             return super()._get_learning_rate()
         group = optimizer.param_groups[0]
-        return optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.settled else 1.0)
+        return optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.search_finished else 1.0)
 
     def log(self, logs, *args, **kwargs):
         """Log, with the optimizer's own numbers beside the training loss."""

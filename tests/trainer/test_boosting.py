@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_elra import ConfigurationError
-from hf_elra.optim.point_mean import PointMean
+from hf_elra.optim.averaging import WeightAverage
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
 from tests.conftest import llama, token_rows, trainer, weights
 from tests.trainer.test_groups import StopAt
@@ -27,7 +27,7 @@ class Points(TrainerCallback):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_mean_of_points(dtype):
     p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
-    mean = PointMean({"p": p})
+    mean = WeightAverage({"p": p})
     for value in (1.0, 2.0, 6.0):
         p.data.fill_(value)
         mean.add()
@@ -44,7 +44,7 @@ def test_mean_of_points(dtype):
 
 def test_without_points_there_is_no_mean_to_put_in_place():
     p = torch.nn.Parameter(torch.zeros(3))
-    mean = PointMean({"p": p}, power=8)
+    mean = WeightAverage({"p": p}, power=8)
     p.data.fill_(4.0)
     with mean.in_place():
         assert p[0] == 4
@@ -62,7 +62,7 @@ def test_without_points_there_is_no_mean_to_put_in_place():
 )
 def test_what_cannot_be_averaged_is_refused(parameters, power, message):
     with pytest.raises(ConfigurationError, match=message):
-        PointMean(parameters, power)
+        WeightAverage(parameters, power)
 
 
 @pytest.mark.parametrize("optim", ["elra", "adamw_torch"])
@@ -95,8 +95,8 @@ def test_points_are_sampled_every_k_updates(tmp_path):
         tmp_path, callbacks=[points], elra_boost=True, elra_boost_every=3, elra_control_cycle="20ba", max_steps=10
     )
     run.train()
-    assert run.point_mean.count == 3
-    mean = torch.cat([t.flatten() for t in run.point_mean.mean.values()])
+    assert run.weight_average.count == 3
+    mean = torch.cat([t.flatten() for t in run.weight_average.mean.values()])
     torch.testing.assert_close(mean, torch.stack([points.points[i] for i in (2, 5, 8)]).mean(0))
 
 
@@ -106,7 +106,7 @@ def test_every_cycle_has_points_of_its_own(tmp_path):
         tmp_path, callbacks=[points], elra_boost=True, elra_boost_every=7, elra_control_cycle="2ba", max_steps=6
     )
     run.train()
-    mean = torch.cat([t.flatten() for t in run.point_mean.mean.values()])
+    mean = torch.cat([t.flatten() for t in run.weight_average.mean.values()])
     torch.testing.assert_close(mean, points.points[-1])
 
 
@@ -149,9 +149,9 @@ def test_checkpoints_hold_both_points_and_say_which_is_which(tmp_path):
     second = trainer(tmp_path, model=llama(seed=9), **given)
     second.train(resume_from_checkpoint=True)
     assert torch.equal(weights(whole.model), weights(second.model))
-    for one, other in zip(whole.point_mean.mean.values(), second.point_mean.mean.values(), strict=True):
+    for one, other in zip(whole.weight_average.mean.values(), second.weight_average.mean.values(), strict=True):
         assert torch.equal(one, other)
-    assert whole.point_mean.count == second.point_mean.count == 4
+    assert whole.weight_average.count == second.weight_average.count == 4
 
 
 def image_model(seed=0):
@@ -317,7 +317,7 @@ def test_what_is_pushed_is_the_mean(tmp_path, monkeypatch):
     run.push_to_hub()
     name = "model.embed_tokens.weight"
     assert torch.equal(uploaded[name], saved[name])
-    assert torch.equal(uploaded[name], run.point_mean.mean[name])
+    assert torch.equal(uploaded[name], run.weight_average.mean[name])
     assert torch.equal(uploaded[name], run.model.model.embed_tokens.weight)
     assert not (tmp_path / "boosted.safetensors").exists()
 
@@ -373,7 +373,7 @@ def test_a_second_stage_that_trains_more_goes_on_with_the_mean_of_the_first(tmp_
     trainer(tmp_path, model=model, save_strategy="steps", save_steps=4, max_steps=4, **given).train()
     run = trainer(tmp_path, model=llama(), max_steps=6, **given)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    mean = run.point_mean
+    mean = run.weight_average
     assert mean.count == 6
     assert mean._joined == {"model.embed_tokens.weight": 4}
     assert mean.mean.keys() == {name for name, _ in run.model.named_parameters()}

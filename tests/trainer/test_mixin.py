@@ -297,7 +297,7 @@ def test_short_last_batch_of_an_iterable_data_set_is_skipped(tmp_path):
 def test_control_cycles_end_and_give_statistics(tmp_path):
     run = trainer(tmp_path, elra_control_cycle="24sp", max_steps=7)  # 8 samples an update: after 3 and 6 updates
     run.train()
-    memory = run.elra_optimizer.param_groups[0]["control"]["memory"]
+    memory = run.elra_optimizer.param_groups[0]["scalars"]["loss_statistics"]
     losses = logged(run, "loss")
     assert memory["last_cycle"][0] == pytest.approx(sum(losses[3:6]) / 3, rel=1e-3)
     assert memory["cycle"][0] == 1
@@ -375,7 +375,7 @@ def test_updates_that_are_taken_back_in_a_row_are_told(tmp_path, caplog_warnings
         """Stands in for an optimizer that takes one update back, and later five in a row."""
 
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            optimizer.param_groups[0]["control"]["restarts"] += state.global_step in (3, 6, 7, 8, 9, 10)
+            optimizer.param_groups[0]["scalars"]["restarts"] += state.global_step in (3, 6, 7, 8, 9, 10)
 
     run = trainer(tmp_path, max_steps=18, logging_steps=6, callbacks=[TakesBack()])
     run.train()
@@ -429,7 +429,7 @@ def test_an_elra_passed_in_is_told_the_loss_too(tmp_path):
     assert run.replaced_defaults == {"max_grad_norm": 0, "lr_scheduler_type": "constant"}
     run.train()
     assert run.elra_optimizer is optimizer
-    assert optimizer.param_groups[0]["control"]["memory"]["initial_loss"] is not None
+    assert optimizer.param_groups[0]["scalars"]["loss_statistics"]["initial_loss"] is not None
 
 
 def test_with_another_optimizer_nothing_changes(tmp_path):

@@ -59,7 +59,7 @@ def test_stock_trainer_becomes_loss_aware(tmp_path):
     run.train()
     assert isinstance(run.elra_optimizer, ELRA)
     assert logged(run, "loss")[-1] < logged(run, "loss")[0]
-    assert run.elra_optimizer.param_groups[0]["control"]["previous_loss"] is not None
+    assert run.elra_optimizer.param_groups[0]["scalars"]["previous_loss"] is not None
 
 
 def test_a_subclass_keeps_its_own_methods(tmp_path):
@@ -80,7 +80,7 @@ def test_a_subclass_keeps_its_own_methods(tmp_path):
     assert run.extra == 7
     assert isinstance(run, Doubled)
     assert logged(run, "loss")[0] > 7  # twice ln 64 or so
-    memory = run.elra_optimizer.param_groups[0]["control"]["memory"]
+    memory = run.elra_optimizer.param_groups[0]["scalars"]["loss_statistics"]
     assert memory["initial_loss"] == pytest.approx(logged(run, "loss")[0], rel=1e-4)
 
 
@@ -154,11 +154,11 @@ def test_what_is_changed_between_trainings_counts(tmp_path):
         train_dataset=token_rows(),
     )  # fmt: skip
     run.train()
-    assert run.point_mean is not None
+    assert run.weight_average is not None
     run.args.optim, run.args.max_steps = "adamw_torch", 2
     run.train()
     assert not run.elra_active
-    assert run.point_mean is None  # or evaluate would show the points of the training before
+    assert run.weight_average is None  # or evaluate would show the points of the training before
     stock = Trainer(
         model_init=lambda: llama(), args=arguments(tmp_path, TrainingArguments, max_steps=2), train_dataset=token_rows()
     )
@@ -220,4 +220,4 @@ def test_an_optimizer_that_is_set_after_the_trainer_was_made(tmp_path):
     run.train()
     assert isinstance(run, ElraTrainerMixin)
     assert len(logged(run, "alpha")) == 3
-    assert run.elra_optimizer.param_groups[0]["control"]["previous_loss"] is not None
+    assert run.elra_optimizer.param_groups[0]["scalars"]["previous_loss"] is not None

@@ -11,9 +11,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, tables_of
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, embeddings_of
 from hf_elra.control import batch_size
-from hf_elra.optim.point_mean import PointMean
+from hf_elra.optim.averaging import WeightAverage
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
 from tests.trainer.test_boosting import Points
 from tests.trainer.test_groups import StopAt
@@ -32,7 +32,7 @@ def test_it_trains_a_stock_trainer(tmp_path):
     optimizer = run.elra_optimizer
     assert isinstance(optimizer, ELRASpectral)
     embedding = run.model.model.embed_tokens.weight
-    marked = [p for g in optimizer.param_groups for p, t in zip(g["params"], g["tables"], strict=True) if t]
+    marked = [p for g in optimizer.param_groups for p, t in zip(g["params"], g["embeddings"], strict=True) if t]
     assert [id(p) for p in marked] == [id(embedding)]
     assert logged(run, "loss")[-1] < 1.0
     assert run.batch_control.mode == "off"  # the batch stays as it is
@@ -57,20 +57,20 @@ def test_evaluation_and_the_saved_model_are_the_mean_of_the_run(tmp_path):
         tmp_path, eval_dataset=token_rows(32, seed=1), eval_strategy="steps", eval_steps=40, callbacks=[points, seen]
     )
     run.train()
-    assert run.point_mean.count == 31  # not those of the search, but the one it goes back to
+    assert run.weight_average.count == 31  # not those of the search, but the one it goes back to
     last, mean = points.points[-1], weights(run.model)
     assert not torch.equal(mean, last)
     assert torch.equal(seen.points[0], mean)
     assert run.evaluate()["eval_loss"] == logged_evaluations(run)[0]
     off = spectral(tmp_path / "off", elra_boost_mean="off")
     off.train()
-    assert off.point_mean is None
+    assert off.weight_average is None
     assert torch.equal(weights(off.model), last)  # the training step never sees it
 
 
 def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    mean = PointMean({"x": parameter}, power=2)
+    mean = WeightAverage({"x": parameter}, power=2)
     points = [1.0, 5.0, -2.0, 7.0]
     for point in points:
         parameter.data.fill_(point)
@@ -81,7 +81,7 @@ def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
     expected = sum(f * p for f, p in zip(factors, points, strict=True)) / sum(factors)
     assert mean.mean["x"].item() == pytest.approx(expected)
     mean.save(str(tmp_path / "new" / "folder"))
-    again = PointMean({"x": parameter}, power=2)
+    again = WeightAverage({"x": parameter}, power=2)
     assert again.load(str(tmp_path / "new" / "folder"))
     assert (again.count, again.mean["x"].item()) == (4, mean.mean["x"].item())
 
@@ -95,8 +95,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
     again = spectral(tmp_path / "part")
     again.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{at}"))
     assert torch.equal(weights(again.model), weights(whole.model))
-    for name, tensor in whole.point_mean.mean.items():
-        assert torch.equal(again.point_mean.mean[name], tensor)
+    for name, tensor in whole.weight_average.mean.items():
+        assert torch.equal(again.weight_average.mean[name], tensor)
 
 
 @pytest.mark.parametrize("passed", ["name", "class", "optimizer"])
@@ -257,7 +257,7 @@ def test_a_run_that_is_all_search_warns(tmp_path, caplog_warnings):
     run.train()
     assert "8 updates are no more than the 10 of the search" in caplog_warnings.text
     assert not torch.equal(weights(run.model), before)  # the search has not ended
-    assert run.point_mean.count == 0
+    assert run.weight_average.count == 0
 
 
 def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
@@ -271,8 +271,8 @@ def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
     [
         ({"elra_min_step_norm": 0.1}, "elra_min_step_norm=0.1 is a setting of optim=elra; elra_spectral needs no"),
         ({"optim_args": "momentum=2"}, "momentum=2.0 must be a number in"),
-        ({"optim_args": "tables=1"}, "'tables' is no argument of ELRASpectral"),
-        ({"optim_args": "stacks=1"}, "'stacks' is no argument of ELRASpectral"),
+        ({"optim_args": "embeddings=1"}, "'embeddings' is no argument of ELRASpectral"),
+        ({"optim_args": "experts=1"}, "'experts' is no argument of ELRASpectral"),
         ({"elra_boost_mean": "all"}, "elra_boost_mean='all' must be one of off, cycle, run"),
         ({"elra_boost_mean": "off", "elra_boost_every": 2}, "elra_boost_every=2 does nothing"),
     ],
@@ -284,7 +284,7 @@ def test_wrong_settings_are_named(tmp_path, given, message):
 
 def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
     model = llama()
-    made = ELRASpectral(model.parameters(), tables=tables_of(model))
+    made = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
     stock = arguments(tmp_path, TrainingArguments, max_steps=14)
     runs = [
         Trainer(model, stock, train_dataset=token_rows(), optimizers=(made, None)),
@@ -293,8 +293,8 @@ def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
     ]
     for run in runs:
         run.train()
-        assert run.point_mean.power == 8
-        assert run.point_mean.count == 5
+        assert run.weight_average.power == 8
+        assert run.weight_average.count == 5
     assert runs[1].optimizer_cls_and_kwargs == (ELRASpectral, {})
     assert torch.equal(weights(runs[1].model), weights(runs[2].model))
     assert torch.equal(weights(runs[0].model), weights(runs[2].model))
@@ -312,7 +312,7 @@ def test_the_experts_of_a_mixture_are_told_apart(tmp_path, passed_in):
     run = Trainer(model, settings, train_dataset=token_rows(), **given)
     run.train()
     groups = run.elra_optimizer.param_groups
-    marked = {id(p) for g in groups for p, stack in zip(g["params"], g["stacks"], strict=True) if stack}
+    marked = {id(p) for g in groups for p, stack in zip(g["params"], g["experts"], strict=True) if stack}
     assert marked == {id(p) for p in model.model.layers[0].mlp.experts.parameters()}
     assert len(marked) == 2
 

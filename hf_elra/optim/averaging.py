@@ -24,7 +24,7 @@ BATCH_NORM_SAMPLES = 4096
 """Training samples from which the BatchNorm statistics of the mean are computed."""
 
 
-class PointMean:
+class WeightAverage:
     """The mean of the points that parameters went through in the running, or just finished, control cycle.
 
     It keeps one number per parameter, in float32 where the parameter has fewer bits. Which parameters there are is
@@ -172,7 +172,7 @@ class PointMean:
 
 
 @contextlib.contextmanager
-def at_the_mean(mean: PointMean, model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+def at_the_mean(mean: WeightAverage, model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
     """Put the mean into the model, with BatchNorm statistics of its own, for the length of a ``with`` block.
 
     Args:

@@ -1,4 +1,4 @@
-"""hf_elra.optim.point_mean: parameters and buffers that change on the way; means in a Trainer are in trainer/."""
+"""hf_elra.optim.averaging: parameters and buffers that change on the way; means in a Trainer are in trainer/."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_elra.optim.point_mean import PointMean, at_the_mean, recompute_batch_norm
+from hf_elra.optim.averaging import WeightAverage, at_the_mean, recompute_batch_norm
 from tests.test_snapshot import Rotary
 
 
@@ -28,7 +28,7 @@ def values(model):
 
 def test_what_is_trained_only_later_has_a_mean_that_begins_with_it(tmp_path):
     model = two(second=False)
-    mean = PointMean(model)
+    mean = WeightAverage(model)
     go_to(model, 1.0, 10.0)
     mean.add()
     assert list(mean.mean) == ["a.weight"]
@@ -43,14 +43,14 @@ def test_what_is_trained_only_later_has_a_mean_that_begins_with_it(tmp_path):
 
     # the second stage is another run
     stage = two()
-    resumed = PointMean(stage)
+    resumed = WeightAverage(stage)
     assert resumed.load(str(tmp_path))
     for a, b in ((3.0, 20.0), (5.0, 40.0)):
         go_to(stage, a, b)
         resumed.add()
     resumed.save(str(tmp_path))
     assert json.loads((tmp_path / "boosting.json").read_text())["joined"] == {"b.weight": 1}
-    again = PointMean(stage)
+    again = WeightAverage(stage)
     again.load(str(tmp_path))
     go_to(stage, 7.0, 60.0)
     again.add()
@@ -64,7 +64,7 @@ def test_what_is_trained_only_later_has_a_mean_that_begins_with_it(tmp_path):
 
 def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_path):
     model = two()
-    mean = PointMean(model, power=0)
+    mean = WeightAverage(model, power=0)
     go_to(model, 1.0, 10.0)
     mean.add()
     mean.save(str(tmp_path))
@@ -74,7 +74,7 @@ def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_p
     with mean.in_place():
         assert values(model) == (1.0, 15.0)
     stage = two(first=False)
-    resumed = PointMean(stage, power=0)
+    resumed = WeightAverage(stage, power=0)
     resumed.load(str(tmp_path))
     assert list(resumed.mean) == ["a.weight", "b.weight"]
     model.b = nn.Linear(2, 1, bias=False)  # as an embedding that is resized
@@ -86,12 +86,12 @@ def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_p
     mean.add()
     assert list(mean.mean) == ["a.weight"]
     other = nn.Linear(3, 3)
-    assert not PointMean(other).load(str(tmp_path))
+    assert not WeightAverage(other).load(str(tmp_path))
 
 
 def test_a_model_that_is_moved_takes_its_mean_with_it():
     model = two()
-    mean = PointMean(model)
+    mean = WeightAverage(model)
     go_to(model, 1.0, 1.0)
     mean.add()
     model.float()
@@ -104,7 +104,7 @@ def test_a_model_that_is_moved_takes_its_mean_with_it():
 @pytest.mark.parametrize("how", ["registers", "resizes", "replaces", "expands", "shrinks"])
 def test_a_forward_pass_at_the_mean_may_change_buffers(how):
     model = nn.Sequential(nn.BatchNorm1d(1), Rotary(how))
-    mean = PointMean(model)
+    mean = WeightAverage(model)
     mean.add()
     for length in (4, 9, 6):
         with at_the_mean(mean, model, [torch.randn(5, 1)]):

@@ -397,7 +397,7 @@ def test_a_batch_without_information_is_skipped(no_gradient):
     assert torch.equal(x, before)
     assert optimizer.metrics["skipped"] == 1
     assert optimizer.restarts == 0
-    untouched = {"alpha", "step_size", "previous_slope", "previous_loss", "memory", "direction_norm"}
+    untouched = {"alpha", "step_size", "previous_slope", "previous_loss", "loss_statistics", "direction_norm"}
     assert {name: optimizer._scalars[name] for name in untouched} == {name: control[name] for name in untouched}
     batches_of_noise(optimizer, x, noisy_losses(1))
     assert not torch.equal(x, before)

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
-from hf_elra.optim.directions import polar_factor, spectral_direction
-from hf_elra.optim.step_size import KestenGain
+from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
+from hf_elra.optim.rules.kesten_gain import KestenGain
 from tests.conftest import llama, token_rows
 
 # ---- the direction ----
@@ -120,35 +120,19 @@ def test_the_matrices_of_a_stack_move_as_if_each_were_a_parameter(momentum):
     assert not torch.equal(stack[0], before[0])
 
 
-def test_a_state_from_before_there_were_stacks_goes_on():
-    parameter = nn.Parameter(torch.eye(3))
-    optimizer = ELRASpectral([parameter], search=0)
-    parameter.grad = torch.ones(3, 3)
-    optimizer.step(loss=1.0)
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        del group["experts"]
-    other = ELRASpectral([nn.Parameter(parameter.detach().clone())], search=0)
-    other.load_state_dict(state)
-    other.param_groups[0]["params"][0].grad = torch.ones(3, 3)
-    other.step(loss=1.0)
-    optimizer.step(loss=1.0)
-    assert torch.equal(other.param_groups[0]["params"][0], parameter)
-
-
 # ---- the rule ----
 
 
 def test_search_is_a_bisection_and_then_the_gain_falls():
-    rule, memory = KestenGain(sigma=0.2, constant=2.5), KestenGain.new_memory()
-    assert rule.factor(memory, 0.9) == pytest.approx(math.exp(2.5))
-    assert rule.factor(memory, 0.5) == pytest.approx(10)
-    assert rule.factor(memory, -0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
-    assert rule.factor(memory, 0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
-    KestenGain.end_search(memory)
+    rule = KestenGain(10, sigma=0.2, constant=2.5)
+    assert rule.factor(0.9) == pytest.approx(math.exp(2.5))
+    assert rule.factor(0.5) == pytest.approx(10)
+    assert rule.factor(-0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
+    assert rule.factor(0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
+    rule.found(1.0, 1.0)
     for _ in range(95):
-        rule.factor(memory, 0.0)
-    assert rule.factor(memory, 1.0) == pytest.approx(math.exp(2.5 / 100))
+        rule.factor(0.0)
+    assert rule.factor(1.0) == pytest.approx(math.exp(2.5 / 100))
 
 
 # ---- one high loss ----
@@ -285,7 +269,7 @@ def test_the_search_is_taken_back():
     assert all(not state for state in optimizer.state.values())
     train(model, optimizer, 1)
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
+    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "previous_direction"}
 
 
 @pytest.mark.parametrize("name", ["embeddings", "experts"])
@@ -496,10 +480,10 @@ def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_sea
     model = llama()
     optimizer = ELRASpectral(model.parameters(), momentum=0.0)
     train(model, optimizer, 20)
-    assert {key for state in optimizer.state.values() for key in state} == {"direction", "momentum"}
+    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction", "momentum"}
     found = optimizer.alpha
     train(model, optimizer, 5)
-    assert {key for state in optimizer.state.values() for key in state} == {"direction"}
+    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction"}
     assert optimizer.alpha == found != 1e-3
 
 
@@ -509,7 +493,7 @@ def test_a_step_that_went_too_far_is_taken_back():
     x.grad = torch.eye(4)
     optimizer.step(loss=1.0)
     after = x.detach().clone()
-    direction = optimizer.state[x]["direction"].clone()
+    direction = optimizer.state[x]["previous_direction"].clone()
     step, average = 0.1, optimizer.state[x]["momentum"].clone()
     x.grad = torch.ones(4, 4)
     optimizer.step(loss=100.0)
@@ -549,7 +533,7 @@ def test_the_way_back_undoes_the_decay_too(decay):
         x.grad, plain.grad = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
         optimizer.step(loss=loss)
         if loss == 1.0:
-            directions = [optimizer.state[p]["direction"].clone() for p in (x, plain)]
+            directions = [optimizer.state[p]["previous_direction"].clone() for p in (x, plain)]
         length = ((starts[1] - plain.detach()) / directions[1]).mean().item()  # of the step, or of its retry
         torch.testing.assert_close(plain.detach(), starts[1] - length * directions[1])
         expected = (1 - min(length / 2 * decay, 0.5)) * starts[0] - length / 2 * directions[0]

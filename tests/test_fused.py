@@ -268,7 +268,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-from hf_elra.optim import fused
+from hf_elra.optim.kernels import triton as fused
 
 TYPES = dict.fromkeys(["gradients", "kept", "points", "sizes", "tensors", "starts"], "*i64")
 TYPES |= dict.fromkeys(["shares", "partials", "numbers", "settings", "squares"], "*fp64")

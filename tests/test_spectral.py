@@ -15,8 +15,72 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
 from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
+from hf_elra.optim.reference.spectral import ReferenceSpectral
 from hf_elra.optim.rules.kesten_gain import KestenGain
 from tests.conftest import llama, token_rows
+
+# ---- the twin in plain float64 ----
+
+SHAPES = [(4, 6), (5,), (6, 3), (7, 4)]
+EVENTS = ["plain"] * 8 + ["spike", "small_spike", "nothing", "nan_loss", "nan_gradient", "other_level", "end_cycle"]
+twin_arguments = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([1e-7, 1e-3, 0.1]),
+        "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+        "search": st.sampled_from([0, 3, 10]),
+        "max_relative_step": st.sampled_from([0.5, 0.01]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "soft_restart": st.booleans(),
+        "initial_restart_ratio": st.sampled_from([None, 1.1]),
+    }
+)
+
+
+@pytest.mark.filterwarnings("ignore:ELRASpectral. the search for a learning rate")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    arguments=twin_arguments,
+    sequence=st.lists(st.sampled_from(EVENTS), min_size=5, max_size=60),
+    noise=st.sampled_from([0.0, 0.1, 3.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_walks_with_the_twin(arguments, sequence, noise, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start = [random(*shape) for shape in SHAPES]
+    curvatures = [torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
+    params = [nn.Parameter(x.clone()) for x in start]
+    optimizer = ELRASpectral([{"params": params[:2]}, {"params": params[2:]}], embeddings=params[3:], **arguments)
+    twin = ReferenceSpectral(start, [False, False, False, True], **arguments)
+    level = 0.0
+    for event in sequence:
+        gradients = [c * p.detach() + noise * random(*p.shape) for c, p in zip(curvatures, params, strict=True)]
+        level += 1e3 * (event == "other_level")
+        loss = level + sum(float((c * p.detach().square()).sum() / 2) for c, p in zip(curvatures, params, strict=True))
+        loss += {"spike": 1e6, "small_spike": 30.0, "nothing": math.nan, "nan_loss": math.nan}.get(event, 0.0)
+        if event == "nothing":
+            gradients = [torch.zeros_like(g) for g in gradients]
+        if event == "nan_gradient":
+            gradients[2][1, 1] = math.nan
+        if event == "end_cycle":
+            optimizer.end_cycle()
+            twin.end_cycle()
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step(loss=loss)
+        twin.step(loss, gradients)
+        assert optimizer.search_finished == (not twin.searching)
+        assert optimizer.alpha == pytest.approx(twin.alpha, rel=1e-6)
+        counts = twin.restarts, twin.skipped, twin.accepted_levels, twin.restarts_in_a_row
+        names = "restarts", "skipped", "accepted_levels", "consecutive_restarts"
+        assert tuple(optimizer.metrics[name] for name in names) == counts
+        for p, x in zip(params, twin.x, strict=True):
+            torch.testing.assert_close(p.detach(), x, rtol=1e-6, atol=1e-9)
+            p.data.copy_(x)  # so that rounding does not add up
+
 
 # ---- the direction ----
 

@@ -81,9 +81,9 @@ def squares_and_products(
     for (device, groups), totals in sums.items():
         numbers = _add_up(totals, device)
         for group in groups:
-            sums = torch.tensor(numbers, dtype=accumulates_in(device), device=device)
-            dist.all_reduce(sums, group=group)
-            numbers = sums.tolist()
+            over_mesh = torch.tensor(numbers, dtype=accumulates_in(device), device=device)
+            dist.all_reduce(over_mesh, group=group)
+            numbers = over_mesh.tolist()
         result = [total + number for total, number in zip(result, numbers, strict=True)]
     return result[0], result[1]
 

@@ -534,6 +534,7 @@ def main() -> int:
     what.add_argument("--write", action="store_true", help="record every case under tests/golden")
     what.add_argument("--check", action="store_true", help="compare every case with what was recorded")
     what.add_argument("--process", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="the others stay as they were recorded")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.process:
@@ -541,8 +542,11 @@ def main() -> int:
     failed = 0
     for file, cases in BY_NAME.items():
         found = walk_together() if file == "processes" else {name: walked(file, name) for name in cases}
+        if given.only is not None:
+            found = {name: records for name, records in found.items() if name in given.only}
+        if given.write and found:
+            write(file, {**(recorded(file)["cases"] if given.only else {}), **found})
         if given.write:
-            write(file, found)
             continue
         print(f"{file}: {len(found)} cases, {'to the last bit' if is_exact(file) else f'first {FIRST} updates'}")
         for name, records in found.items():

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from hf_elra.trainer.upstream import says_loss_is_scaled, stock_step_reads_what_a_trainer_says
+
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -84,7 +86,7 @@ class LossScaleMixin(_Base):
         Not looked at: a subclass that says so itself (``loss_is_scaled_for_ga``), or whose ``_prepare_inputs`` does
         more than move tensors (TRL's GRPO).
         """
-        says: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        says = says_loss_is_scaled(self)
         if says is not None:
             return says
         if num_items is None:
@@ -101,7 +103,7 @@ class LossScaleMixin(_Base):
         divided: bool | None = True
         if self.elra_active or self.batch_control is not None:
             divided = self.loss_is_divided(num_items, passes or self.current_gradient_accumulation_steps)
-        if divided is False and getattr(self, "loss_is_scaled_for_ga", None) is None:
+        if divided is False and says_loss_is_scaled(self) is None:
             num_items = None
         if divided or (divided is False and self._stock_divides(num_items)):
             return super().training_step(model, inputs, num_items)
@@ -117,7 +119,7 @@ class LossScaleMixin(_Base):
 
     def _stock_divides(self, num_items: Any) -> bool:
         """Whether the stock training step divides by ``current_gradient_accumulation_steps``."""
-        says = getattr(self, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+        says = says_loss_is_scaled(self) if stock_step_reads_what_a_trainer_says(Trainer) else None
         if says is not None:
             return not says
         return self.compute_loss_func is None and (num_items is None or not self.model_accepts_loss_kwargs)

@@ -37,6 +37,7 @@ from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 from hf_elra.trainer.rows import number_of_rows, rows_of
+from hf_elra.trainer.upstream import data_are_at_their_end, fsdp_version
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +110,10 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         self.average_over = self.elra_settings.average_over(ours)
         self.replaced_defaults = {}
         if ours is not None:
-            fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # also set by Accelerate's own configuration
             self.replaced_defaults = replaced_defaults(
                 self.args,
                 deepspeed=self.is_deepspeed_enabled,
-                fsdp_version=getattr(fsdp, "fsdp_version", None),
+                fsdp_version=fsdp_version(self),
                 ours="elra_spectral" if issubclass(ours, ELRASpectral) else "ELRA",
             )
             if self.is_fsdp_enabled and not ours.takes_shards:
@@ -365,7 +365,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         sizes = [rows_of(batch) or 0 for batch in (batches[0] if in_group else batches)]
         seen = self.elra_callback
         seen.full_batch = max(*sizes, seen.full_batch)
-        at_the_end = self.accelerator.gradient_state.end_of_dataloader
+        at_the_end = data_are_at_their_end(self)
         if at_the_end and (len(batches) < num_batches or sizes[-1] < seen.full_batch):
             return [], None
         return batches, num_items

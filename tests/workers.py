@@ -171,7 +171,9 @@ def noise_scale(folder):
         train_dataset=token_rows(200, unequal=True),
     )  # fmt: skip
     trainer.train()
-    told = torch.tensor([trainer.noise_scale.signal, trainer.noise_scale.noise], dtype=torch.float64)
+    told = torch.tensor(
+        [trainer.elra.size.noise_scale.signal, trainer.elra.size.noise_scale.noise], dtype=torch.float64
+    )
     everywhere = trainer.accelerator.gather(told).view(-1, 2)
     whole = trainer.model_wrapped.module
     whole.zero_grad()

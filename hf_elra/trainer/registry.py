@@ -31,7 +31,8 @@ from hf_elra.trainer.arguments import (
     wants_mixin,
 )
 from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
-from hf_elra.trainer.mixin import ElraTrainerMixin, optimizer_of_ours, with_elra
+from hf_elra.trainer.checks import optimizer_of_ours
+from hf_elra.trainer.mixin import ElraTrainerMixin, with_elra
 from hf_elra.trainer.upstream import add_enum_member, optimizer_handlers
 
 

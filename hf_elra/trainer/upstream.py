@@ -104,40 +104,40 @@ UPSTREAM = (
     Upstream(f"{_TRAINER}_load_best_model", _HOOK, "loads the best checkpoint", ()),
     # What is called.
     Upstream(
-        f"{_TRAINER}_remove_unused_columns", "trainer.boosting", "batches as in training", ("dataset", "description")
+        f"{_TRAINER}_remove_unused_columns", "trainer.averaging", "batches as in training", ("dataset", "description")
     ),
     Upstream(
-        f"{_TRAINER}_get_collator_with_removed_columns", "trainer.boosting", "batches as in training",
+        f"{_TRAINER}_get_collator_with_removed_columns", "trainer.averaging", "batches as in training",
         ("data_collator", "description"),
     ),
-    Upstream(f"{_TRAINER}compute_loss_context_manager", "trainer.boosting", "autocast", ()),
+    Upstream(f"{_TRAINER}compute_loss_context_manager", "trainer.averaging", "autocast", ()),
     Upstream(
-        f"{_TRAINER}get_total_train_batch_size", "trainer.groups", "knows what processes share data", ("args",)
+        f"{_TRAINER}get_total_train_batch_size", "trainer.accounting", "knows what processes share data", ("args",)
     ),
     Upstream(f"{_TRAINER}get_tp_size", "trainer.loss_scale", "processes that share a batch", ()),
     Upstream("transformers.trainer_utils.has_length", "trainer.rows", "data of unknown length", ("dataset",)),
     Upstream("transformers.trainer_pt_utils.find_batch_size", "trainer.rows", "rows of a batch", ("tensors",)),
     # Attributes of a Trainer.
-    Upstream("trainer._train_batch_size", "trainer.groups", "also what auto_find_batch_size makes of it"),
-    Upstream("trainer._created_lr_scheduler", "trainer.groups", "whether the schedule is the Trainer's"),
-    Upstream("trainer.current_gradient_accumulation_steps", "trainer.groups", "divides a mean loss"),
+    Upstream("trainer._train_batch_size", "trainer.accounting", "also what auto_find_batch_size makes of it"),
+    Upstream("trainer._created_lr_scheduler", "trainer.accounting", "whether the schedule is the Trainer's"),
+    Upstream("trainer.current_gradient_accumulation_steps", "trainer.micro_batches", "divides a mean loss"),
     Upstream("trainer.model_accepts_loss_kwargs", "trainer.loss_scale", "whether num_items_in_batch is passed"),
     Upstream("trainer.compute_loss_func", "trainer.loss_scale", "is taken to divide by num_items_in_batch"),
     Upstream("trainer.optimizer_cls_and_kwargs", _HOOK, "a class that was passed in"),
     Upstream("trainer.hp_search_backend", "trainer.registry", "whether a trial has set arguments"),
     Upstream("trainer.is_fsdp_enabled", _HOOK, "what shards parameters"),
     Upstream("trainer.is_deepspeed_enabled", _HOOK, "what shards parameters"),
-    Upstream("trainer.callback_handler.callbacks", "trainer.groups", "callbacks in the order of their calls"),
+    Upstream("trainer.callback_handler.callbacks", "trainer.accounting", "callbacks in the order of their calls"),
     Upstream("trainer.callback_handler.pop_callback", _HOOK, "takes a class", ("callback",)),
     Upstream(
-        "trainer.callback_handler.on_substep_end", "trainer.groups", "between passes",
+        "trainer.callback_handler.on_substep_end", "trainer.micro_batches", "between passes",
         ("args", "state", "control"),
     ),
-    Upstream("trainer.state.stateful_callbacks", "trainer.groups", "what checkpoints keep, by class"),
+    Upstream("trainer.state.stateful_callbacks", "trainer.accounting", "what checkpoints keep, by class"),
     Upstream("trainer.args.train_batch_size", "trainer.batch_control", "of a device, times n_gpu"),
     Upstream("trainer.args.fsdp_plugin_args", "trainer.registry", "the version of FSDP"),
     Upstream("trainer.args.accelerator_config.split_batches", "trainer.rows", "whether processes share a batch"),
-    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.groups", "the last batch is out"),
+    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.micro_batches", "the last batch is out"),
     Upstream("trainer.accelerator.sync_gradients", _HOOK, "whether this pass ends an update"),
     Upstream("trainer.accelerator.state", _HOOK, "its fsdp_plugin, where there is one"),
     # Modules.
@@ -145,7 +145,7 @@ UPSTREAM = (
     Upstream("transformers.training_args.OptimizerNames._value2member_map_", "trainer.registry", "of enum.Enum"),
     Upstream("transformers.training_args.OptimizerNames._member_map_", "trainer.registry", "of enum.Enum"),
     Upstream("transformers.training_args.OptimizerNames._member_names_", "trainer.registry", "of enum.Enum"),
-    Upstream("transformers.trainer_callback.ExportableState", "trainer.groups", "state() is kept in checkpoints"),
+    Upstream("transformers.trainer_callback.ExportableState", "trainer.accounting", "state() is kept in checkpoints"),
     Upstream("transformers.trainer_callback.ProgressCallback", "trainer.callbacks", "its training_bar is ours"),
     *(
         Upstream(
@@ -155,8 +155,9 @@ UPSTREAM = (
         for task in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
     ),
     Upstream("accelerate.data_loader.BatchSamplerShard", "trainer.rows", "its batch_sampler is that of the data"),
-    Upstream("accelerate.utils.memory.should_reduce_batch_size", "trainer.groups", "was it memory?"),
-    Upstream("accelerate.utils.memory.clear_device_cache", "trainer.groups", "after running out of memory"),
+    Upstream("trainer.optimizer.optimizer", "trainer.upstream", "what Accelerate has wrapped"),
+    Upstream("accelerate.utils.memory.should_reduce_batch_size", "trainer.micro_batches", "was it memory?"),
+    Upstream("accelerate.utils.memory.clear_device_cache", "trainer.micro_batches", "after running out of memory"),
 )  # fmt: skip
 """All of them. ``loss_is_scaled_for_ga`` is not here, as older versions of the Trainer do not have it."""
 
@@ -192,6 +193,13 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
 def member_of(enumeration: Any, value: str) -> Any:
     """Return the member with this value: what a pickled member that was added here is read by."""
     return enumeration(value)
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def fsdp_version(trainer: Any) -> int | None:

@@ -9,6 +9,7 @@ micro-batches an update has, in ``update_size.py``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -375,9 +376,9 @@ class Accounting:
 class ElraCallback(TrainerCallback, ExportableState):
     """Counts samples and tokens over all processes, and ends control cycles.
 
-    Its counts, the running cycle's losses, the position in the data and the batch-size controller are part of every
-    checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. The first one of all
-    callbacks, so that every other one sees the corrected state (:func:`put_first`).
+    Its counts, those of passes, the running cycle's losses, the position in the data and the batch-size controller are
+    part of every checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. It is the
+    first one of all callbacks, so that every other one sees the corrected state (:func:`put_first`).
 
     Args:
         control_cycle (str): length of a cycle, e.g. ``"1ep"``.
@@ -404,6 +405,8 @@ class ElraCallback(TrainerCallback, ExportableState):
             "cycle_losses": self.cycle_losses.state_dict(),
             "full_batch": self.full_batch,
         }
+        if self.trainer is not None:
+            attributes.update(dataclasses.asdict(self.trainer.elra.trials.counts))
         if self.trainer is not None and self.trainer.batch_control is not None:
             elra = self.trainer.elra
             attributes["data_position"] = {**elra.accounting.position(), **elra.micro_batches.state_dict()}
@@ -444,6 +447,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         losses, self._waiting = saved.get("cycle_losses"), []
         self.cycle_losses = CycleLosses() if losses is None else CycleLosses.from_state(losses)
         self.full_batch = saved.get("full_batch", 0)
+        self.trainer.elra.trials.counts.begin(saved)
         state.stateful_callbacks[type(self).__name__] = self.state()
         self.trainer.elra.logs.begin()
         self.trainer.elra.accounting.begin_intervals()
@@ -452,6 +456,9 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
         self.trainer.elra.accounting.begin_epoch()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: D102
+        self.trainer.elra.line_losses.withdraw()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         elra = self.trainer.elra

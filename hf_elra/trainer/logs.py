@@ -1,7 +1,7 @@
 """What a run's logs say beside the stock numbers, and the warnings about updates that went wrong.
 
-The numbers are the optimizer's own, the sizes of updates, decisions about them, and true speeds. What is counted is in
-``accounting.py``.
+The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
+back. What is counted is in ``accounting.py`` and ``trials.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from hf_elra.control import BatchDecision
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.micro_batches import MicroBatches
+from hf_elra.trainer.trials import Trials
 from hf_elra.trainer.update_size import UpdateSize
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,17 @@ class Logs:
 
     Args:
         trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size, accounting, micro_batches: of it.
+        size, accounting, micro_batches, trials: of it.
     """
 
-    def __init__(self, trainer: Any, size: UpdateSize, accounting: Accounting, micro_batches: MicroBatches) -> None:
+    def __init__(
+        self, trainer: Any, size: UpdateSize, accounting: Accounting, micro_batches: MicroBatches, trials: Trials
+    ) -> None:
         self._trainer = trainer
         self._size = size
         self._accounting = accounting
         self._micro_batches = micro_batches
+        self._trials = trials
         self._told_accumulation: int | None = None
         self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
 
@@ -79,7 +83,10 @@ class Logs:
                 metrics = optimizer.metrics
                 logs.update({name: value for name, value in metrics.items() if name not in logs})
                 self.warn_of_updates(metrics)
-            if self._size.control is not None and self._size.control.asked_for:
+            asked_for = self._size.control is not None and self._size.control.asked_for
+            if self._trainer.elra_active or asked_for:
+                logs.update(dataclasses.asdict(self._trials.counts))
+            if asked_for:
                 batches = self._micro_batches.in_last_update or self._accounting.accumulation
                 logs["batch_size"] = float(batches * self._accounting.progress.samples_per_batch)
                 if (scale := self._noise_scale()) is not None:

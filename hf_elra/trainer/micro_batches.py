@@ -19,16 +19,15 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import Trainer
 
-from hf_elra.optim.snapshot import unchanged
+from hf_elra.optim.snapshot import nothing_changes
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.arguments import is_causal_language_model
 from hf_elra.trainer.loss_scale import LossScale
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 from hf_elra.trainer.rows import number_of_rows, rows_of
-from hf_elra.trainer.trials import Trials
+from hf_elra.trainer.trials import Trials, is_at_its_end
 from hf_elra.trainer.update_size import UpdateSize
-from hf_elra.trainer.upstream import data_are_at_their_end
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class MicroBatches:
     Attributes:
         in_last_update: micro-batches of the last update; None before it.
         per_pass: of it, micro-batches that one forward pass had.
+        passes: of the update that runs, what each was over; only where ``keeps_passes``.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class MicroBatches:
         self._proven_pass = 0
         self._merging_refused = False
         self._flops_per_element: float | None = None
+        self.keeps_passes = False
+        self.passes: list[Any] = []
 
     def begin(self) -> None:
         """Training begins, or goes on from a checkpoint."""
@@ -92,6 +94,7 @@ class MicroBatches:
             epoch_iterator, number, device: what it is called with.
         """
         self._accounting.begin_update()
+        self.passes = []
         batches: list[Any] = []
         num_items: Any = None
         if not self._accounting.has_ended():
@@ -114,18 +117,18 @@ class MicroBatches:
         if grouped:
             self._accounting.take(len(batches))
             self.in_last_update = len(batches)
-        if skips and self._is_incomplete(batches, one_group=grouped or len(batches) == number):
+        if skips and self._is_incomplete(batches, epoch_iterator, one_group=grouped or len(batches) == number):
             return [], None
         return [MicroBatchGroup(batches)] if grouped else batches, num_items
 
-    def _is_incomplete(self, batches: list[Any], *, one_group: bool) -> bool:
+    def _is_incomplete(self, batches: list[Any], data: Any, *, one_group: bool) -> bool:
         """Whether an iterable data set, whose length is not known, has ended within this update."""
         if number_of_rows(self._trainer.train_dataset) is not None:
             return False
         sizes = [rows_of(batch) or 0 for batch in batches]
         seen = self._trainer.elra_callback
         seen.full_batch = max(*sizes, seen.full_batch)
-        return data_are_at_their_end(self._trainer) and (not one_group or sizes[-1] < seen.full_batch)
+        return is_at_its_end(data, self._trainer) and (not one_group or sizes[-1] < seen.full_batch)
 
     def floating_point_ops(self, stock_count: Any, inputs: Any) -> Any:
         """Sum over a group; the stock one, which counts the model's parameters anew each time, is asked only once."""
@@ -150,13 +153,14 @@ class MicroBatches:
         """
         control = self._size.control
         if control is None or not isinstance(inputs, MicroBatchGroup):
+            self._keep([inputs])
             return self._run_pass(stock_step, model, inputs, num_items, None)
         while True:
             passes = self._merged(stock_step, model, inputs, num_items)
             alone = self._trainer.accelerator.num_processes == 1
             may_shrink = alone and control.max_pass == "auto" and len(passes) < len(inputs)
             new = may_shrink and _largest(passes) > self._proven_pass
-            with unchanged(model, random_state=True) if new else contextlib.nullcontext() as keep:
+            with nothing_changes(model) if new else contextlib.nullcontext() as keep:
                 try:
                     total = self._run_passes(stock_step, model, passes, num_items)
                     if keep is not None:
@@ -168,19 +172,54 @@ class MicroBatches:
                         raise
             model.zero_grad()
             self._shrink_passes(passes)  # only now, as the error holds on to what filled the memory
+        self._keep(passes)
         self.per_pass = len(inputs) / len(passes)
         if control.gradient_decay and self._size.controller is not None:
             self._decay(model, self._size.controller.gradient_decay(len(inputs)))
         return total
 
-    def _run_pass(self, stock_step: Any, model: Any, inputs: Any, num_items: Any, passes: int | None) -> Tensor:
+    def _keep(self, passes: list[Any]) -> None:
+        if self.keeps_passes:
+            self.passes += passes
+
+    def _run_pass(
+        self, stock_step: Any, model: Any, inputs: Any, num_items: Any, passes: int | None, *, backward: bool = True
+    ) -> Tensor:
         """Run one pass of so many; without a group they are as many as the Trainer divides a mean by."""
         trainer = self._trainer
         if self._size.control is None and not trainer.elra_active:
             loss: Tensor = stock_step(model, inputs, num_items)
-            return loss
-        passes = passes or trainer.current_gradient_accumulation_steps
-        return self._loss_scale.step(stock_step, model, inputs, num_items, passes)
+        else:
+            passes = passes or trainer.current_gradient_accumulation_steps
+            loss = self._loss_scale.step(stock_step, model, inputs, num_items, passes)
+        self._trials.counts.add(backward=backward)
+        return loss
+
+    def forward(self, stock_step: Any, model: Any, passes: list[Any], num_items: Any) -> Tensor:
+        """The mean loss over passes, where ``stock_step`` makes no pass back."""
+        divided, total = self._loss_scale.is_divided(num_items, len(passes)), torch.zeros((), device=self._device)
+        # What is not known yet is seen from the graph of a loss.
+        with torch.set_grad_enabled(divided is None):
+            for inputs, share in zip(passes, self._shares(passes, divided), strict=True):
+                self._trainer.current_gradient_accumulation_steps = share
+                total += self._run_pass(stock_step, model, inputs, num_items, len(passes), backward=False).detach()
+        return total
+
+    @property
+    def _device(self) -> Any:
+        return self._trainer.args.device
+
+    @property
+    def next_number(self) -> int:
+        """Micro-batches of the next update."""
+        if self._size.control is None:
+            return int(self._trainer.args.gradient_accumulation_steps)
+        return self._accounting.accumulation
+
+    def _shares(self, passes: list[Any], divided: bool | None) -> list[Any]:
+        """For each pass what a loss that is a mean over it is divided by."""
+        # Not known yet is no reason for a mean: the first pass finds out, before its loss goes back.
+        return [len(passes)] * len(passes) if divided else self._weights(passes)
 
     def _decay(self, model: Any, factor: float) -> None:
         """Make the update's step shorter by a factor (ELRA, section 3.4)."""
@@ -193,10 +232,9 @@ class MicroBatches:
     def _run_passes(self, stock_step: Any, model: Any, passes: list[Any], num_items: Any) -> Any:
         trainer = self._trainer
         measures = self._size.noise_scale is not None and len(passes) > 1
-        # Not known yet is no reason for a mean: the first pass finds out, before its loss goes back.
         divided = self._loss_scale.is_divided(num_items, len(passes))
-        weights = [] if divided and not measures else self._weights(passes)
-        shares = [len(passes)] * len(passes) if divided else weights
+        shares = self._shares(passes, divided)
+        weights = shares if not divided else self._weights(passes) if measures else []
         total: Any = 0.0
         square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
@@ -216,7 +254,7 @@ class MicroBatches:
     def _measure_noise(self, model: Any, passes: list[Any], square_of_first: Any, weight: Any) -> None:
         """Compare the mean gradient of the first pass with that of all passes of all processes."""
         assert self._size.noise_scale is not None
-        accelerator, device = self._trainer.accelerator, self._trainer.args.device
+        accelerator, device = self._trainer.accelerator, self._device
         samples = torch.tensor(float(sum(rows_of(inputs) or 1 for inputs in passes)), device=device)
         told = torch.stack([samples, samples / weight, square_of_first]).to(accumulates_in(samples.device))
         if (processes := accelerator.num_processes) > 1:
@@ -226,7 +264,7 @@ class MicroBatches:
 
     def _weights(self, passes: list[Any]) -> list[Any]:
         """Targets (or samples) of the whole update over those of each pass, for losses that are means over a pass."""
-        accelerator, device = self._trainer.accelerator, self._trainer.args.device
+        accelerator, device = self._trainer.accelerator, self._device
         shifted = is_causal_language_model(self._trainer.model)
         counts = [_targets(inputs, shifted) for inputs in passes]
         if any(count is None for count in counts):
@@ -248,7 +286,7 @@ class MicroBatches:
         automatic = limit == "auto"
         sizes = [_rows_and_width(batch) for batch in group]
         if (processes := accelerator.num_processes) > 1:  # the same plan everywhere
-            told = torch.tensor([sizes], device=self._trainer.args.device)
+            told = torch.tensor([sizes], device=self._device)
             sizes = [(int(r), int(w)) for r, w in accelerator.gather(told).view(processes, -1, 2).amax(0)]
         while True:
             most = self._pass_limit if automatic else float(limit)

@@ -29,7 +29,7 @@ from hf_elra.trainer.checkpoints import PutOff, explained
 from hf_elra.trainer.logs import Logs
 from hf_elra.trainer.loss_scale import LossScale
 from hf_elra.trainer.micro_batches import MicroBatches, micro_batches_of
-from hf_elra.trainer.trials import Trials
+from hf_elra.trainer.trials import LineLosses, Trials
 from hf_elra.trainer.update_size import UpdateSize
 from hf_elra.trainer.upstream import unwrap_optimizer
 
@@ -52,8 +52,9 @@ class Collaborators:
         self.loss_scale = LossScale(trainer)
         self.trials = Trials(trainer)
         self.micro_batches = MicroBatches(trainer, self.size, self.accounting, self.loss_scale, self.trials)
+        self.line_losses = LineLosses(trainer, self.accounting, self.micro_batches, self.trials)
         self.averaging = Averaging(trainer)
-        self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches)
+        self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches, self.trials)
         self.put_off = PutOff()
 
 
@@ -195,16 +196,19 @@ class ElraTrainerMixin(_Base):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, as one group."""
-        return self.elra.micro_batches.take(super().get_batch_samples, epoch_iterator, num_batches, device)
+        data = self.elra.line_losses.watch(epoch_iterator)
+        return self.elra.micro_batches.take(super().get_batch_samples, data, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run over micro-batches; after the last ones of an update tell the optimizer the update's mean loss."""
-        accounting = self.elra.accounting
+        accounting, stock_step = self.elra.accounting, super().training_step
         samples, tokens = accounting.count(micro_batches_of(inputs))
-        loss = self.elra.micro_batches.step(super().training_step, model, inputs, num_items_in_batch)
+        self.elra.line_losses.before_pass(stock_step, model, num_items_in_batch)
+        loss = self.elra.micro_batches.step(stock_step, model, inputs, num_items_in_batch)
         accounting.add(loss, samples, tokens)
         if self.accelerator.sync_gradients:
             accounting.end_update()
+            self.elra.line_losses.offer()
         return loss
 
     def floating_point_ops(self, inputs):

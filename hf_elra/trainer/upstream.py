@@ -114,6 +114,9 @@ UPSTREAM = (
     Upstream(
         f"{_TRAINER}get_total_train_batch_size", "trainer.accounting", "knows what processes share data", ("args",)
     ),
+    Upstream(
+        f"{_TRAINER}_get_num_items_in_batch", "trainer.trials", "targets of an update", ("batch_samples", "device")
+    ),
     Upstream(f"{_TRAINER}get_tp_size", "trainer.loss_scale", "processes that share a batch", ()),
     Upstream("transformers.trainer_utils.has_length", "trainer.rows", "data of unknown length", ("dataset",)),
     Upstream("transformers.trainer_pt_utils.find_batch_size", "trainer.rows", "rows of a batch", ("tensors",)),
@@ -137,8 +140,9 @@ UPSTREAM = (
     Upstream("trainer.args.train_batch_size", "trainer.batch_control", "of a device, times n_gpu"),
     Upstream("trainer.args.fsdp_plugin_args", "trainer.registry", "the version of FSDP"),
     Upstream("trainer.args.accelerator_config.split_batches", "trainer.rows", "whether processes share a batch"),
-    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.micro_batches", "the last batch is out"),
+    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.trials", "the last batch is out"),
     Upstream("trainer.accelerator.sync_gradients", _HOOK, "whether this pass ends an update"),
+    Upstream("trainer.accelerator.backward", "trainer.trials", "is called by the stock step", ("loss",)),
     Upstream("trainer.accelerator.state", _HOOK, "its fsdp_plugin, where there is one"),
     # Modules.
     Upstream("transformers.trainer_optimizer._OPTIMIZER_HANDLERS", "trainer.registry", "from --optim to a class"),

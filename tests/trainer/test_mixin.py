@@ -17,7 +17,6 @@ from transformers import (
 from hf_elra import ELRA, ConfigurationError, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
 from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
 
-
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )  # its name since 5.23, and before

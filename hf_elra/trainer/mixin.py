@@ -18,7 +18,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.optim import ELRASpectral, WeightAverage
-from hf_elra.optim.directions import KINDS
+from hf_elra.optim.directions.spectral import KINDS
 from hf_elra.trainer import checks
 from hf_elra.trainer.accounting import Accounting, ElraCallback, put_first
 from hf_elra.trainer.arguments import ElraSettings, set_meanwhile

@@ -11,7 +11,7 @@ from hf_elra.recipes import light_loop, paper_tables
 from hf_elra.recipes.image_data import ImageDataset, as_batch, load_images
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
 from tests.conftest import arguments, logged, weights
-from tests.trainer.test_boosting import Points
+from tests.trainer.test_averaging import Points
 
 
 def digits(train=203, test=100):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_elra.optim.snapshot import unchanged
+from hf_elra.optim.snapshot import nothing_changes, random_numbers_of, unchanged
 
 
 class Rotary(nn.Module):
@@ -119,3 +119,53 @@ def test_everything_stays_where_that_is_asked_for(how):
     for (name, buffer), (other, expected) in zip(kept.named_buffers(), plain.named_buffers(), strict=True):
         assert name == other
         assert torch.equal(buffer, expected)
+
+
+class Everything(nn.Module):
+    """Draws random numbers, and has BatchNorm statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+    def forward(self, x):
+        self.layers[0].register_forward_hook(lambda *_: None)
+        self.layers[0].register_full_backward_hook(lambda *_: None)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_trial_of_a_pass_and_back_leaves_nothing_behind(kept):
+    torch.manual_seed(0)
+    model = Everything()
+    model.layers[2].eval()
+    model.layers[0].weight.grad = torch.ones(3, 3)
+
+    def state():
+        return {
+            "buffers": torch.cat([b.flatten().float() for b in model.buffers()]).tolist(),
+            "gradients": [None if p.grad is None else p.grad.clone().tolist() for p in model.parameters()],
+            "training": [m.training for m in model.modules()],
+            "hooks": (len(model.layers[0]._forward_hooks), len(model.layers[0]._backward_hooks)),
+            "random": torch.get_rng_state().tolist(),
+        }
+
+    before, gradient = state(), model.layers[0].weight.grad
+    with nothing_changes(model) as keep:
+        model.train()
+        assert model.layers[0].weight.grad is None
+        model(torch.randn(4, 3)).sum().backward()
+        if kept:
+            keep()
+    after = state()
+    assert [name for name in before if before[name] == after[name]] == ([] if kept else list(before))
+    assert (model.layers[0].weight.grad is gradient) != kept
+
+
+def test_random_numbers_go_on_from_one_point_as_often_as_wanted():
+    put_back = random_numbers_of(nn.Linear(2, 2))
+    drawn = []
+    for _ in range(3):
+        put_back()
+        drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))
+    assert drawn[0] == drawn[1] == drawn[2]

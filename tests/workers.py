@@ -171,7 +171,9 @@ def noise_scale(folder):
         train_dataset=token_rows(200, unequal=True),
     )  # fmt: skip
     trainer.train()
-    told = torch.tensor([trainer.noise_scale.signal, trainer.noise_scale.noise], dtype=torch.float64)
+    told = torch.tensor(
+        [trainer.elra.size.noise_scale.signal, trainer.elra.size.noise_scale.noise], dtype=torch.float64
+    )
     everywhere = trainer.accelerator.gather(told).view(-1, 2)
     whole = trainer.model_wrapped.module
     whole.zero_grad()
@@ -206,6 +208,31 @@ def losses_of_both_kinds(folder):
         trainer.train()
         losses[kind] = seen
     return losses
+
+
+def line_losses(folder):
+    """Three updates of 16 rows: the loss that was observed, and line losses of these rows and of the next ones."""
+    noted, processes = [], int(os.environ.get("WORLD_SIZE", "1"))
+
+    class Probing(ELRA):
+        needs_line_loss = True
+
+        def step(self, closure=None, *, loss=None):
+            noted.append([float(self._observed_loss), self.line_loss(0.0), self.line_loss(0.1, batches=1)])
+            return super().step(closure, loss=loss)
+
+    trainer = ElraTrainer(
+        llama().double(),
+        arguments(
+            folder, per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2, max_steps=3,
+            elra_max_micro_batch="auto",
+        ),
+        train_dataset=token_rows(unequal=True),
+        optimizer_cls_and_kwargs=(Probing, {"lr": 1e-3}),
+    )  # fmt: skip
+    trainer.train()
+    everywhere = trainer.accelerator.gather(torch.tensor([noted], dtype=torch.float64))
+    return {"equal": bool((everywhere[:, :, 1:] == everywhere[0, :, 1:]).all()), "noted": everywhere.mean(0).tolist()}
 
 
 def split_batches(folder):
@@ -260,7 +287,7 @@ def rows_of_a_resumed_run(folder):
 
 if __name__ == "__main__":
     functions = (
-        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, losses_of_both_kinds,
-        split_batches, rows_of_a_resumed_run,
+        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, line_losses,
+        losses_of_both_kinds, split_batches, rows_of_a_resumed_run,
     )  # fmt: skip
     answer({function.__name__: function for function in functions})

@@ -1,6 +1,6 @@
 """How noisy gradients are: the batch size at which noise and signal weigh the same, in plain Python.
 
-Squared norms go in, taken by the Trainer (``trainer/groups.py``); what they decide about the batch is in
+Squared norms go in, taken by the Trainer (``trainer/micro_batches.py``); what they decide about the batch is in
 ``batch_size.py``.
 """
 

@@ -1,6 +1,6 @@
 """The running mean of a training's points, and how to evaluate a model at it (ELRA, section 3.7).
 
-When points are taken, and what a Trainer does with their mean, is not here but in ``trainer/boosting.py``.
+When points are taken, and what a Trainer does with their mean, is not here but in ``trainer/averaging.py``.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ import sys
 from dataclasses import MISSING, fields
 from typing import Any
 
-from transformers.training_args import OptimizerNames
-
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer import ElraSettings, ElraTrainingArguments
 from hf_elra.trainer.arguments import OPTIMIZERS, OneLineParser
+from hf_elra.trainer.upstream import optimizer_names
 
 TRAINING = (
     "optim",
@@ -61,7 +60,7 @@ def choose(flag: str, words: list[str], default: str, known: Any) -> str:
 def choose_optimizer(words: list[str], default: str) -> str:
     """Return the value of ``--optim``, a name that Transformers knows."""
     optim = value_of("--optim", words, default)
-    known = list(OptimizerNames._value2member_map_)
+    known = optimizer_names()
     if optim not in known:
         raise ConfigurationError(
             f"--optim {optim} is unknown.{nearest(optim, known)} Ours: {', '.join(OPTIMIZERS)}; "

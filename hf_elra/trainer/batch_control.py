@@ -1,22 +1,26 @@
 """What the batch flags ask for, checked against each other and the data before a Trainer does anything.
 
-The result, a :class:`BatchControl`, is what ``groups.py`` works with. The flags themselves are in ``arguments.py``.
+The result, a :class:`BatchControl`, is what ``update_size.py`` works with. The flags themselves are in
+``arguments.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from hf_elra.control import ControlCycle
-from hf_elra.control.batch_size import CONDITIONS, BatchSchedule, BatchSizeController
+from hf_elra.control.batch_size import CONDITIONS, UPDATES_PER_GROWTH, BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
 from hf_elra.trainer.rows import number_of_rows, samples_per_micro_batch
+
+logger = logging.getLogger(__name__)
 
 _BATCH_FLAGS = (
     "elra_batch_growth",
@@ -162,6 +166,38 @@ def build_batch_control(
         measures_noise,
         wanted,
     )
+
+
+def control_for(trainer: Any, settings: ElraSettings, wanted: str) -> BatchControl | None:
+    """Return the control that ``settings`` ask for, else the ``wanted`` one, as far as a Trainer leaves it to us.
+
+    Where a Trainer makes batches of its own, what was not asked for is off. Elsewhere groups do the accumulation with
+    an optimizer of ours also where nothing is asked for, as they know where in the data a run is.
+    """
+    kind = type(trainer)
+    default = default_control(kind, wanted)
+    if default != wanted and settings.elra_batch_control is None:
+        logger.warning(
+            "The batch size stays as it is: %s makes batches of its own. --elra_batch_control %s changes that.",
+            kind.__name__,
+            wanted,
+        )
+    always = trainer.elra_active and not makes_own_batches(kind)
+    control = build_batch_control(settings, trainer.args, trainer.train_dataset, default, always=always)
+    if control is None:
+        return None
+    if control.mode == "linear" and settings.elra_batch_control is None:
+        logger.warning(
+            "The batch grows by its first size every %d updates, as there is no momentum to average over the noise. "
+            "--elra_max_batch_size limits it, --elra_batch_control off leaves it as it is.",
+            UPDATES_PER_GROWTH,
+        )
+    if control.max_pass == "auto" and trainer.args.device.type == "cpu":
+        logger.warning(
+            "elra_max_micro_batch=auto: on a CPU, running out of memory may end the process before it can be caught; "
+            "a number of samples is safer."
+        )
+    return control
 
 
 def default_control(trainer_class: type, wanted: str) -> str:

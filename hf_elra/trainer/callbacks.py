@@ -1,154 +1,14 @@
-"""Callbacks of a training run: what was seen so far, control cycles, progress bar and lines, a clean stop on Ctrl-C.
-
-Callbacks here count and trigger; what a cycle's end decides is the optimizer's and the controller's business.
-"""
+"""Callbacks that a user sees: progress bar and lines, a clean stop on Ctrl-C. What counts is in ``accounting.py``."""
 
 from __future__ import annotations
 
-import logging
-import math
 import signal
 import time
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
-
-from hf_elra.control import ControlCycle, CycleLosses
-
-logger = logging.getLogger(__name__)
-
-LOSSES_ON_DEVICE = 1000
-"""So many losses are collected before they are fetched; a loss fetched alone would make the host wait for the GPU."""
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside Accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-class ElraCallback(TrainerCallback, ExportableState):
-    """Counts samples and tokens over all processes, and ends control cycles.
-
-    Its counts, the running cycle's losses, the position in the data and the batch-size controller are part of every
-    checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. The Trainer sets
-    ``trainer`` whenever it looks the callback up.
-
-    Args:
-        control_cycle (str): length of a cycle, e.g. ``"1ep"``.
-    """
-
-    trainer: Any = None
-
-    def __init__(self, control_cycle: str = "1ep") -> None:
-        self.control_cycle = control_cycle
-        self.samples = 0
-        self.tokens = 0
-        self.samples_before = self.updates_before = 0  # where a run was resumed
-        self.cycle_losses = CycleLosses()
-        self._waiting: list[Any] = []  # losses that are still on the device
-        self.full_batch = 0  # samples in a whole micro-batch of data of unknown length, as far as seen
-        self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        self._take_in()
-        attributes = {
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "cycle_losses": self.cycle_losses.state_dict(),
-            "full_batch": self.full_batch,
-        }
-        if self.trainer is not None and self.trainer.batch_control is not None:
-            attributes["data_position"] = self.trainer.data_position()
-        return {"args": {"control_cycle": self.control_cycle}, "attributes": attributes}
-
-    @classmethod
-    def saved_attributes(cls, state: Any) -> dict[str, Any]:
-        """Return the attributes in the checkpoint that is being resumed; empty for a fresh start."""
-        saved = state.stateful_callbacks.get(cls.__name__) if state.global_step else None
-        saved = saved[0] if isinstance(saved, list) else saved
-        return saved["attributes"] if saved else {}
-
-    def count(self, samples: int, tokens: int, loss: Any) -> None:
-        """Add one update: samples and tokens over all processes, its mean loss, which may stay on its device."""
-        self.samples += samples
-        self.tokens += tokens
-        control = self.trainer.batch_control
-        if control is None or not control.decides_at_cycles:  # nobody asks for the cycle's losses
-            return
-        if (optimizer := self.trainer.elra_optimizer) is not None and not optimizer.search_finished:
-            return  # of a point that will be taken back
-        self._waiting.append(loss)
-        if len(self._waiting) >= LOSSES_ON_DEVICE:
-            self._take_in()
-
-    def _take_in(self) -> None:
-        """Fetch the losses that wait, all at once, and add the finite ones to the cycle's."""
-        losses, self._waiting = self._waiting, []
-        tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
-        for value in torch.stack(losses).tolist() if tensors else map(float, losses):
-            if math.isfinite(value):
-                self.cycle_losses.add(value)
-
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        saved = self.saved_attributes(state)
-        self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
-        self.samples_before, self.updates_before = self.samples, state.global_step
-        losses, self._waiting = saved.get("cycle_losses"), []
-        self.cycle_losses = CycleLosses() if losses is None else CycleLosses.from_state(losses)
-        self.full_batch = saved.get("full_batch", 0)
-        if (optimizer := self.trainer.elra_optimizer) is not None:
-            self.trainer.remember_counts()
-            updates, search = state.max_steps - state.global_step, optimizer.search_updates_left
-            if 0 < updates <= search:
-                logger.warning(
-                    "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
-                    "to be kept and are taken back at its end. Train longer, or pass --optim_args search=0.",
-                    updates,
-                    search,
-                )
-        state.stateful_callbacks[type(self).__name__] = self.state()
-        self.trainer.begin_batches()
-        self.trainer.begin_intervals()
-        self._cycle.completed = 0
-        self._advance(state)  # cycles that ended before a resume are over already
-
-    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.trainer.begin_epoch()
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        # The true epoch first: it is in the cycle's logs; a decision then changes what is still to come.
-        self.trainer.correct_state(self.samples, self.tokens)
-        self.trainer.tell_new_batch()
-        cycle_is_over = self._advance(state)
-        self.trainer.sample_point(state.global_step, cycle_is_over)
-        if cycle_is_over:
-            self._take_in()
-            optimizer = unwrap_optimizer(kwargs["optimizer"])
-            if hasattr(optimizer, "end_cycle"):
-                optimizer.end_cycle()
-            statistics = self.cycle_losses.end_cycle()
-            if statistics.count:
-                self.trainer.finish_cycle(statistics.mean, statistics.std)
-            self.trainer.correct_state(self.samples, self.tokens)
-        self.trainer.time_intervals()
-
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
-        state.stateful_callbacks[type(self).__name__] = self.state()  # for Trainer.save_state
-        self.trainer.end_at_the_mean()
-
-    def _advance(self, state: Any) -> bool:
-        return self._cycle.advance(
-            samples=self.samples,
-            tokens=self.tokens,
-            epochs=self.trainer.true_epoch(state),
-            updates=state.global_step,
-        )
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 
 class DataProgressBar(ProgressCallback):
@@ -164,7 +24,7 @@ class DataProgressBar(ProgressCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.unit = self.trainer.progress.unit(self.trainer.accumulation)
+        self.unit = self.trainer.progress.unit(self.trainer.elra.accounting.accumulation)
         if state.is_world_process_zero:
             scale = self.unit != "updates"
             self.training_bar = tqdm(total=self._total(), unit=f" {self.unit}", unit_scale=scale, dynamic_ncols=True)
@@ -178,7 +38,17 @@ class DataProgressBar(ProgressCallback):
             self._shown = done
 
     def _total(self) -> int:
-        return int(self.trainer.progress.total(self.unit, self.trainer.accumulation))
+        return int(self.trainer.progress.total(self.unit, self.trainer.elra.accounting.accumulation))
+
+
+def suit_progress_bar(trainer: Any, in_data: bool) -> None:
+    """Give a Trainer that has a stock progress bar one ``in_data``, or back."""
+    bars = trainer.callback_handler.callbacks
+    for position, callback in enumerate(bars):
+        if type(callback) is ProgressCallback and in_data:
+            bars[position] = DataProgressBar(trainer)
+        elif type(callback) is DataProgressBar and not in_data:
+            bars[position] = ProgressCallback()
 
 
 class StopOnSignal(TrainerCallback):
@@ -279,5 +149,7 @@ class ProgressLine(TrainerCallback):
     def _share(self, state: Any) -> float:
         if self.trainer.batch_control is not None:
             progress = self.trainer.progress  # an incomplete batch at the end is skipped: that is the end
-            return float(progress.fraction()) if progress.updates_left(self.trainer.accumulation) else 1.0
+            return (
+                float(progress.fraction()) if progress.updates_left(self.trainer.elra.accounting.accumulation) else 1.0
+            )
         return float(state.global_step / max(state.max_steps, 1))

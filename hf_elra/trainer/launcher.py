@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from transformers.training_args import OptimizerNames
-
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS, OPTIMIZERS, ElraSettings, OneLineParser
 from hf_elra.trainer.leaving import leave, part
+from hf_elra.trainer.upstream import optimizer_names
 
 USAGE = "usage: hf-elra run [-m] SCRIPT_OR_MODULE [ARGS ...]   (ARGS may hold --elra_* flags the script does not know)"
 FLAGS, HONOURED = "HF_ELRA_FLAGS", "HF_ELRA_HONOURED"
@@ -215,5 +214,5 @@ def check_optimizer_name(words: list[str]) -> None:
             continue
         value = value or (words[position + 1] if position + 1 < len(words) else "")
         suggestion = nearest(value, OPTIMIZERS)
-        if value not in OptimizerNames._value2member_map_ and suggestion:
+        if value not in optimizer_names() and suggestion:
             raise ConfigurationError(f"--optim {value} is not known.{suggestion}")

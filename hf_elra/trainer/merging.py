@@ -3,7 +3,7 @@
 Works on what collators return: tensors whose first dimension is the sample, lists of one entry per sample, and mappings
 of such, nested. What cannot be concatenated without changing its meaning raises :class:`CannotMerge`, and the caller
 accumulates. Which micro-batches go into one pass is decided by :func:`plan_passes`; how large a pass may be, in
-``groups.py``.
+``micro_batches.py``.
 """
 
 from __future__ import annotations

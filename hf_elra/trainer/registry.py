@@ -12,7 +12,7 @@ import functools
 import inspect
 from typing import Any
 
-from transformers import Trainer, trainer_optimizer
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
@@ -31,42 +31,22 @@ from hf_elra.trainer.arguments import (
     wants_mixin,
 )
 from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
-from hf_elra.trainer.mixin import ElraTrainerMixin, optimizer_of_ours, with_elra
+from hf_elra.trainer.checks import optimizer_of_ours
+from hf_elra.trainer.mixin import ElraTrainerMixin, with_elra
+from hf_elra.trainer.upstream import add_enum_member, optimizer_handlers
 
 
 def register() -> None:
     """Register the names and wrap three methods of ``Trainer``; calling it again changes nothing."""
     for name in OPTIMIZERS:
         add_enum_member(OptimizerNames, name.upper(), name)
-        trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handle
+        optimizer_handlers()[OptimizerNames(name)] = _handle
     for method, wrap in _WRAPPERS.items():
         stock: Any = getattr(Trainer, method)
         if not hasattr(stock, "_hf_elra"):
             wrapped: Any = functools.wraps(stock)(wrap(stock))
             wrapped._hf_elra = True
             setattr(Trainer, method, wrapped)
-
-
-def add_enum_member(enumeration: Any, name: str, value: str) -> None:
-    """Add a member to an existing enumeration of strings, as the ``class`` statement would have."""
-    if value in enumeration._value2member_map_:
-        return
-    member = str.__new__(enumeration, value)
-    member._name_, member._value_ = name, value
-    member._sort_order_ = len(enumeration._member_names_)
-    enumeration._member_names_.append(name)
-    enumeration._member_map_[name] = member
-    enumeration._value2member_map_[value] = member
-    if hasattr(enumeration, "_hashable_values_"):  # Python >= 3.13
-        enumeration._hashable_values_.append(value)
-    # Read from a file, as arguments are from training_args.bin, it brings this package with it.
-    member.__reduce_ex__ = lambda protocol: (member_of, (enumeration, value))
-    type.__setattr__(enumeration, name, member)
-
-
-def member_of(enumeration: Any, value: str) -> Any:
-    """Return the member with this value: what a pickled member that was added here is read by."""
-    return enumeration(value)
 
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:

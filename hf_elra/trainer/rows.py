@@ -2,7 +2,7 @@
 
 A sample is a row that the sampler drew. A tensor's first dimension is not always that: padding-free collators make one
 row of a whole micro-batch, image processors put all patches into one dimension, and a mapping of data sets has the
-length of its keys. The counts over a run are in ``groups.py`` and ``callbacks.py``.
+length of its keys. The counts over a run are in ``accounting.py``.
 """
 
 from __future__ import annotations

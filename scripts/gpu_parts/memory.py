@@ -87,7 +87,7 @@ def _merge(part: Part) -> dict[str, Any]:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
     halved = sum("halving" in note for note in notes)
-    merged = trainer._micro_batches_per_pass
+    merged = trainer.elra.micro_batches.per_pass
     return {
         "ok": trainer.state.global_step == 4 and merged > 1 and (halved > 0 or not cuda),
         "halved": halved,

@@ -17,6 +17,10 @@ from transformers import (
 from hf_elra import ELRA, ConfigurationError, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
 from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
 
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)  # its name since 5.23, and before
+
 
 class LossesSeen(TrainerCallback):
     """Notes what the optimizer was told before each update."""
@@ -193,7 +197,7 @@ def test_evaluation_best_model_and_early_stopping(tmp_path):
 @pytest.mark.parametrize(
     "given",
     [
-        {"gradient_checkpointing": True},
+        {CHECKPOINTING: True},
         {"bf16": True},
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"lr_scheduler_type": "cosine"},
@@ -367,7 +371,7 @@ def test_not_a_number_is_survived_and_told(tmp_path, caplog_warnings):
 
 
 def warnings_of(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "hf_elra.trainer.mixin"]
+    return [r.getMessage() for r in caplog.records if r.name == "hf_elra.trainer.logs"]
 
 
 def test_updates_that_are_taken_back_in_a_row_are_told(tmp_path, caplog_warnings):
@@ -411,13 +415,13 @@ def test_what_an_optimizer_counts_is_told_once(tmp_path, caplog_warnings, number
     run = trainer(tmp_path, max_steps=1)
     run.train()
     caplog_warnings.clear()
-    run._counts_told, run.state.global_step = (0, {"restarts": 0, "non_finite": 0}), 6
-    run._warn_of_updates({"restarts": 0, "non_finite": 0, **numbers})
+    run.elra.logs._counts_told, run.state.global_step = (0, {"restarts": 0, "non_finite": 0}), 6
+    run.elra.logs.warn_of_updates({"restarts": 0, "non_finite": 0, **numbers})
     told = warnings_of(caplog_warnings)
     assert len(told) == (text is not None)
     assert text is None or text in told[0]
     run.state.global_step = 12
-    run._warn_of_updates({"restarts": 0, "non_finite": 0, **numbers, "consecutive_restarts": 0})
+    run.elra.logs.warn_of_updates({"restarts": 0, "non_finite": 0, **numbers, "consecutive_restarts": 0})
     assert warnings_of(caplog_warnings) == told
 
 
@@ -479,8 +483,8 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
     monkeypatch.setattr(run.accelerator, "reduce", lambda told, reduction: told + others)
     counted = []
     monkeypatch.setattr(run.elra_callback, "count", lambda *numbers: counted.append(numbers))
-    run._group_loss, run._group_samples, run._group_tokens = torch.tensor(3.0), 8, 128
-    run._rows_drawn = None
-    run._finish_group()
+    run.elra.accounting.begin_update()
+    run.elra.accounting.add(torch.tensor(3.0), samples=8, tokens=128)
+    run.elra.accounting.end_update()
     assert float(run.elra_optimizer._observed_loss) == 3.0
     assert counted == [(32, 512, 4.0)]

@@ -305,10 +305,8 @@ def test_a_shuffled_stream_goes_on_in_its_order(tmp_path, stop):
 def test_the_controlled_batch_stays_the_same_number_of_samples(tmp_path):
     given = dict(rows=numbered(400), trainer_class=Noting, max_steps=12, elra_control_cycle="100ba")
     part = trainer(tmp_path, llama(), per_device_train_batch_size=4, callbacks=[Seen(6)], **given)
-    part.elra_callback  # noqa: B018
-    part._restore_position = lambda control, restore=part._restore_position: (
-        restore(control), setattr(part.batch_controller, "exact", 6.0)
-    )  # fmt: skip
+    begin, size = part.elra.size.begin, part.elra.size
+    size.begin = lambda *given: (begin(*given), setattr(size.controller, "exact", 6.0))
     part.train()
     again = trainer(tmp_path, llama(), per_device_train_batch_size=8, **given)
     again.train(resume_from_checkpoint=True)

@@ -15,8 +15,8 @@ from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, embeddings_of
 from hf_elra.control import batch_size
 from hf_elra.optim.averaging import WeightAverage
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
-from tests.trainer.test_boosting import Points
-from tests.trainer.test_groups import StopAt
+from tests.trainer.test_averaging import Points
+from tests.trainer.test_micro_batches import StopAt
 
 
 def spectral(folder, **given):

@@ -13,7 +13,7 @@ from hf_elra import ConfigurationError
 from hf_elra.optim.averaging import WeightAverage
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
 from tests.conftest import llama, token_rows, trainer, weights
-from tests.trainer.test_groups import StopAt
+from tests.trainer.test_micro_batches import StopAt
 
 
 class Points(TrainerCallback):
@@ -114,17 +114,17 @@ def test_every_cycle_has_points_of_its_own(tmp_path):
 def test_by_default_a_cycle_has_about_fifty_points(tmp_path, cycle, every):
     run = trainer(tmp_path, elra_boost=True, elra_control_cycle=cycle, max_steps=1)
     run.train()
-    assert run.boost_every == every
+    assert run.elra.averaging.every == every
 
 
 @pytest.mark.parametrize(("cycle", "every"), [("1600sp", 2), ("200ba", 4)])
 def test_as_batches_grow_a_cycle_keeps_its_fifty_points(tmp_path, cycle, every):
     run = trainer(tmp_path, elra_boost=True, elra_control_cycle=cycle, max_steps=1)
     run.train()
-    assert run.boost_every == 4
-    run.batch_controller.exact = 2.0
-    assert run.accumulation == 2
-    assert run.boost_every == every
+    assert run.elra.averaging.every == 4
+    run.elra.size.controller.exact = 2.0
+    assert run.elra.accounting.accumulation == 2
+    assert run.elra.averaging.every == every
 
 
 def test_checkpoints_hold_both_points_and_say_which_is_which(tmp_path):
@@ -174,7 +174,7 @@ class AtTheMean(TrainerCallback):
         if state.global_step == args.max_steps:
             self.before = {name: value.clone() for name, value in model.state_dict().items()}
             random = torch.get_rng_state()
-            with self.run.boosted():
+            with self.run.elra.averaging.in_use():
                 self.at = model.network[1].running_mean.clone()
                 with torch.no_grad():
                     first = model.network[0](torch.stack([row["pixel_values"] for row in image_rows()]))
@@ -288,7 +288,7 @@ def test_a_best_checkpoint_without_points_is_taken_as_it_is(tmp_path, monkeypatc
     assert torch.equal(weights(run.model), weights(best))
     assert not (tmp_path / "checkpoint-5" / "boosted.safetensors").exists()
     assert (tmp_path / "checkpoint-15" / "boosted.safetensors").exists()
-    with run.boosted():
+    with run.elra.averaging.in_use():
         assert torch.equal(weights(run.model), weights(best))
 
 

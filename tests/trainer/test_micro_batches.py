@@ -12,9 +12,10 @@ from transformers.trainer_utils import HPSearchBackend
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.control.batch_size import BatchSizeController
+from hf_elra.trainer.accounting import ElraCallback
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS, ElraSettings
 from hf_elra.trainer.batch_control import build_batch_control
-from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
+from hf_elra.trainer.callbacks import DataProgressBar
 from tests.conftest import arguments, llama, logged, token_rows, trainer, vit, vit_rows, weights
 
 GROWING = dict(elra_batch_control="schedule", elra_batch_schedule="0:1,0.3:2,0.6:3")
@@ -83,9 +84,9 @@ def test_noise_scale_compares_the_first_pass_with_the_update(tmp_path, divides, 
     noise = (small - big) / (1 / share - 1) * 12
     # Older versions of Transformers divide by the first token of a row too, which is no target.
     scale = 0.02 * ((targets / divisors[0]).item() ** 2 if divides else 1)
-    assert run.noise_scale.signal == pytest.approx(scale * signal, rel=1e-4)
-    assert run.noise_scale.noise == pytest.approx(scale * noise, rel=1e-4)
-    assert logged(run, "noise_scale")[-1] == pytest.approx(run.noise_scale.value)
+    assert run.elra.size.noise_scale.signal == pytest.approx(scale * signal, rel=1e-4)
+    assert run.elra.size.noise_scale.noise == pytest.approx(scale * noise, rel=1e-4)
+    assert logged(run, "noise_scale")[-1] == pytest.approx(run.elra.size.noise_scale.value)
 
 
 def test_the_batch_follows_the_noise_scale_and_goes_on_when_resumed(tmp_path):
@@ -96,12 +97,13 @@ def test_the_batch_follows_the_noise_scale_and_goes_on_when_resumed(tmp_path):
     )  # fmt: skip
     scales = []
 
-    class Note(ElraTrainer):
-        def end_batch_cycle(self, mean, std):
-            scales.append(self.noise_scale.value)
-            return super().end_batch_cycle(mean, std)
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 5 == 0:
+                scales.append(whole.elra.size.noise_scale.value)
 
-    whole = trainer(tmp_path / "whole", trainer_class=Note, **given)
+    whole = trainer(tmp_path / "whole", **given)
+    whole.add_callback(Note())
     whole.train()
     controller = BatchSizeController(initial_accumulation=2)
     expected = [controller.follow(scale / 2, 1.0, 0.0) for scale in scales]
@@ -113,7 +115,7 @@ def test_the_batch_follows_the_noise_scale_and_goes_on_when_resumed(tmp_path):
     part.train()
     again = trainer(tmp_path / "part", **given)
     again.train(resume_from_checkpoint=True)
-    assert again.noise_scale == whole.noise_scale
+    assert again.elra.size.noise_scale == whole.elra.size.noise_scale
     assert [d["accumulation"] for d in decisions(again)] == [d["accumulation"] for d in decisions(whole)]
     assert torch.equal(weights(again.model), weights(whole.model))
 
@@ -671,9 +673,9 @@ def test_an_update_never_outgrows_its_control_cycle(tmp_path):
         elra_batch_conditions="noise",
     )
     run.train()
-    run.batch_controller.exact = 1.0
-    run.batch_controller.end_cycle(1.0, 10.0)
-    assert run.accumulation == 4
+    run.elra.size.controller.exact = 1.0
+    run.elra.size.controller.end_cycle(1.0, 10.0)
+    assert run.elra.accounting.accumulation == 4
 
 
 def test_control_is_on_with_elra_and_off_with_others_and_where_batches_are_made_otherwise(tmp_path, caplog_warnings):

@@ -1,0 +1,232 @@
+"""Boosting (ELRA, section 3.7): evaluate and deploy a mean of the points of training, train on from the last one.
+
+The paper's is the mean of a control cycle's points. The other one, for a rate that is never brought down, weights the
+points of the whole run by a power of their number, so that it needs no length. ``Averaging`` does it for a Trainer; the
+running mean itself is in ``optim/averaging.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
+use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
+``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. When training is over the
+mean stays in the model, unless that is the best one of ``load_best_model_at_end``, and the last point is kept beside it
+for a training that goes on. Works with any optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean, recompute_batch_norm
+from hf_elra.trainer.batch_control import updates_per_cycle
+
+POWER = 8
+"""Of a point's number, in the mean of a whole run."""
+POINTS_PER_CYCLE = 50
+"""Points of a cycle in the mean, by default, where the length of a cycle is known."""
+
+
+class _TakesBatches(nn.Module):
+    """Calls a model with a batch as keyword arguments."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return self.model(**batch)
+
+
+@contextlib.contextmanager
+def _in_place(points: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let parameters have other values for the length of a ``with`` block."""
+    kept = {p: p.detach().clone() for p in points}
+    try:
+        with torch.no_grad():
+            for p, point in points.items():
+                p.copy_(point)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in kept.items():
+                p.copy_(value)
+
+
+def _holds(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor is a value, as far as its type can be."""
+    return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
+
+
+class Averaging:
+    """Keeps the mean of a Trainer's points; does nothing while ``mean`` is None.
+
+    Args:
+        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+
+    Attributes:
+        over: ``"cycle"``, ``"run"`` or ``"off"``.
+        mean: the mean, once training has begun.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.over = "off"
+        self.mean: WeightAverage | None = None
+        self._at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
+        self._last_point: dict[str, Tensor] | None = None  # beside a model that was left at the mean
+        self._updates_per_cycle: float | None = None  # at the first batch
+
+    def prepare(self, over: str) -> None:
+        """Take the points that are averaged: ``"cycle"``, ``"run"`` or ``"off"``.
+
+        Raises:
+            ConfigurationError: the Trainer shards its parameters.
+        """
+        self.over = over
+        if over != "off" and (self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled):
+            raise ConfigurationError(
+                f"elra_boost_mean={over}, the mean of points, cannot be used with FSDP or DeepSpeed, which shard the "
+                "points; pass --elra_boost_mean off."
+            )
+
+    def begin(self, resume_from_checkpoint: str | None) -> None:
+        """Model and optimizer are there: begin a mean, or take that of a checkpoint."""
+        self.mean = None  # that of an earlier training, or trial, is of other points
+        if self.over == "off":
+            return
+        self.mean = WeightAverage(self._trainer.model, POWER if self.over == "run" else None)
+        self._updates_per_cycle = updates_per_cycle(self._trainer)
+        if resume_from_checkpoint is not None:
+            self.mean.load(resume_from_checkpoint)
+
+    def sample(self, update: int, cycle_is_over: bool) -> None:
+        """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
+        optimizer = self._trainer.elra_optimizer
+        if self.mean is None or (optimizer is not None and not optimizer.search_finished):
+            return
+        if (cycle_is_over and self.mean.power is None) or update % self.every == 0:
+            self.mean.add()
+        if cycle_is_over:
+            self.mean.end_cycle()
+
+    @property
+    def every(self) -> int:
+        """Every how many updates a point is taken: as asked for, or for so many points a cycle at the present batch."""
+        trainer = self._trainer
+        if trainer.elra_settings.elra_boost_every is not None:
+            return int(trainer.elra_settings.elra_boost_every)
+        if self.mean is not None and self.mean.power is not None:
+            return 1
+        if self._updates_per_cycle is None:
+            return 10
+        updates, size = self._updates_per_cycle, trainer.elra.size
+        in_updates = trainer.elra_settings.control_cycle(trainer.train_dataset).endswith("ba")
+        if size.control is not None and not in_updates:
+            updates *= size.control.controller.initial_accumulation / trainer.elra.accounting.accumulation
+        return max(1, round(updates / POINTS_PER_CYCLE))
+
+    # ---- evaluation and deployment use the mean ----
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Use the mean, if there is one, for the length of a ``with`` block.
+
+        During a search, which ends where it began, that is where it began.
+        """
+        if start := self._start_of_search():
+            with _in_place(start):
+                yield
+            return
+        if self.mean is None or self.mean.count == 0 or self._at_the_mean:
+            yield
+            return
+        self._at_the_mean = True
+        try:
+            with at_the_mean(self.mean, _TakesBatches(self._trainer.model), self._batches_for_statistics()):
+                yield
+        finally:
+            self._at_the_mean = False
+
+    def save_beside_last_point(self, folder: str) -> None:
+        """Write the mean into a checkpoint, which holds the point that training goes on from."""
+        if self.mean is not None and self._trainer.args.should_save and not self._at_the_mean:
+            self.mean.save(folder)
+
+    def take_best(self, checkpoint: str) -> None:
+        """The best checkpoint was loaded: put its mean into the model, if it has one, as that was evaluated."""
+        if self.mean is not None and self.mean.load(checkpoint):
+            self._put()
+
+    # ---- the end of training, and going on ----
+
+    def end(self) -> None:
+        """Leave the mean in the model, which training is over with."""
+        if self.mean is None or self.mean.count == 0 or self._at_the_mean:
+            return
+        moved = self.mean.mean.keys() | self._tensors(parameters=False).keys()
+        self._last_point = {n: t.detach().clone() for n, t in self._tensors().items() if n in moved}
+        self._put()
+
+    def _put(self) -> None:
+        assert self.mean is not None
+        self.mean.put()
+        recompute_batch_norm(_TakesBatches(self._trainer.model), self._batches_for_statistics())
+        self._at_the_mean = True
+
+    def go_on(self, resume_from_checkpoint: str | None) -> None:
+        """Training begins: if it goes on where this Trainer ended at the mean, put the last point into the model again.
+
+        The optimizer's memory is of that point. A model that somebody changed since, or that is made anew, or read from
+        a checkpoint, is taken as it is.
+        """
+        last, self._last_point, self._at_the_mean = self._last_point, None, False
+        anew = self._trainer.model_init is not None or resume_from_checkpoint is not None
+        if last is None or self.mean is None or anew:
+            return
+        now = self._tensors()
+        if any(n not in now or not _holds(now[n], mean) for n, mean in self.mean.mean.items()):
+            return
+        with torch.no_grad():
+            for name, value in last.items():
+                if name in now and now[name].shape == value.shape:
+                    now[name].copy_(value)
+
+    def _tensors(self, *, parameters: bool = True) -> dict[str, Tensor]:
+        model = self._trainer.model
+        return {**dict(model.named_parameters() if parameters else ()), **dict(model.named_buffers())}
+
+    def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
+        """Where parameters were when the search began that runs now; nothing where none does, or where it is let be."""
+        trainer = self._trainer
+        optimizer = trainer.elra_optimizer
+        if optimizer is None or optimizer.search_finished:
+            return {}
+        if not trainer.is_in_train or trainer.control.should_training_stop:
+            return {}
+        return {p: state["start"] for p, state in optimizer.state.items() if "start" in state}
+
+    def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
+        """Training batches, the same at every call; the random state outside is left alone."""
+        trainer = self._trainer
+        if trainer.train_dataset is None:
+            return
+        size = trainer.args.train_batch_size
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.compute_loss_context_manager():
+            torch.manual_seed(trainer.args.seed)
+            data: Any = trainer.train_dataset
+            sized = hasattr(data, "__len__")
+            if isinstance(data, datasets.Dataset):
+                data = trainer._remove_unused_columns(data, description="training")
+                collate = trainer.data_collator
+            else:
+                collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+            shuffles = sized and not isinstance(data, IterableDataset)
+            loader = DataLoader(data, batch_size=size, shuffle=shuffles, collate_fn=collate, drop_last=sized)
+            number = max(1, BATCH_NORM_SAMPLES // size)
+            for batch, _ in zip(loader, range(number), strict=False):
+                yield trainer._prepare_inputs(batch)

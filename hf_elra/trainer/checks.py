@@ -1,0 +1,147 @@
+"""What a Trainer is refused for, or warned of, before it trains, and what it decides by.
+
+Each flag's own check is in ``arguments.py``, those of the batch flags are in ``batch_control.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim import ELRASpectral, LossAwareOptimizer
+from hf_elra.trainer.arguments import (
+    OPTIMIZERS,
+    ElraSettings,
+    control_of,
+    optimizer_name,
+    parse_optim_args,
+    replaced_defaults,
+)
+from hf_elra.trainer.checkpoints import last_whole_checkpoint
+from hf_elra.trainer.rows import number_of_rows
+from hf_elra.trainer.upstream import fsdp_version, unwrap_optimizer
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = (
+    *(field.name for field in dataclasses.fields(ElraSettings)),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "deepspeed", "fsdp"),
+)
+"""The arguments that a Trainer with the mixin decides by."""
+
+
+def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
+    """The class of the optimizer that a Trainer has or will make, if it is one of ours.
+
+    As in the stock Trainer one that is there already, made or passed in, goes before a class that was passed in, and
+    that before the name in the arguments; with a ``model_init`` every training makes its own.
+    """
+    there = None if trainer.model_init is not None else unwrap_optimizer(trainer.optimizer)
+    given = trainer.optimizer_cls_and_kwargs
+    found: Any = OPTIMIZERS.get(optimizer_name(trainer.args))
+    if there is not None:
+        found = type(there)
+    elif given is not None:
+        found = given[0]
+    return found if isinstance(found, type) and issubclass(found, LossAwareOptimizer) else None
+
+
+def decided_by(trainer: Any) -> tuple[list[Any], list[Any]]:
+    """What a Trainer decides by: values, and objects that may be changed for others."""
+    values = [getattr(trainer.args, name, None) for name in SETTINGS]
+    objects = [type(trainer.args), optimizer_of_ours(trainer), trainer.optimizer_cls_and_kwargs, trainer.train_dataset]
+    return values, objects
+
+
+def are_the_same(one: tuple[list[Any], list[Any]] | None, other: tuple[list[Any], list[Any]]) -> bool:
+    """Whether :func:`decided_by` said the same at two times."""
+    if one is None:
+        return False
+    return one[0] == other[0] and all(a is b for a, b in zip(one[1], other[1], strict=True))
+
+
+def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings: ElraSettings) -> dict[str, Any]:
+    """Check what a Trainer has with its optimizer; return what it uses in place of harmful stock defaults.
+
+    Args:
+        trainer (Trainer): any.
+        ours: the class of its optimizer, if that is one of ours.
+        settings: the flags.
+
+    Raises:
+        ConfigurationError: it cannot be used with what the Trainer has.
+    """
+    if ours is None:
+        if without_effect := settings.idle_without_elra():
+            name = optimizer_name(trainer.args)
+            logger.warning("%s has no effect with optim=%s.", ", ".join(without_effect), name)
+        return {}
+    replaced = replaced_defaults(
+        trainer.args,
+        deepspeed=trainer.is_deepspeed_enabled,
+        fsdp_version=fsdp_version(trainer),
+        ours="elra_spectral" if issubclass(ours, ELRASpectral) else "ELRA",
+    )
+    if trainer.is_fsdp_enabled and not ours.takes_shards:
+        raise ConfigurationError(
+            f"fsdp cannot be used with optim={optimizer_name(trainer.args)}, which needs whole matrices. Use DDP, or "
+            "optim=elra."
+        )
+    return replaced
+
+
+def suiting_control(trainer: Any, ours: type[LossAwareOptimizer] | None) -> str:
+    """The batch control that suits a Trainer's optimizer."""
+    if ours is None:
+        return "off"
+    if trainer.optimizer is not None and trainer.model_init is None:
+        settings = trainer.optimizer.param_groups[0]
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        settings = trainer.optimizer_cls_and_kwargs[1]
+    else:
+        settings = parse_optim_args(trainer.args.optim_args, ours)
+    return control_of(ours, settings.get("momentum"))
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a ConfigurationError for a model that is frozen altogether."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigurationError(
+            f"model: no parameter of this {type(model).__name__} has requires_grad=True, so that there is nothing to "
+            "train; unfreeze some of them, or add adapters."
+        )
+
+
+def check_made(trainer: Any, made: Any) -> None:
+    """Raise a ConfigurationError where ``create_optimizer`` made another optimizer than the one of ours it should."""
+    if trainer.elra_active and trainer.elra_optimizer is None:
+        raise ConfigurationError(
+            f"optim={optimizer_name(trainer.args)} is not what {type(trainer).__name__}.create_optimizer makes, which "
+            f"is {type(unwrap_optimizer(made)).__name__}: name that one, or let create_optimizer make the one that is "
+            "named (super().create_optimizer() does)."
+        )
+
+
+def checkpoint_to_resume(trainer: Any, resume_from_checkpoint: Any) -> Any:
+    """Return the checkpoint to resume from, or None; True stands for the newest one that was written to its end.
+
+    Raises:
+        ConfigurationError: there is none, or there is nothing to train on.
+    """
+    if number_of_rows(trainer.train_dataset) == 0:
+        raise ConfigurationError("train_dataset is empty; give it samples to train on.")
+    if resume_from_checkpoint is not True:
+        return resume_from_checkpoint
+    found = last_whole_checkpoint(str(trainer.args.output_dir))
+    if found is None:
+        raise ConfigurationError(
+            f"resume_from_checkpoint=True: output_dir={trainer.args.output_dir!r} holds no whole checkpoint; leave it "
+            "out to begin anew."
+        )
+    return found

@@ -1,0 +1,157 @@
+"""What a run's logs say beside the stock numbers, and the warnings about updates that went wrong.
+
+The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
+back. What is counted is in ``accounting.py`` and ``trials.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from hf_elra.control import BatchDecision
+from hf_elra.trainer.accounting import Accounting
+from hf_elra.trainer.micro_batches import MicroBatches
+from hf_elra.trainer.trials import Trials
+from hf_elra.trainer.update_size import UpdateSize
+
+logger = logging.getLogger(__name__)
+
+COUNTED = {
+    "non_finite": "loss or gradient was not finite in %d of the updates since the last log; ELRA took the step before "
+    "back and tried a shorter one, or made none.",
+    "skipped": "%d batches since the last log said nothing: their loss was not finite, and they had no gradient. They "
+    "were skipped. Are there batches without labels?",
+    "accepted_levels": "losses stayed far above their level before, however short the step (so often since the last "
+    "log: %d); ELRA takes it that the data have changed, and goes on from there.",
+}
+"""What an optimizer may count, and what it means."""
+FEW = 3
+"""So many updates taken back in a row are nothing to be told of."""
+
+
+class Logs:
+    """Completes the logs of a Trainer.
+
+    Args:
+        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size, accounting, micro_batches, trials: of it.
+    """
+
+    def __init__(
+        self, trainer: Any, size: UpdateSize, accounting: Accounting, micro_batches: MicroBatches, trials: Trials
+    ) -> None:
+        self._trainer = trainer
+        self._size = size
+        self._accounting = accounting
+        self._micro_batches = micro_batches
+        self._trials = trials
+        self._told_accumulation: int | None = None
+        self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
+
+    def begin(self) -> None:
+        """Training begins, or goes on: what was counted before is not told again."""
+        self._told_accumulation = None if self._size.control is None else self._accounting.accumulation
+        state, optimizer = self._trainer.state, self._trainer.elra_optimizer
+        if optimizer is None:
+            return
+        self._counts_told = state.global_step, optimizer.metrics
+        updates, search = state.max_steps - state.global_step, optimizer.search_updates_left
+        if 0 < updates <= search:
+            logger.warning(
+                "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
+                "to be kept and are taken back at its end. Train longer, or pass --optim_args search=0.",
+                updates,
+                search,
+            )
+
+    # ---- a log ----
+
+    def learning_rate(self, stock_rate: Any) -> float:
+        """α times what a scheduler makes of it, as the update took it: during a search schedulers do not count."""
+        optimizer = self._trainer.elra_optimizer
+        if optimizer is None:
+            return float(stock_rate())
+        group = optimizer.param_groups[0]
+        return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.search_finished else 1.0))
+
+    def complete(self, logs: dict[str, Any]) -> None:
+        """Add to what the stock Trainer logs."""
+        if "loss" in logs:
+            if (optimizer := self._trainer.elra_optimizer) is not None:
+                metrics = optimizer.metrics
+                logs.update({name: value for name, value in metrics.items() if name not in logs})
+                self.warn_of_updates(metrics)
+            asked_for = self._size.control is not None and self._size.control.asked_for
+            if self._trainer.elra_active or asked_for:
+                logs.update(dataclasses.asdict(self._trials.counts))
+            if asked_for:
+                batches = self._micro_batches.in_last_update or self._accounting.accumulation
+                logs["batch_size"] = float(batches * self._accounting.progress.samples_per_batch)
+                if (scale := self._noise_scale()) is not None:
+                    logs["noise_scale"] = scale
+        if seconds := logs.get("train_runtime"):  # the stock speed assumes updates of one size
+            seen, update = self._trainer.elra_callback, self._trainer.state.global_step
+            logs["train_samples_per_second"] = round((seen.samples - seen.samples_before) / seconds, 3)
+            logs["train_steps_per_second"] = round((update - seen.updates_before) / seconds, 3)
+
+    def _noise_scale(self) -> float | None:
+        return None if self._size.noise_scale is None else self._size.noise_scale.value
+
+    def warn_of_updates(self, metrics: dict[str, float]) -> None:
+        """Warn of updates since the last log that were taken back in a row, and of batches that were skipped."""
+        last_update, before = self._counts_told
+        update = self._trainer.state.global_step
+        self._counts_told = update, metrics
+        if not self._trainer.is_world_process_zero():
+            return
+        updates = update - last_update
+        since = {n: int(metrics.get(n, 0) - before.get(n, 0)) for n in (*COUNTED, "restarts")}
+        for name, text in COUNTED.items():
+            if since[name] > 0:
+                logger.warning("Update %d: " + text, update, since[name])
+        taken_back = since["restarts"] - since["non_finite"]
+        now = int(metrics.get("consecutive_restarts", 0))
+        if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
+            logger.warning(
+                "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "
+                "the data of these batches are other ones, or no step as long as allowed lowers their loss.",
+                update,
+                taken_back,
+                updates,
+                f", the last {now} in a row" if now > FEW else "",
+            )
+
+    # ---- decisions about the batch ----
+
+    def tell_decision(self, decision: BatchDecision, mean: float, std: float) -> None:
+        """A control cycle is over: log what was decided, and the ``mean`` and ``std`` of its losses."""
+        entry, numbers = dataclasses.asdict(decision), {"cycle_loss": mean, "cycle_std": std}
+        if (scale := self._noise_scale()) is not None:
+            entry["noise_scale"] = numbers["noise_scale"] = scale
+        self._log_decision(entry, numbers)
+
+    def tell_new_batch(self) -> None:
+        """Where the batch follows the data, log that it changes with the next update."""
+        control = self._size.control
+        if control is None or not control.follows_the_data:
+            return
+        before, now = self._told_accumulation, self._accounting.accumulation
+        if now == before or self._accounting.progress.updates_left(now) == 0:
+            return
+        self._told_accumulation = now
+        change = "grow" if before is None or now > before else "shrink"
+        self._log_decision({"condition": control.mode, "change": change, "accumulation": now}, {})
+
+    def _log_decision(self, entry: dict[str, Any], numbers: dict[str, float]) -> None:
+        """Write a decision about the batch to the log history, and what of it is a number to all logs."""
+        trainer, seen = self._trainer, self._trainer.elra_callback
+        size = entry["accumulation"] * self._accounting.progress.samples_per_batch
+        more = {"accumulation": entry["accumulation"], "batch_size": size}
+        if seen.tokens:
+            more["batch_tokens"] = round(size * seen.tokens / seen.samples)
+        if self._size.control is not None and self._size.control.max_pass is not None:
+            more["micro_batches_per_pass"] = self._micro_batches.per_pass
+        trainer.state.log_history.append({**entry, **more, "step": trainer.state.global_step})
+        trainer.log({name: float(value) for name, value in {**numbers, **more}.items()})

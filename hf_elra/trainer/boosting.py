@@ -12,10 +12,10 @@ for a training that goes on. Works with any optimizer.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -205,7 +205,8 @@ class BoostingMixin(_Base):
             torch.manual_seed(self.args.seed)
             sized = hasattr(self.train_dataset, "__len__")
             data: Any = self.train_dataset
-            if isinstance(data, datasets.Dataset):
+            datasets = sys.modules.get("datasets")  # where nobody imported it, no data are of its kind
+            if datasets is not None and isinstance(data, datasets.Dataset):
                 data, collate = self._remove_unused_columns(data, description="training"), self.data_collator
             else:
                 collate = self._get_collator_with_removed_columns(self.data_collator, description="training")

@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import hf_elra
-from hf_elra.trainer.launcher import USAGE, run_and_leave
+from hf_elra.errors import nearest
+
+
+def _run(words: list[str]) -> NoReturn:
+    from hf_elra.trainer.launcher import run_and_leave
+
+    run_and_leave(words)
+
+
+def _babyllama(words: list[str]) -> NoReturn:
+    from hf_elra.recipes.train_babyllama import main
+    from hf_elra.recipes.training_run import run_script
+
+    run_script(main, words)
+
+
+def _classify_images(words: list[str]) -> NoReturn:
+    from hf_elra.recipes.train_image_classifier import main
+    from hf_elra.recipes.training_run import run_script
+
+    run_script(main, words)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], NoReturn], str]] = {
+    "run": (_run, "run a training script that does not know this package, with --optim elra and --elra_* flags"),
+    "babyllama": (_babyllama, "train a small language model from scratch"),
+    "classify-images": (_classify_images, "train an image classifier"),
+}
+"""What each command calls, with the words after its name, and what it does in one line."""
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
+    first = "usage: hf-elra COMMAND [ARGS ...]\n       hf-elra --version"
+    return f"{first}\n\n{lines}\n\nhf-elra COMMAND --help says more."
 
 
 def main() -> int:
     """Entry point of the ``hf-elra`` command; returns the exit code."""
-    words = sys.argv[1:]
-    if words[:1] == ["run"]:
-        run_and_leave(words[1:])
-    if words[:1] == ["--version"]:
+    if not sys.argv[1:]:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, *words = sys.argv[1:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
         print(hf_elra.__version__)
         return 0
-    asked = words[:1] in (["-h"], ["--help"])
-    print(USAGE, "       hf-elra --version", sep="\n", file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    if name not in COMMANDS:
+        text = f"hf-elra: error: unknown command {name!r}.{nearest(name, COMMANDS)} hf-elra --help lists all commands."
+        print(text, file=sys.stderr)
+        return 2
+    COMMANDS[name][0](words)
 
 
 if __name__ == "__main__":

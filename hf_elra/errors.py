@@ -1,15 +1,17 @@
 """What is said to a user: the exception types for wrong input and for checkpoints that cannot be written, and warnings.
 
 They live outside every room because all of them raise them. Scripts and the launcher turn wrong input into one line on
-stderr and exit code 2; nothing else is handled here.
+stderr and exit code 2; nothing else is handled here. A package that is missing counts as wrong input.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 _NOT_THE_USERS = ("hf_elra", "torch", "accelerate", "transformers")
 
@@ -26,6 +28,22 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the valid name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def needed_by_recipes(package: str) -> Any:
+    """Import a package of the extra ``recipes`` and return it.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # a package that this one needs
+            raise
+        raise ConfigurationError(
+            f"the package {package} is missing, which this needs; install it with: pip install 'hf_elra[recipes]'"
+        ) from error
 
 
 def warn_user(message: str) -> None:

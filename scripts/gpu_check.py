@@ -24,9 +24,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+_HERE = Path(__file__).absolute().parent
+sys.path[:0] = [str(_HERE), str(_HERE / "experiments"), str(_HERE.parent)]
 
-from gpu_parts import PARTS  # noqa: E402 - found by the line above
+from gpu_parts import PARTS  # noqa: E402 - found by the lines above
 from gpu_parts.part import Part, failed, measured, read  # noqa: E402
 
 MINUTES = 12

@@ -1,4 +1,4 @@
-"""Train an image classifier.
+"""Train an image classifier; ``hf-elra classify-images`` is the same.
 
     python scripts/train_image_classifier.py                                    # digits: seconds, no network
     python scripts/train_image_classifier.py --preset mnist                     # from the hub
@@ -8,74 +8,10 @@
 --help lists all flags. Ctrl-C saves a checkpoint; the same command with --resume goes on from there.
 """
 
-from __future__ import annotations
+import sys
 
-from transformers import set_seed
-
-from hf_elra import ElraTrainer
-from hf_elra.recipes import image_classifier
-from hf_elra.recipes.image_data import as_batch, load_images
-from hf_elra.recipes.run_folder import METRICS
-from hf_elra.recipes.training_run import TABLE, TrainingRun, run_script
-
-
-def main(words: list[str]) -> None:
-    """Train, evaluate, save."""
-    recipe, training = image_classifier.parse_arguments(words)
-    defaults = image_classifier.defaults_of(recipe.preset, str(training.optim.value))
-    run = TrainingRun(recipe, training, image_classifier.NOT_OF_THE_TRAJECTORY, "images", defaults)
-
-    with training.main_process_first():
-        data = load_images(
-            recipe.dataset,
-            augmentation=recipe.augmentation,
-            image_size=recipe.image_size,
-            crop_size=recipe.crop_size,
-            seed=training.seed,
-        )
-    if training.dataloader_num_workers == 0:  # batches are made on the device, unless loader processes make them
-        data.train.to(training.device)
-        data.test.to(training.device)
-    set_seed(training.seed)
-    model = image_classifier.build_model(recipe, data)
-    image_classifier.use_normalisation_of(recipe, model, data)
-    trainer = ElraTrainer(
-        model,
-        training,
-        data_collator=as_batch,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        processing_class=image_classifier.build_processor(recipe, data),
-        compute_metrics=image_classifier.compute_accuracy,
-        preprocess_logits_for_metrics=image_classifier.classes_of,
-        callbacks=run.callbacks,
-    )
-    evaluations = run.train(
-        trainer,
-        f"{recipe.model}: {model.num_parameters():,} parameters; {data.name}: {len(data.train):,} training and "
-        f"{len(data.test):,} test images of {len(data.classes)} classes",
-    )
-    if not trainer.is_world_process_zero():
-        return
-
-    accuracies = [entry["eval_accuracy"] for entry in evaluations]
-    metrics = run.write_results(
-        trainer,
-        {
-            "test_accuracy": accuracies[-1],
-            "best_test_accuracy": max(accuracies),
-            "test_loss": evaluations[-1]["eval_loss"],
-            "boosted": trainer.average_over != "off",
-            "dataset": data.name,
-        },
-    )
-    print(
-        f"test accuracy {100 * accuracies[-1]:.2f} % (best epoch {100 * max(accuracies):.2f} %), test loss "
-        f"{metrics['test_loss']:.4f}; {run.speed(metrics)}"
-    )
-    print(f"model, {METRICS} and {TABLE} are in {run.folder}")
-    run.check_finite(metrics["test_loss"])
-
+from hf_elra.recipes.train_image_classifier import main
+from hf_elra.recipes.training_run import run_script
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, sys.argv[1:])

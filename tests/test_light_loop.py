@@ -7,9 +7,9 @@ import torch
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.control.batch_size import BatchSizeController
-from hf_elra.recipes import light_loop, paper_tables
 from hf_elra.recipes.image_data import ImageDataset, as_batch, load_images
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
+from lib import light_loop, paper_tables
 from tests.conftest import arguments, logged, weights
 from tests.trainer.test_averaging import Points
 

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from hf_elra.recipes.problems_2d import PROBLEMS, optimizers, walk
+from lib.problems_2d import PROBLEMS, optimizers, walk
 
 
 @pytest.mark.parametrize("name", ["ELRA", "ELRA, bb2"])

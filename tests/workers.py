@@ -1,4 +1,4 @@
-"""What only tests run on several processes, by ``hf_elra.recipes.many_processes.together``."""
+"""What only tests run on several processes, by ``lib.many_processes.together``."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
-from hf_elra.recipes.many_processes import answer, flat_weights, network, same_everywhere
+from lib.many_processes import answer, flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
 

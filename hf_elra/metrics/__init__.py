@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.errors import ConfigurationError, nearest, needed_by_recipes
 
 NAMES = ("accuracy", "perplexity")
 
@@ -17,10 +17,8 @@ def load(name: str) -> Any:
     """Load one of :data:`NAMES`.
 
     Raises:
-        ConfigurationError: there is no metric of this name here.
+        ConfigurationError: there is no metric of this name here; the package ``evaluate`` is not installed.
     """
     if name not in NAMES:
         raise ConfigurationError(f"metric {name!r} is unknown.{nearest(name, NAMES)} Choose from {', '.join(NAMES)}.")
-    import evaluate
-
-    return evaluate.load(str(files("hf_elra.metrics").joinpath(name).joinpath(f"{name}.py")))
+    return needed_by_recipes("evaluate").load(str(files("hf_elra.metrics").joinpath(name).joinpath(f"{name}.py")))

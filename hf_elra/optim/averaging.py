@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_elra.errors import ConfigurationError
@@ -136,6 +135,8 @@ class WeightAverage:
         """Write the mean, and what it is, into a folder or checkpoint; nothing while there are no points."""
         if self.count == 0:
             return
+        from safetensors.torch import save_file
+
         os.makedirs(folder, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
         content = {
@@ -158,6 +159,8 @@ class WeightAverage:
         self.mean.clear()
         if not Path(folder, BOOSTED).is_file():
             return False
+        from safetensors.torch import load_file
+
         present = self._of if isinstance(self._of, dict) else dict(self._of.named_parameters())
         saved = load_file(os.path.join(folder, BOOSTED))
         for name, p in present.items():

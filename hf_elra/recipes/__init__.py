@@ -1,1 +1,1 @@
-"""Things to train: models, their data and their settings."""
+"""Things that a user trains: models, their data and their settings."""

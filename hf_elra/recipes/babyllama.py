@@ -1,7 +1,7 @@
 """BabyLlama: the presets, the model, and the training settings that go with each optimizer.
 
 ``tiny`` runs in minutes on two CPU cores; ``15m`` is llama2.c's stories15M, the model of the paper's section 4.4. Texts
-and tokenizers are in ``text_data.py``; the run itself is ``scripts/train_babyllama.py``.
+and tokenizers are in ``text_data.py``; the run itself is ``train_babyllama.py``.
 """
 
 from __future__ import annotations

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
+import hf_elra
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer import ElraSettings, ElraTrainingArguments
 from hf_elra.trainer.arguments import OPTIMIZERS, OneLineParser
@@ -75,7 +78,8 @@ def parse(recipe_class: type, words: list[str], defaults: dict[str, Any]) -> tup
     Another length of the run on the command line takes the place of the defaults' number of samples.
     """
     dataclasses: Any = (recipe_class, ElraTrainingArguments)
-    parser = OneLineParser(dataclasses, allow_abbrev=False)
+    before = sys.argv[1 : max(1, len(sys.argv) - len(words))]  # hf-elra's own word
+    parser = OneLineParser(dataclasses, prog=shlex.join([Path(sys.argv[0]).name, *before]), allow_abbrev=False)
     parser.set_defaults(**defaults)
     if any(given(flag, words) for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens")):
         parser.set_defaults(elra_max_samples=None)
@@ -138,8 +142,18 @@ def command_line() -> str:
     Whatever launcher started several processes, torchrun starts them again.
     """
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    program, *words = sys.argv
+    is_ours = Path(program).stem == "hf-elra" or Path(program) == Path(hf_elra.__file__).with_name("cli.py")
+    target = ["-m", "hf_elra.cli"] if is_ours else [program]
     if everywhere > 1:
         machines = ["--nnodes", str(everywhere // here)] if everywhere > here else []
-        return shlex.join(["torchrun", *machines, "--nproc_per_node", str(here), *sys.argv])
-    python = os.path.relpath(sys.executable)
-    return shlex.join([sys.executable if python.startswith("..") else python, *sys.argv])
+        return shlex.join(["torchrun", *machines, "--nproc_per_node", str(here), *target, *words])
+    if Path(program).stem == "hf-elra":
+        return shlex.join(["hf-elra" if shutil.which("hf-elra") == program else _from_here(program), *words])
+    return shlex.join([_from_here(sys.executable), *target, *words])
+
+
+def _from_here(path: str) -> str:
+    """A path, relative where it is below this folder."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

@@ -1,7 +1,7 @@
 """Image classification: presets by data set (the paper's section 4.2), the model, and what goes with each optimizer.
 
 Networks are in ``image_models.py``, images in ``image_data.py``; the run itself is
-``scripts/train_image_classifier.py``.
+``train_image_classifier.py``.
 """
 
 from __future__ import annotations

@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, needed_by_recipes
 from hf_elra.recipes.image_models import middle_crop, shorter_side_to, with_8_bits
 
 logger = logging.getLogger(__name__)
@@ -428,7 +427,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _local_dataset(path: Path) -> Any:
-    import datasets
+    datasets = needed_by_recipes("datasets")
 
     if path.is_dir() and (parquet := sorted(path.rglob("*.parquet"))):
         try:
@@ -465,7 +464,7 @@ def _split_of(file: Path) -> str:
 
 
 def _hub_dataset(name: str) -> Any:
-    import datasets
+    datasets = needed_by_recipes("datasets")
 
     try:
         return datasets.load_dataset(name)
@@ -477,7 +476,7 @@ def _hub_dataset(name: str) -> Any:
 
 def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, Any]:
     """Images and labels of a ``datasets.DatasetDict``: decoded into memory if they fit there."""
-    import datasets
+    datasets = needed_by_recipes("datasets")
 
     present = [split for split in TEST_SPLITS if split in splits]
     if "train" not in splits or not present:
@@ -506,7 +505,8 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
         split: EncodedImages(splits[source], image, decode, (len(splits[source]), channels, height, width))
         for split, source in (("train", "train"), ("test", test))
     }
-    fit = sum(math.prod(e.shape) for e in encoded.values()) <= MEMORY_SHARE * psutil.virtual_memory().available
+    free = needed_by_recipes("psutil").virtual_memory().available
+    fit = sum(math.prod(e.shape) for e in encoded.values()) <= MEMORY_SHARE * free
     arrays: dict[str, Any] = {"classes": features[label].names} if hasattr(features[label], "names") else {}
     for split, images in encoded.items():
         arrays[f"{split}_images"] = images.decoded(f"decoding {split} images of {name}") if fit else images

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_elra.errors import ConfigurationError, nearest
+from hf_elra.errors import ConfigurationError, nearest, needed_by_recipes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 END_OF_TEXT = "<|endoftext|>"
 PYTHON_DOCS = "python-docs"
@@ -74,8 +76,9 @@ def load_texts(
         return hold_out(train, name)
     if dataset == PYTHON_DOCS:
         return hold_out(python_documentation(), PYTHON_DOCS)
+    datasets = needed_by_recipes("datasets")
     try:
-        loaded = load_dataset(dataset, dataset_config)
+        loaded = datasets.load_dataset(dataset, dataset_config)
     except Exception as error:  # the hub's errors are many: offline, no such name, gated, no such configuration
         hint = nearest(dataset, [PYTHON_DOCS])
         raise ConfigurationError(
@@ -103,8 +106,9 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
     if kind in ("jsonl", "json", "csv", "parquet"):
         if file.stat().st_size == 0:
             raise ConfigurationError(f"{flag}={path!r} is empty.")
+        datasets = needed_by_recipes("datasets")
         try:
-            loaded = load_dataset(kind.removesuffix("l"), data_files=glob.escape(path), split="train")
+            loaded = datasets.load_dataset(kind.removesuffix("l"), data_files=glob.escape(path), split="train")
         except Exception as error:  # each way of being damaged has its own, from datasets, pyarrow, gzip or zlib
             reason = str(error.__cause__ or error) or "nothing is in it"
             raise ConfigurationError(f"{flag}={path!r} cannot be read as {kind}: {reason}") from error
@@ -245,6 +249,7 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_siz
     Returns:
         A data set with one column ``input_ids``, each row a list of ``block_size`` integers; cached on disk by content.
     """
+    datasets = needed_by_recipes("datasets")
     tokens = 0
     for document in documents:
         tokens += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + 1
@@ -260,9 +265,9 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_siz
         digest.update(document.encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
     state = {"format": _BLOCK_FORMAT, "text": digest.hexdigest(), "tokenizer": _tokenizer_key(tokenizer)}
-    return Dataset.from_generator(
+    return datasets.Dataset.from_generator(
         _blocks,
-        features=Features({"input_ids": List(Value("int32"))}),
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
         gen_kwargs={"source": _Source(documents, tokenizer, state), "block_size": block_size},
     )
 

@@ -1,6 +1,6 @@
 """One run of a training script, whatever it trains: folder, training that a signal may stop, results, exit code.
 
-What may happen to the output folder is decided in ``run_folder.py``; what is trained, in the script.
+What may happen to the output folder is decided in ``run_folder.py``; what is trained, in ``train_….py``.
 """
 
 from __future__ import annotations
@@ -178,11 +178,11 @@ def check_trainable(training: ElraTrainingArguments) -> None:
         raise ConfigurationError("do_predict: these scripts train and evaluate; leave it out.")
 
 
-def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a script's ``main`` on the command line's words and leave with its exit code."""
+def run_script(main: Callable[[list[str]], None], words: list[str]) -> NoReturn:
+    """Run a script's ``main`` on the words of its command line and leave with its exit code."""
     code = 0
     try:
-        main(sys.argv[1:])
+        main(words)
         part()
     except AlreadyFinished as notice:
         print(notice)

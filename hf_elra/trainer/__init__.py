@@ -1,4 +1,7 @@
-"""The glue between the optimizers and Hugging Face: arguments, Trainer, registry, launcher."""
+"""The glue between the optimizers and Hugging Face: arguments, Trainer, registry, launcher.
+
+Importing it registers ``--optim elra``.
+"""
 
 from hf_elra.trainer.arguments import ElraSeq2SeqTrainingArguments, ElraSettings, ElraTrainingArguments
 from hf_elra.trainer.mixin import ElraSeq2SeqTrainer, ElraTrainer, ElraTrainerMixin
@@ -13,3 +16,5 @@ __all__ = [
     "ElraTrainingArguments",
     "register",
 ]
+
+register()

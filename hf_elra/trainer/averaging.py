@@ -12,10 +12,10 @@ for a training that goes on. Works with any optimizer.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -220,7 +220,8 @@ class Averaging:
             torch.manual_seed(trainer.args.seed)
             data: Any = trainer.train_dataset
             sized = hasattr(data, "__len__")
-            if isinstance(data, datasets.Dataset):
+            datasets = sys.modules.get("datasets")  # where nobody imported it, no data are of its kind
+            if datasets is not None and isinstance(data, datasets.Dataset):
                 data = trainer._remove_unused_columns(data, description="training")
                 collate = trainer.data_collator
             else:

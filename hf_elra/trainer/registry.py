@@ -1,8 +1,9 @@
 """Makes ``--optim elra`` a name that Transformers knows, and every Trainer that uses it loss-aware.
 
-``register()`` runs on ``import hf_elra``. It adds the names of ``OPTIMIZERS`` to the enumeration and the table that
-Transformers looks optimizers up in, and wraps three methods of ``Trainer``: ``__init__``, ``train`` and the set-up of a
-hyperparameter trial. There a Trainer (or any subclass, from any library) whose arguments or optimizer are ours gets
+``register()`` runs when ``hf_elra.trainer`` is imported; ``import hf_elra`` sees to that as soon as the arguments of
+Transformers are there. It adds the names of ``OPTIMIZERS`` to the enumeration and the table that Transformers looks
+optimizers up in, and wraps three methods of ``Trainer``: ``__init__``, ``train`` and the set-up of a hyperparameter
+trial. There a Trainer (or any subclass, from any library) whose arguments or optimizer are ours gets
 ``ElraTrainerMixin`` in front of its class. Others are left as they are.
 """
 

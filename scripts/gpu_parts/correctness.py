@@ -191,7 +191,7 @@ def _graph(part: Part) -> dict[str, Any]:
 
 def _apart(model: Any, other: Any) -> float:
     """Distance of two models, relative to the norm of the first."""
-    from hf_elra.recipes.many_processes import flat_weights
+    from lib.many_processes import flat_weights
 
     one = flat_weights(model).double().cpu()
     return float((one - flat_weights(other).double().cpu()).norm() / one.norm())

@@ -21,6 +21,7 @@ SECONDS = 60
 MERGED = "elra_max_micro_batch=auto until memory runs out"
 PROCESSES = {"NCCL, one process": ("nccl", 1), "gloo, two processes on one device": ("gloo", 2)}
 ROOT = Path(__file__).parents[2]
+SOURCES = (ROOT / "scripts", ROOT / "scripts" / "experiments", ROOT)
 
 
 def rows(tiny: bool) -> list[str]:
@@ -106,7 +107,7 @@ def _processes(part: Part, backend: str, number: int) -> dict[str, Any]:
             *("-m", "gpu_parts.one_of_many", backend if part.device == "cuda" else "gloo", part.device),
             str(16 // processes),
         ]
-        path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([*map(str, SOURCES), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=max(part.left, 5)

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from hf_elra import ElraTrainer, ElraTrainingArguments
-from hf_elra.recipes.many_processes import flat_weights, same_everywhere
 from hf_elra.trainer.leaving import leave, part
+from lib.many_processes import flat_weights, same_everywhere
 
 
 class Watch(TrainerCallback):

@@ -90,6 +90,7 @@ def host_waits(work: Callable[[], Any], device: str) -> int:
 def _measure_model(part: Part, model: str, until: float) -> None:
     """The rows of one model, while more than ``until`` seconds are left."""
     import torch
+
     from benchmark_step import POOL, copy_bandwidth, optimizers, shapes_of
 
     names = [name for name in ORDER[: 3 if part.tiny else None] if not part.is_done(f"{SIZES[model]}, {name}")]
@@ -139,6 +140,7 @@ def _measure_model(part: Part, model: str, until: float) -> None:
 def _measure(optimizer: Any, params: list[Any], pool: list[list[Any]], loss: Any, part: Part) -> dict[str, Any]:
     """Time, memory and waits of one optimizer's updates; its state is made, and kernels compiled, before."""
     import torch
+
     from benchmark_step import POOL, tensors_in, timed, update
 
     made = 0

@@ -21,7 +21,7 @@ def measurements(path):
 def test_images(tmp_path):
     file = tmp_path / "images.jsonl"
     words = ["--output", str(file), "--networks", "mnist-mlp", "--batches", "64", "--updates", "2", "--rounds", "2"]
-    code, output, error = finish("benchmark_images.py", *words)
+    code, output, error = finish("experiments/benchmark_images.py", *words)
     assert code == 0, error
     kinds = [entry["kind"] for entry in measurements(file)]
     assert sorted(kinds) == sorted(["ready batch", "pipeline", "pipeline and boosting"] * 2)
@@ -31,7 +31,7 @@ def test_images(tmp_path):
 def test_step(tmp_path):
     file = tmp_path / "step.jsonl"
     words = ["--output", str(file), "--models", "resnet18", "--rounds", "1", "--updates", "1"]
-    code, output, error = finish("benchmark_step.py", *words)
+    code, output, error = finish("experiments/benchmark_step.py", *words)
     assert code == 0, error
     entries = measurements(file)
     state = {entry["optimizer"]: entry["state_bytes"] for entry in entries if "state_bytes" in entry}
@@ -47,7 +47,7 @@ def test_step(tmp_path):
 def test_training(tmp_path):
     file = tmp_path / "training.jsonl"
     words = ["--output", str(file), "--preset", "tiny", "--batches", "2", "--rounds", "1", "--updates", "1"]
-    code, output, error = finish("benchmark_training.py", *words)
+    code, output, error = finish("experiments/benchmark_training.py", *words)
     assert code == 0, error
     timed = {entry["case"]: entry["seconds"] for entry in measurements(file)}
     assert len(timed) == 7
@@ -62,7 +62,7 @@ def test_language_models(tmp_path):
     text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/**/*.py"))))
     words = ["--train_file", str(text), "--tokens", "5120", "--output", str(tmp_path), "--batches", "2", "--seeds", "0"]
     words += ["--rows", "0", "8", "18", "19", "20", "23", "25"]
-    code, output, error = finish("benchmark_lm.py", *words)
+    code, output, error = finish("experiments/benchmark_lm.py", *words)
     assert code == 0, error
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "texts-5120").iterdir()}
     assert len(files) == 7
@@ -72,13 +72,13 @@ def test_language_models(tmp_path):
         assert f"{result['validation_loss']:.3f}" in output
         assert "benchmark_lm.py --train_file" in result["command"]
         assert result["log_history"][-1]["step"] == 20
-    code, again, error = finish("benchmark_lm.py", *words)
+    code, again, error = finish("experiments/benchmark_lm.py", *words)
     assert code == 0, error
     assert again.strip() == output[output.index("texts, llama, 5,120 tokens") :].strip()
-    code, _, error = finish("benchmark_lm.py", *words[:-7], "99")
+    code, _, error = finish("experiments/benchmark_lm.py", *words[:-7], "99")
     assert code == 2
     assert "--rows 99 is no row" in error
-    code, _, error = finish("benchmark_lm.py", *words[:-7], "0", "26", "--model", "mixture")
+    code, _, error = finish("experiments/benchmark_lm.py", *words[:-7], "0", "26", "--model", "mixture")
     assert code == 0, error
     results = [json.loads(path.read_text()) for path in (tmp_path / "texts-mixture-5120").iterdir()]
     assert {result["row"] for result in results} == {"elra_spectral", "elra_spectral, experts as one matrix"}
@@ -96,7 +96,7 @@ def test_language_models_trained_further(tmp_path):
     words = ["--train_file", str(tmp_path / "input.txt"), "--tokens", "5120", "--output", str(tmp_path)]
     words += ["--batches", "2", "--seeds", "0", "1", "--rows", "0", "30", "--name", "readme"]
     start = ["--start", str(tmp_path / "saved"), "--kept_file", str(ROOT / "README.md")]
-    code, output, error = finish("benchmark_lm.py", *words, *start)
+    code, output, error = finish("experiments/benchmark_lm.py", *words, *start)
     assert code == 0, error
     results = [json.loads(path.read_text()) for path in (tmp_path / "readme-from-saved-5120").iterdir()]
     assert len(results) == 4
@@ -108,7 +108,7 @@ def test_language_models_trained_further(tmp_path):
         assert f" {result['validation_loss_before']:.3f} | " in output
     kept = statistics.fmean(result["kept_loss"] for result in results if result["row"] == "elra_spectral")
     assert f" {kept:.3f} ± " in output
-    code, again, error = finish("benchmark_lm.py", *words, *start)
+    code, again, error = finish("experiments/benchmark_lm.py", *words, *start)
     assert code == 0, error
     assert again[again.index("readme, from saved") :].strip() in output
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "other" / "saved")
@@ -116,7 +116,7 @@ def test_language_models_trained_further(tmp_path):
         (tmp_path / "other" / "saved" / path.name).write_bytes(path.read_bytes())
     another = ["--start", str(tmp_path / "other" / "saved")]
     for wrong in ([*another, *start[2:]], start[:2]):  # its runs have the same names; those have a kept text
-        code, _, error = finish("benchmark_lm.py", *words, *wrong)
+        code, _, error = finish("experiments/benchmark_lm.py", *words, *wrong)
         assert code == 2
         assert "holds runs of another saved model or kept text" in error
     (tmp_path / "bare").mkdir()
@@ -127,6 +127,6 @@ def test_language_models_trained_further(tmp_path):
         ([*start, "--model", "mixture"], "--model mixture is for new models"),
         (start[2:], "--kept_file needs --start"),
     ):
-        code, _, error = finish("benchmark_lm.py", *words, *wrong)
+        code, _, error = finish("experiments/benchmark_lm.py", *words, *wrong)
         assert code == 2
         assert message in error

@@ -5,8 +5,8 @@ import torch
 from transformers import Trainer
 
 from hf_elra import ElraTrainer
-from hf_elra.recipes.many_processes import together
 from hf_elra.trainer.loss_scale import NotedNumber
+from lib.many_processes import together
 from tests import workers
 from tests.conftest import arguments, logged, trainer, vit, vit_rows, weights
 

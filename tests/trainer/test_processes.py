@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_elra.recipes import many_processes
-from hf_elra.recipes.many_processes import apart, together
+from lib import many_processes
+from lib.many_processes import apart, together
 from tests import workers
 from tests.conftest import llama, logged, trainer
 

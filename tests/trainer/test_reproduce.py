@@ -1,17 +1,17 @@
-"""scripts/reproduce.py from end to end, as a user starts it."""
+"""scripts/experiments/reproduce.py from end to end, as a user starts it."""
 
 import gzip
 import json
 
 import pytest
 
-from hf_elra.recipes import babyllama_comparison
+from lib import babyllama_comparison
 from tests.conftest import finish
 
 
 def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
     given = ["--data", "digits", "--seeds", "2", "--epochs", "1", "--output", str(tmp_path), "--processes", "1"]
-    code, output, error = finish("reproduce.py", "mnist", *given, "--columns", "elra", "adam")
+    code, output, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "elra", "adam")
     assert code == 0, error
     table = [[cell.strip() for cell in line.split("|")[1:]] for line in output.splitlines() if line.startswith("|")]
     rows = {name: cells for name, *cells in table}
@@ -23,17 +23,17 @@ def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
         *("adam-seed0.jsonl", "adam-seed1.jsonl", "elra-seed0.jsonl", "elra-seed1.jsonl")
     ]
     given[5] = "2"
-    code, _, error = finish("reproduce.py", "mnist", *given, "--columns", "elra")
+    code, _, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "elra")
     assert code == 2
     assert "holds a finished run of 1 epochs on digits, not of 2" in error
-    code, _, error = finish("reproduce.py", "mnist", *given, "--columns", "eve")
+    code, _, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "eve")
     assert code == 2
     assert "--columns eve is unknown. Choose from elra, elra-ft, adam" in error
 
 
 def test_learning_rates_of_the_first_updates_are_kept_and_drawn(tmp_path):
     given = ["--data", "digits", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path), "--processes", "1"]
-    code, output, error = finish("reproduce.py", "alpha0", *given)
+    code, output, error = finish("experiments/reproduce.py", "alpha0", *given)
     assert code == 0, error
     assert "α_0 = 1e-08" in output
     assert (tmp_path / "alpha0" / "first_updates.png").read_bytes().startswith(b"\x89PNG")
@@ -54,7 +54,7 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
     small = ["--hidden_size", "16", "--num_layers", "1", "--num_heads", "2", "--intermediate_size", "32"]
     words = ["babyllama", "--data", str(tmp_path), "--sequences", "320", "--output", str(tmp_path / "out")]
     words += ["--columns", "elra", "adamw-16-3e-3", *small, "--block_size", "16", "--vocab_size", "300", "--use_cpu"]
-    code, output, error = finish("reproduce.py", *words, folder=tmp_path)
+    code, output, error = finish("experiments/reproduce.py", *words, folder=tmp_path)
     assert code == 0, error
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:]]
     assert len(rows) == 8
@@ -67,9 +67,9 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
     assert 0 < points[0].seconds < points[-1].seconds <= results["train_seconds"]
     assert points[-1].loss == results["validation_loss"]
     before = (tmp_path / "out" / "babyllama" / "elra.json").stat().st_mtime_ns
-    assert finish("reproduce.py", *words, folder=tmp_path)[0] == 0
+    assert finish("experiments/reproduce.py", *words, folder=tmp_path)[0] == 0
     words[words.index("320")] = "640"
-    code, _, error = finish("reproduce.py", *words, folder=tmp_path)
+    code, _, error = finish("experiments/reproduce.py", *words, folder=tmp_path)
     assert code == 2
     assert "elra.json holds a run with other settings" in error
     assert (tmp_path / "out" / "babyllama" / "elra.json").stat().st_mtime_ns == before
@@ -89,7 +89,7 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
     ],
 )
 def test_wrong_input_is_named(tmp_path, words, message):
-    code, _, error = finish("reproduce.py", *words, "--output", str(tmp_path))
+    code, _, error = finish("experiments/reproduce.py", *words, "--output", str(tmp_path))
     assert code == 2
     assert message in error
     assert "Traceback" not in error

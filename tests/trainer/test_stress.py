@@ -1,4 +1,4 @@
-"""scripts/stress.py, in a shorter form; its part about processes is in test_processes.py."""
+"""scripts/experiments/stress.py, in a shorter form; its part about processes is in test_processes.py."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.conftest import finish
 def test_kills_and_faults(tmp_path):
     file = tmp_path / "stress.json"
     words = ["--parts", "faults", "kills", "--kills", "1", "--updates", "60"]
-    code, output, error = finish("stress.py", "--output", str(file), *words)
+    code, output, error = finish("experiments/stress.py", "--output", str(file), *words)
     assert code == 0, error + output
     results = json.loads(file.read_text())
     assert results["kills"]["kills"] == 1
@@ -27,6 +27,8 @@ def test_kills_and_faults(tmp_path):
 
 
 def test_wrong_input(tmp_path):
-    code, _, error = finish("stress.py", "--output", str(tmp_path / "x.json"), "--kills", "20", "--updates", "100")
+    code, _, error = finish(
+        "experiments/stress.py", "--output", str(tmp_path / "x.json"), "--kills", "20", "--updates", "100"
+    )
     assert code == 2
     assert "--updates 100 is too few to be killed 20 times; pass 200" in error

@@ -1,4 +1,4 @@
-"""scripts/train_babyllama.py from end to end, as a user starts it."""
+"""``hf-elra babyllama`` and scripts/train_babyllama.py from end to end, as a user starts them."""
 
 import json
 import math
@@ -29,10 +29,10 @@ def story(tmp_path_factory):
     return str(path)
 
 
-def start(*words, **kwargs):
+def start(*words, command=(SCRIPT,), **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *words],
+        [sys.executable, *command, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,15 +41,16 @@ def start(*words, **kwargs):
     )
 
 
-def finish(*words):
-    process = start(*words)
+def finish(*words, **kwargs):
+    process = start(*words, **kwargs)
     output, error = process.communicate(timeout=300)
     return process.returncode, output, error
 
 
 def test_run_writes_what_it_promises(tmp_path, story):
     folder, card = tmp_path / "run", tmp_path / "cards" / "card.md"
-    code, output, error = finish(*SMALL, "--train_file", story, "--output_dir", str(folder), "--model_card", str(card))
+    words = [*SMALL, "--train_file", story, "--output_dir", str(folder), "--model_card", str(card)]
+    code, output, error = finish(*words, command=("-m", "hf_elra.cli", "babyllama"))
     assert code == 0, error
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["tokens_seen"] == 30 * 4 * 32

@@ -1,7 +1,7 @@
 """The paper's tables on image classifiers: which runs they consist of, and the files their results are kept in.
 
 A run is one configuration and one seed; its JSON lines file begins with command, machine and versions and has one line
-an epoch. A finished run is not repeated. Printing and arguments are in ``scripts/reproduce.py``.
+an epoch. A finished run is not repeated. Printing and arguments are in ``scripts/experiments/reproduce.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from hf_elra.control.batch_size import CONDITIONS, BatchSizeController
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA
-from hf_elra.recipes import light_loop
 from hf_elra.recipes.image_data import ImageSplits
 from hf_elra.recipes.image_models import ARCHITECTURES
+from lib import light_loop
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Reproduce the paper's tables; prints the paper's column beside ours.
 
-    python scripts/reproduce.py 2d                                            # Fig. 3, Tables 1 and 2, with pictures
-    python scripts/reproduce.py mnist --data DIR                              # Tables 3 and 4
-    python scripts/reproduce.py fashion-mnist --data DIR --seeds 2 --epochs 10
-    python scripts/reproduce.py cifar10-resnet18 --device cuda                # also -resnet34, -wrn; cifar100-resnet18
-    python scripts/reproduce.py alpha0 --data DIR --seeds 3                   # Fig. 2a: from any first learning rate
-    python scripts/reproduce.py babyllama --data DIR --sequences 300000       # section 4.4
+    python scripts/experiments/reproduce.py 2d                            # Fig. 3, Tables 1 and 2, with pictures
+    python scripts/experiments/reproduce.py mnist --data DIR              # Tables 3 and 4
+    python scripts/experiments/reproduce.py fashion-mnist --data DIR --seeds 2 --epochs 10
+    python scripts/experiments/reproduce.py cifar10-resnet18 --device cuda  # also -resnet34, -wrn; cifar100-resnet18
+    python scripts/experiments/reproduce.py alpha0 --data DIR --seeds 3   # Fig. 2a: from any first learning rate
+    python scripts/experiments/reproduce.py babyllama --data DIR --sequences 300000  # section 4.4
 
 DIR holds the images (idx files, an npz file or a folder by class; "digits" is in the package), for babyllama
 train.txt.gz and validation.txt.gz. Without --data images come from the hub and babyllama's text from its preset. With
@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 from hf_elra import ConfigurationError
-from hf_elra.recipes import babyllama_comparison, paper_tables, problems_2d
 from hf_elra.recipes.image_data import load_images
 from hf_elra.recipes.run_folder import read_json
 from hf_elra.report.environment import environment
 from hf_elra.report.pictures import draw_curves, draw_learning_rates, draw_paths
 from hf_elra.report.table import markdown_table
+from lib import babyllama_comparison, paper_tables, problems_2d
 
 CHAOTIC, STARTS = "Rosenbrock from (-11, 121)", 31  # there a single count means nothing: many starts, moved by 1e-3
 LIMIT = 10_000  # updates of a walk
@@ -251,7 +251,7 @@ def reproduce_babyllama(given: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // given.processes)
 
     def make(run: babyllama_comparison.Run) -> None:
-        script = Path(__file__).with_name("train_babyllama.py")
+        script = Path(__file__).parents[1] / "train_babyllama.py"
         babyllama_comparison.make_run(run, given.sequences, folder, runs, more, script=script, threads=threads)
         print(f"{run.title}: done", file=sys.stderr, flush=True)
 

@@ -1,6 +1,6 @@
 """What merging micro-batches gains, and what the Trainer costs beside a hand-written loop.
 
-    python scripts/benchmark_batching.py --output docs/results/batching/cpu.jsonl
+    python scripts/experiments/benchmark_batching.py --output docs/results/batching/cpu.jsonl
 
 All sides of a comparison run interleaved in this process; medians and their ratios are printed (for the overhead the
 median over all updates, logging left out on both sides). Every measurement is written to --output, one JSON line each,

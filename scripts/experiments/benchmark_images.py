@@ -1,6 +1,6 @@
 """What the input pipeline and boosting cost beside the training of an image classifier.
 
-    python scripts/benchmark_images.py --output docs/results/images/cpu.jsonl
+    python scripts/experiments/benchmark_images.py --output docs/results/images/cpu.jsonl
 
 Every round times the same number of updates three times in this process: on one ready batch, on batches made by the
 pipeline (gathered, augmented, normalised), and with boosting on top, its mean taken every k-th update. Medians of the

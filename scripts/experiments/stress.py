@@ -1,7 +1,7 @@
 """What a run survives: faults, several processes, kills at random moments. Prints tables.
 
-    python scripts/stress.py --output docs/results/reliability.json
-    python scripts/stress.py --quick --output runs/reliability.json
+    python scripts/experiments/stress.py --output docs/results/reliability.json
+    python scripts/experiments/stress.py --quick --output runs/reliability.json
 
 Faults: NaN, infinities, spikes and zeros in losses, gradients and data, at the first update, in mid-run and several in
 a row, for elra with every memory layout and in bfloat16, and for elra_spectral; no number that is not finite may reach
@@ -32,13 +32,13 @@ from typing import Any
 import torch
 
 from hf_elra import ELRA, ELRASpectral
-from hf_elra.recipes import many_processes
-from hf_elra.recipes.many_processes import apart, together
 from hf_elra.recipes.run_folder import METRICS, read_json, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
+from lib import many_processes
+from lib.many_processes import apart, together
 
-TRAIN = Path(__file__).with_name("train_babyllama.py")
+TRAIN = Path(__file__).parents[1] / "train_babyllama.py"
 SIZES = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "block_size": 32, "vocab_size": 384,
     "per_device_train_batch_size": 4, "elra_control_cycle": "200sp", "logging_steps": 20, "eval_strategy": "no",

@@ -1,6 +1,6 @@
 """Training speed end to end: tokens per second of a BabyLlama with ELRA and with AdamW, in the same Trainer.
 
-    python scripts/benchmark_training.py --output docs/results/training_speed/cpu.jsonl
+    python scripts/experiments/benchmark_training.py --output docs/results/training_speed/cpu.jsonl
 
 Updates have the same batch on all sides, which run in turns in this process; medians over all updates and their ratios
 to fused AdamW are printed. Tokens are random: only the speed is measured. Every measurement is written to --output, one
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import transformers
-from benchmark_batching import build_model, random_rows, with_trainer
 
+from benchmark_batching import build_model, random_rows, with_trainer
 from hf_elra import ElraTrainer, ElraTrainingArguments
 from hf_elra.recipes.babyllama import PRESETS
 from hf_elra.report.environment import environment

@@ -2,7 +2,7 @@
 
 A run is one call of ``scripts/train_babyllama.py``; what was logged is kept in one JSON file a run. The paper sets ELRA
 from batch 16 against AdamW at batch 512 with llama2.c's settings; AdamW at batch 16 with its learning rate tuned is the
-comparison it leaves out. Arguments and printing are in ``scripts/reproduce.py``.
+comparison it leaves out. Arguments and printing are in ``scripts/experiments/reproduce.py``.
 """
 
 from __future__ import annotations

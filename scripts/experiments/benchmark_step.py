@@ -1,6 +1,6 @@
 """Time and memory of one update: ELRA and elra_spectral beside PyTorch's optimizers and others that choose their rate.
 
-    python scripts/benchmark_step.py --output docs/results/step/cpu.jsonl
+    python scripts/experiments/benchmark_step.py --output docs/results/step/cpu.jsonl
 
 All optimizers update the same parameters with the same gradients in this process, in turns; gradients come from a pool,
 so that every update meets new tensors, as after ``zero_grad``. Medians, their ratio to fused AdamW, the bytes of state

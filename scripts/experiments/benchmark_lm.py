@@ -1,10 +1,10 @@
 """Language models trained with no tuning, beside optimizers with and without it: validation loss, one table.
 
-    python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm
-    python scripts/benchmark_lm.py --train_file train.txt.gz --validation_file validation.txt.gz --tokens 10000000 \\
-        --output docs/results/lm --batches 16 --seeds 0
-    python scripts/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm --print
-    python scripts/benchmark_lm.py --train_file input.txt --tokens 500000 --output docs/results/lm \\
+    python scripts/experiments/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm
+    python scripts/experiments/benchmark_lm.py --train_file train.txt.gz --validation_file validation.txt.gz \\
+        --tokens 10000000 --output docs/results/lm --batches 16 --seeds 0
+    python scripts/experiments/benchmark_lm.py --train_file input.txt --tokens 1000000 --output docs/results/lm --print
+    python scripts/experiments/benchmark_lm.py --train_file input.txt --tokens 500000 --output docs/results/lm \\
         --start runs/stories --kept_file validation.txt.gz
 
 A Llama of 128 x 4 layers (with --model mixture a Mixtral of these sizes and 8 experts) over a byte-level BPE of 1,024

@@ -1,8 +1,8 @@
 """Small trainings on several processes beside the same on one: data parallel, sharded, and with faults.
 
-``scripts/stress.py`` prints what they find and the tests hold it against its limits. :func:`together` starts a function
-of this module, by its name, on so many processes of this machine (gloo, on CPUs): ``python -m torch.distributed.run ...
--m hf_elra.recipes.many_processes FUNCTION JSON OUTPUT``.
+``scripts/experiments/stress.py`` prints what they find and the tests hold it against its limits. :func:`together`
+starts a function of this module, by its name, on so many processes of this machine (gloo, on CPUs): ``python -m
+torch.distributed.run ... -m lib.many_processes FUNCTION JSON OUTPUT``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def together(function: Callable[..., Any], processes: int, **given: Any) -> Any:
     Raises:
         RuntimeError: one of them failed; the text is what they printed.
     """
+    here = str(Path(__file__).absolute().parents[1])  # where the processes find this package
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         done = subprocess.run(
@@ -55,7 +57,7 @@ def together(function: Callable[..., Any], processes: int, **given: Any) -> Any:
                 *("-m", sys.modules[function.__module__].__spec__.name),  # type: ignore[union-attr]
                 *(function.__name__, json.dumps(given), str(output)),
             ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(f"{function.__name__} on {processes} processes failed:\n{done.stderr}")

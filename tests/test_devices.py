@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from hf_elra import ELRA, ELRASpectral
 from hf_elra.optim import base, tensors
-from hf_elra.trainer import groups
+from hf_elra.trainer import accounting, micro_batches
 from tests.conftest import llama, trainer
 
 
@@ -71,7 +71,7 @@ def test_an_update_makes_no_float64_on_the_device_and_is_that_of_the_cpu(kind, g
 def test_the_noise_scale_makes_no_float64_on_the_device():
     p = on_fake_mps((3, 2), torch.Generator().manual_seed(0))
     p.grad = torch.full((3, 2), 2.0).as_subclass(OnFakeMPS)
-    assert float(groups._gradient_square(types.SimpleNamespace(parameters=lambda: [p]))) == pytest.approx(24)
+    assert float(micro_batches._gradient_square(types.SimpleNamespace(parameters=lambda: [p]))) == pytest.approx(24)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -93,7 +93,7 @@ class NoFloat64(TorchDispatchMode):
 )
 def test_a_trainer_makes_no_float64_on_a_device_without(tmp_path, given, monkeypatch):
     """The CPU stands in for that device; the host's own numbers are no tensors."""
-    for module in (tensors, base, groups):
+    for module in (tensors, base, accounting, micro_batches):
         monkeypatch.setattr(module, "accumulates_in", lambda device: torch.float32)
     run = trainer(tmp_path, model=llama(), max_steps=12, **given)
     with NoFloat64():

@@ -43,7 +43,7 @@ from hf_elra.trainer.batch_control import (
     updates_per_cycle,
 )
 from hf_elra.trainer.callbacks import DataProgressBar, ElraCallback
-from hf_elra.trainer.loss_scale import LossScaleMixin
+from hf_elra.trainer.loss_scale import LossScaleMixin, SumOfFinite
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 from hf_elra.trainer.rows import RowsSkipped, plain_batch_sampler, rows_of, splits_batches
 
@@ -230,21 +230,21 @@ class DynamicBatchMixin(LossScaleMixin):
         divided = self.loss_is_divided(num_items, len(passes))
         weights = [] if divided and not measures else self._weights(passes)
         shares = [len(passes)] * len(passes) if divided else weights
-        total: Any = 0.0
+        losses = SumOfFinite()
         square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
             last = position == len(passes)
             # A loss that is a mean over its own pass is divided by this number.
             self.current_gradient_accumulation_steps = share
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
-                total = total + self.scaled_step(model, inputs, num_items, passes=len(passes))
+                losses.add(self.scaled_step(model, inputs, num_items, passes=len(passes)), 1 / share)
             if measures and position == 1:
                 square_of_first = _gradient_square(model) * weights[0] ** 2
             if not last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         if measures:
             self._measure_noise(model, passes, square_of_first, weights[0])
-        return total
+        return losses.value
 
     def _measure_noise(self, model: Any, passes: list[Any], square_of_first: Any, weight: Any) -> None:
         """Compare the mean gradient of the first pass with that of all passes of all processes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, cast
@@ -36,6 +37,7 @@ from hf_elra.trainer.boosting import BoostingMixin
 from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
+from hf_elra.trainer.loss_scale import SumOfFinite
 from hf_elra.trainer.rows import number_of_rows, rows_of
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     ``learning_rate`` there is α times a scheduler's factor. With any other optimizer only the counting is added.
     """
 
-    _group_loss: Any = 0.0
+    _group_loss: SumOfFinite
     _group_samples = 0
     _group_tokens = 0
     _told_accumulation: int | None = None
@@ -103,6 +105,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     def prepare_elra(self) -> None:
         """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
         self._prepared_for = None
+        self._start_group()
         self.elra_settings = ElraSettings.of(self.args)
         ours = optimizer_of_ours(self)
         self.elra_active = ours is not None
@@ -274,7 +277,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Every micro-batch's loss is already divided by the group's size (or its number of target tokens): the sum is
         # the mean.
-        self._group_loss = self._group_loss + loss.detach().float()
+        self._group_loss.add(loss.detach().float())
         self._group_samples += sum(samples for samples, _ in counts)
         self._group_tokens += sum(tokens for _, tokens in counts)
         if self.accelerator.sync_gradients:
@@ -290,22 +293,26 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         return rows_of(batch) or 0, tokens
 
     def _start_group(self) -> None:
-        self._group_loss = 0.0
+        self._group_loss = SumOfFinite()
         self._group_samples = self._group_tokens = 0
 
     def _finish_group(self) -> None:
-        loss, samples, tokens = self._group_loss, self._group_samples, self._group_tokens
+        loss, samples, tokens = self._group_loss.value, self._group_samples, self._group_tokens
         self._start_group()
-        processes = self.accelerator.num_processes
-        if (optimizer := self.elra_optimizer) is not None:
-            optimizer.observe_loss(loss)  # of this process: the optimizer itself takes the mean
-            if processes > 1:
-                optimizer.process_group = torch.distributed.group.WORLD
+        processes, told = self.accelerator.num_processes, loss
         if processes > 1:
             wide = accumulates_in(loss.device)
-            told = torch.cat([loss.to(wide).view(1), loss.new_tensor([samples, tokens], dtype=wide)])
-            total = self.accelerator.reduce(told, reduction="sum").tolist()
-            loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
+            finite = loss.isfinite()
+            own = torch.stack([torch.where(finite, loss, 0.0), finite]).to(wide)
+            numbers = torch.cat([own, loss.new_tensor([samples, tokens], dtype=wide)])
+            total = self.accelerator.reduce(numbers, reduction="sum").tolist()
+            loss = total[0] / total[1] if total[1] else math.nan
+            samples, tokens = round(total[2]), round(total[3])
+            told = torch.where(finite, told, loss)  # without a loss of its own a process goes by that of the others
+        if (optimizer := self.elra_optimizer) is not None:
+            optimizer.observe_loss(told)  # of this process: the optimizer itself takes the mean
+            if processes > 1:
+                optimizer.process_group = torch.distributed.group.WORLD
         self.elra_callback.count(samples if self._rows_drawn is None else self._rows_drawn, tokens, loss)
 
     # ---- the last batch of an epoch ----

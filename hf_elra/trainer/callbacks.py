@@ -31,6 +31,13 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def finite_values(losses: list[Any]) -> list[float]:
+    """Fetch losses, which may be on a device, all at once; those that are not finite are left out."""
+    tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
+    values = torch.stack(losses).tolist() if tensors else map(float, losses)
+    return [value for value in values if math.isfinite(value)]
+
+
 class ElraCallback(TrainerCallback, ExportableState):
     """Counts samples and tokens over all processes, and ends control cycles.
 
@@ -90,10 +97,8 @@ class ElraCallback(TrainerCallback, ExportableState):
     def _take_in(self) -> None:
         """Fetch the losses that wait, all at once, and add the finite ones to the cycle's."""
         losses, self._waiting = self._waiting, []
-        tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
-        for value in torch.stack(losses).tolist() if tensors else map(float, losses):
-            if math.isfinite(value):
-                self.cycle_losses.add(value)
+        for value in finite_values(losses):
+            self.cycle_losses.add(value)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)

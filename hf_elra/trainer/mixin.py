@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
+from hf_elra.control import LossLevels
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRASpectral, LossAwareOptimizer
 from hf_elra.optim.directions import KINDS
@@ -34,7 +35,7 @@ from hf_elra.trainer.arguments import (
     set_meanwhile,
 )
 from hf_elra.trainer.boosting import BoostingMixin
-from hf_elra.trainer.callbacks import ElraCallback, unwrap_optimizer
+from hf_elra.trainer.callbacks import LOSSES_ON_DEVICE, ElraCallback, finite_values, unwrap_optimizer
 from hf_elra.trainer.checkpoints import explained, last_whole_checkpoint
 from hf_elra.trainer.groups import DynamicBatchMixin, MicroBatchGroup
 from hf_elra.trainer.loss_scale import SumOfFinite
@@ -92,6 +93,8 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
     _group_samples = 0
     _group_tokens = 0
     _told_accumulation: int | None = None
+    _loss_levels: LossLevels | None  # since training began or was resumed; None once a rise was told
+    _unjudged_losses: list[Any]  # which may be on the device, until the next log
     _counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
     _prepared_for: tuple[list[Any], list[Any]] | None = None
     replaced_defaults: Mapping[str, Any] = types.MappingProxyType({})
@@ -106,6 +109,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         """Hook in; called at the end of ``__init__``. The optimizer's own arguments were checked at its beginning."""
         self._prepared_for = None
         self._start_group()
+        self._loss_levels, self._unjudged_losses = LossLevels(), []
         self.elra_settings = ElraSettings.of(self.args)
         ours = optimizer_of_ours(self)
         self.elra_active = ours is not None
@@ -313,6 +317,10 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             optimizer.observe_loss(told)  # of this process: the optimizer itself takes the mean
             if processes > 1:
                 optimizer.process_group = torch.distributed.group.WORLD
+            if optimizer.search_finished and self._loss_levels is not None:
+                self._unjudged_losses.append(loss)
+                if len(self._unjudged_losses) >= LOSSES_ON_DEVICE:
+                    self._judge_losses()
         self.elra_callback.count(samples if self._rows_drawn is None else self._rows_drawn, tokens, loss)
 
     # ---- the last batch of an epoch ----
@@ -451,6 +459,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             metrics = optimizer.metrics
             logs.update({name: value for name, value in metrics.items() if name not in logs})
             self._warn_of_updates(metrics)
+            self._warn_of_a_rise(metrics["alpha"])
         if "loss" in logs and self.batch_control is not None and self.batch_control.asked_for:
             batches = self._last_accumulation or self.accumulation
             logs["batch_size"] = float(batches * self.progress.samples_per_batch)
@@ -466,6 +475,7 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
 
     def remember_counts(self) -> None:
         """Training begins: what was counted before it is not told again."""
+        self._loss_levels, self._unjudged_losses = LossLevels(), []
         if (optimizer := self.elra_optimizer) is not None:
             self._counts_told = self.state.global_step, optimizer.metrics
 
@@ -492,6 +502,35 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
                 updates,
                 f", the last {now} in a row" if now > FEW else "",
             )
+
+    def _warn_of_a_rise(self, alpha: float) -> None:
+        """Warn once where losses have risen again, step by step, so that none of the steps was taken back."""
+        self._judge_losses()
+        levels = self._loss_levels
+        if levels is None or levels.risen is None or levels.lowest is None:
+            return
+        self._loss_levels = None
+        if not self.is_world_process_zero():
+            return
+        remedy = "--optim_args max_relative_step=0.01 (0.03 otherwise), or a larger batch"
+        if isinstance(self.elra_optimizer, ELRASpectral):
+            remedy = "--optim elra, or a larger batch"
+        logger.warning(
+            "Update %d: the loss has risen again, to a mean of %.4g over %d updates, which was %.4g at its lowest. "
+            "Unless the data have become harder, the steps are too long here, at a learning rate of %.2g; try %s.",
+            self.state.global_step,
+            levels.risen.mean,
+            levels.risen.count,
+            levels.lowest.mean,
+            alpha,
+            remedy,
+        )
+
+    def _judge_losses(self) -> None:
+        losses, self._unjudged_losses = self._unjudged_losses, []
+        if self._loss_levels is not None:
+            for loss in finite_values(losses):
+                self._loss_levels.add(loss)
 
 
 class ElraTrainer(ElraTrainerMixin, Trainer):

@@ -396,6 +396,30 @@ def test_updates_that_are_taken_back_in_a_row_are_told(tmp_path, caplog_warnings
 
 
 @pytest.mark.parametrize(
+    ("optim", "remedy"), [("elra", "max_relative_step=0.01"), ("elra_spectral", "--optim elra, or")]
+)
+def test_losses_that_rise_again_are_told_once(tmp_path, caplog_warnings, optim, remedy):
+    """Each by too little to be taken back, as with a preference loss; what the search saw does not count."""
+
+    class Rises(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss, update = super().compute_loss(*args, **kwargs), self.state.global_step
+            return loss + 1 + 0.02 * update - loss.detach()
+
+    run = trainer(
+        tmp_path, trainer_class=Rises, optim=optim, learning_rate=1e-2, max_steps=100, logging_steps=15,
+        optim_args="soft_restart=false",
+    )  # fmt: skip
+    run.train()
+    told = [text for text in warnings_of(caplog_warnings) if "has risen again" in text]
+    assert len(told) == 1
+    assert remedy in told[0]
+    caplog_warnings.clear()
+    trainer(tmp_path, optim=optim, max_steps=100).train()
+    assert "has risen again" not in caplog_warnings.text
+
+
+@pytest.mark.parametrize(
     ("numbers", "text"),
     [
         ({"skipped": 2}, "Update 6: 2 batches since the last log said nothing: their loss was not finite"),

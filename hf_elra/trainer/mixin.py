@@ -61,6 +61,8 @@ COUNTED = {
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
 """What an optimizer may count, and what it means."""
+OF_STEPS = "restarts", "accepted_levels"
+"""What is no news in a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 
@@ -241,6 +243,9 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
         update, names = self.state.global_step, ("should_evaluate", "should_save")
         due = frozenset(name for name in names if getattr(self.control, name))
         optimizer = self.elra_optimizer
+        if optimizer is not None and not optimizer.search_finished:
+            metrics, (last_update, told) = optimizer.metrics, self._counts_told
+            self._counts_told = last_update, {**told, **{name: metrics[name] for name in OF_STEPS}}
         if optimizer is not None and not optimizer.search_finished and not self.control.should_training_stop:
             if due and not self._put_off:
                 self._tell_that_it_is_put_off(due, optimizer.search_updates_left)
@@ -492,7 +497,9 @@ class ElraTrainerMixin(BoostingMixin, DynamicBatchMixin):
             if since[name] > 0:
                 logger.warning("Update %d: " + text, update, since[name])
         taken_back = since["restarts"] - since["non_finite"]
-        now = int(metrics.get("consecutive_restarts", 0))
+        optimizer = self.elra_optimizer
+        is_search = optimizer is not None and not optimizer.search_finished
+        now = 0 if is_search else int(metrics.get("consecutive_restarts", 0))
         if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
             logger.warning(
                 "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "

@@ -395,6 +395,20 @@ def test_updates_that_are_taken_back_in_a_row_are_told(tmp_path, caplog_warnings
     assert len([text for text in warnings_of(caplog_warnings) if "were taken back" in text]) == 1
 
 
+def test_steps_of_a_search_that_are_taken_back_are_no_news(tmp_path, caplog_warnings):
+    """It has to try some that are too long, and takes all of them back."""
+
+    class Jumps(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            update = self.state.global_step
+            return super().compute_loss(*args, **kwargs) * (10 if 3 <= update < 9 else 1)
+
+    run = trainer(tmp_path, trainer_class=Jumps, optim="elra_spectral", max_steps=24, logging_steps=4)
+    run.train()
+    assert logged(run, "accepted_levels")[3] >= 1  # in the search
+    assert warnings_of(caplog_warnings) == []
+
+
 @pytest.mark.parametrize(
     ("optim", "remedy"), [("elra", "max_relative_step=0.01"), ("elra_spectral", "--optim elra, or")]
 )

@@ -1,12 +1,13 @@
 """hf_elra.control: cycle lengths and loss statistics, without torch."""
 
 import json
+import math
 import random
 import statistics
 
 import pytest
 
-from hf_elra.control import BatchSizeController, ControlCycle, CycleLosses, LossStatistics
+from hf_elra.control import BatchSizeController, ControlCycle, CycleLosses, LossLevels, LossStatistics
 from hf_elra.errors import ConfigurationError
 
 
@@ -53,6 +54,27 @@ def test_statistics_agree_with_the_standard_library_at_a_large_offset():
         running.add(loss)
     assert running.mean == pytest.approx(statistics.fmean(losses), rel=1e-15)
     assert running.std == pytest.approx(statistics.pstdev(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "rises_to"),
+    [
+        (lambda n: 0.7 + n / 100, 1.8),  # steps that are too long, each by a little
+        (lambda n: 2 - n / 100 if n < 100 else min(n / 100, 2), 2.2),  # down to 1, and back
+        (lambda n: 2 + 2 * math.exp(-n / 30), None),
+        (lambda n: 2.0, None),
+        (lambda n: 3 - 2 * n / 100 if n < 100 else 1.4, None),  # other data, on which most of the gain is kept
+        (lambda n: 2 + 1e6 * (n == 110), None),  # one outlier
+        (lambda n: 1e-9 * math.sin(n), None),
+        (lambda n: 4 - n % 50 / 20, None),  # rows grouped by their length
+    ],
+)
+def test_losses_that_rise_again_are_noticed(path, rises_to):
+    generator, levels = random.Random(0), LossLevels()
+    for number in range(300):
+        levels.add(path(number) * (1 + 0.2 * generator.gauss(0, 1)))
+    assert (levels.risen is None) == (rises_to is None)
+    assert rises_to is None or levels.risen.mean < rises_to  # early
 
 
 def losses_near_two(number, seed=0):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
@@ -235,6 +236,37 @@ def line_losses(folder):
     return {"equal": bool((everywhere[:, :, 1:] == everywhere[0, :, 1:]).all()), "noted": everywhere.mean(0).tolist()}
 
 
+def one_without_labels(folder):
+    """Three updates in which the second process has no labels: what the optimizer counts, and the losses of both."""
+
+    class Unlabelled(ElraTrainer):
+        def compute_loss(self, model, inputs, **given):
+            has_none = self.accelerator.process_index == 1 and self.state.global_step in (8, 9, 10)
+            labels = torch.full_like(inputs["labels"], -100) if has_none else inputs["labels"]
+            loss = cross_entropy(model(inputs["pixel_values"]).logits, labels)
+            own.append(float(loss))
+            return loss
+
+    own, seen, found = [], [], {}
+    for optim in ("elra", "elra_spectral"):
+        trainer = Unlabelled(
+            vit().double(),
+            arguments(folder, optim=optim, per_device_train_batch_size=4, max_steps=16),
+            train_dataset=vit_rows(),
+        )
+        own.clear(), seen.clear()
+        trainer.elra_callback.count = lambda samples, tokens, loss: seen.append(float(loss))
+        trainer.train()
+        counts = {name: logged(trainer, name)[-1] for name in ("non_finite", "skipped")}
+        found[optim] = {
+            **counts,
+            "own": own[8:11],
+            "mean": seen[8:11],
+            "same": same_everywhere(flat_weights(trainer.model)),
+        }
+    return found
+
+
 def split_batches(folder):
     """Ten updates of 8 rows, each split in two; counts as they are logged."""
     sizes = []
@@ -288,6 +320,6 @@ def rows_of_a_resumed_run(folder):
 if __name__ == "__main__":
     functions = (
         one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, line_losses,
-        losses_of_both_kinds, split_batches, rows_of_a_resumed_run,
+        losses_of_both_kinds, one_without_labels, split_batches, rows_of_a_resumed_run,
     )  # fmt: skip
     answer({function.__name__: function for function in functions})

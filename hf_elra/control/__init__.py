@@ -3,7 +3,7 @@
 from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.control.cycle import ControlCycle
 from hf_elra.control.noise_scale import NoiseScale
-from hf_elra.control.statistics import CycleLosses, LossStatistics
+from hf_elra.control.statistics import CycleLosses, LossLevels, LossStatistics
 
 __all__ = [
     "BatchDecision",
@@ -11,6 +11,7 @@ __all__ = [
     "BatchSizeController",
     "ControlCycle",
     "CycleLosses",
+    "LossLevels",
     "LossStatistics",
     "NoiseScale",
 ]

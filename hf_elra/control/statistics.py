@@ -17,6 +17,12 @@ RECENT_LOSSES = 50
 """Losses over which the falling average looks back."""
 OUTLIER_SIGMA = 5.0
 """A loss counts as at most so many standard deviations above what is ordinary, as in ELRA's soft restarts."""
+LOSSES_OF_A_LEVEL = 20
+"""Losses in a block of :class:`LossLevels`."""
+RISE_SIGMA = 5.0
+"""Standard errors by which a block has to be above the lowest one."""
+BLOCKS_IN_A_ROW = 3
+"""So many such blocks are 60 updates; the stock sampler that groups rows by length sorts 50 batches at a time."""
 LEAST_RISE = 1e-3
 """... or this share of it, where losses hardly vary: a level that persists shall be followed."""
 
@@ -61,6 +67,44 @@ class RecentLosses:
     def highest(self) -> float:
         """What a higher loss counts as."""
         return _highest(self.mean, math.sqrt(self.variance))
+
+
+@dataclass
+class LossLevels:
+    """Notices that losses are higher again than they were, by blocks of so many of them.
+
+    Not every rise is worth a word: the mean of a block has to be above the lowest one by ``RISE_SIGMA`` standard
+    errors, and more than half of the way from there to the first block has to be lost again; and this in
+    ``BLOCKS_IN_A_ROW``, as rows that are sorted by their length, for one, make losses rise and fall.
+
+    Attributes:
+        first, lowest: of the first block, and of that with the lowest mean.
+        block: of the running block.
+        high: how many blocks in a row were so high.
+        risen: the last one of these, once they are enough; nothing more is looked for then.
+    """
+
+    first: LossStatistics | None = None
+    lowest: LossStatistics | None = None
+    block: LossStatistics = field(default_factory=LossStatistics)
+    high: int = 0
+    risen: LossStatistics | None = None
+
+    def add(self, loss: float) -> None:
+        """Take one finite loss into account."""
+        self.block.add(loss)
+        if self.block.count < LOSSES_OF_A_LEVEL or self.risen is not None:
+            return
+        last, self.block = self.block, LossStatistics()
+        if self.first is None or self.lowest is None:
+            self.first = self.lowest = last
+        rise, error = last.mean - self.lowest.mean, math.hypot(last.std, self.lowest.std) / math.sqrt(last.count - 1)
+        least = max(RISE_SIGMA * error, (self.first.mean - self.lowest.mean) / 2, LEAST_RISE * abs(last.mean))
+        self.high = self.high + 1 if rise > least else 0
+        if self.high == BLOCKS_IN_A_ROW:
+            self.risen = last
+        if rise < 0:
+            self.lowest = last
 
 
 @dataclass

@@ -27,6 +27,7 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.arguments import set_meanwhile
 from hf_elra.trainer.batch_control import BatchControl, budget_as_max_steps, tokens_of_first_row, updates_per_cycle
+from hf_elra.trainer.loss_scale import SumOfFinite
 from hf_elra.trainer.rows import RowsSkipped, number_of_rows, plain_batch_sampler, rows_of, splits_batches
 from hf_elra.trainer.update_size import UpdateSize
 
@@ -34,6 +35,13 @@ logger = logging.getLogger(__name__)
 
 LOSSES_ON_DEVICE = 1000
 """So many losses are collected before they are fetched; a loss fetched alone would make the host wait for the GPU."""
+
+
+def finite_values(losses: list[Any]) -> list[float]:
+    """Fetch losses, which may be on a device, all at once; those that are not finite are left out."""
+    tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
+    values = torch.stack(losses).tolist() if tensors else map(float, losses)
+    return [value for value in values if math.isfinite(value)]
 
 
 class Accounting:
@@ -51,7 +59,7 @@ class Accounting:
         self._trainer = trainer
         self._size = size
         self.progress = TrainingProgress()
-        self._loss: Any = 0.0  # of the update that runs, so far
+        self._loss = SumOfFinite()  # of the update that runs, so far
         self._samples = self._tokens = 0
         self._rows_drawn: int | None = None  # by it, over all processes; None where the sampler does not tell
         self._rows_are_known = False
@@ -263,7 +271,7 @@ class Accounting:
 
     def begin_update(self) -> None:
         """Forget what an interrupted update has left behind."""
-        self._loss, self._samples, self._tokens, self._rows_drawn = 0.0, 0, 0, None
+        self._loss, self._samples, self._tokens, self._rows_drawn = SumOfFinite(), 0, 0, None
 
     def take(self, micro_batches: int) -> None:
         """So many micro-batches were taken from the data for this update."""
@@ -288,26 +296,35 @@ class Accounting:
                 targets.
             samples, tokens: of this process.
         """
-        self._loss = self._loss + loss.detach().float()
+        self._loss.add(loss.detach().float())
         self._samples += samples
         self._tokens += tokens
 
-    def end_update(self) -> None:
-        """Its gradients are there: tell the optimizer its mean loss; add it to the counts of the run."""
+    def end_update(self) -> Any:
+        """Its gradients are there: tell the optimizer its mean loss; add it to the counts of the run.
+
+        Returns:
+            The mean loss over all processes that have one; it may be on the device.
+        """
         trainer = self._trainer
-        loss, samples, tokens, drawn = self._loss, self._samples, self._tokens, self._rows_drawn
-        processes = trainer.accelerator.num_processes
-        if (optimizer := trainer.elra_optimizer) is not None:
-            optimizer.observe_loss(loss)  # of this process: the optimizer itself takes the mean
-            if processes > 1:
-                optimizer.process_group = torch.distributed.group.WORLD
+        loss, samples, tokens, drawn = self._loss.value, self._samples, self._tokens, self._rows_drawn
+        processes, of_process = trainer.accelerator.num_processes, loss
         if processes > 1:
             wide = accumulates_in(loss.device)
-            told = torch.cat([loss.to(wide).view(1), loss.new_tensor([samples, tokens], dtype=wide)])
-            total = trainer.accelerator.reduce(told, reduction="sum").tolist()
-            loss, samples, tokens = total[0] / processes, round(total[1]), round(total[2])
+            finite = loss.isfinite()
+            own = torch.stack([torch.where(finite, loss, 0.0), finite]).to(wide)
+            numbers = torch.cat([own, loss.new_tensor([samples, tokens], dtype=wide)])
+            total = trainer.accelerator.reduce(numbers, reduction="sum").tolist()
+            loss = total[0] / total[1] if total[1] else math.nan
+            samples, tokens = round(total[2]), round(total[3])
+            of_process = torch.where(finite, of_process, loss)  # one without a loss goes by that of the others
+        if (optimizer := trainer.elra_optimizer) is not None:
+            optimizer.observe_loss(of_process)  # the optimizer itself takes the mean
+            if processes > 1:
+                optimizer.process_group = torch.distributed.group.WORLD
         trainer.elra_callback.count(samples if drawn is None else drawn, tokens, loss)
-        self._loss, self._samples, self._tokens = 0.0, 0, 0
+        self._loss, self._samples, self._tokens = SumOfFinite(), 0, 0
+        return loss
 
     # ---- after it ----
 
@@ -435,10 +452,8 @@ class ElraCallback(TrainerCallback, ExportableState):
     def _take_in(self) -> None:
         """Fetch the losses that wait, all at once, and add the finite ones to the cycle's."""
         losses, self._waiting = self._waiting, []
-        tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
-        for value in torch.stack(losses).tolist() if tensors else map(float, losses):
-            if math.isfinite(value):
-                self.cycle_losses.add(value)
+        for value in finite_values(losses):
+            self.cycle_losses.add(value)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)

@@ -10,8 +10,9 @@ import dataclasses
 import logging
 from typing import Any
 
-from hf_elra.control import BatchDecision
-from hf_elra.trainer.accounting import Accounting
+from hf_elra.control import BatchDecision, LossLevels
+from hf_elra.optim import ELRASpectral
+from hf_elra.trainer.accounting import LOSSES_ON_DEVICE, Accounting, finite_values
 from hf_elra.trainer.micro_batches import MicroBatches
 from hf_elra.trainer.trials import Trials
 from hf_elra.trainer.update_size import UpdateSize
@@ -27,6 +28,8 @@ COUNTED = {
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
 """What an optimizer may count, and what it means."""
+OF_STEPS = "restarts", "accepted_levels"
+"""What is no news in a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 
@@ -49,10 +52,13 @@ class Logs:
         self._trials = trials
         self._told_accumulation: int | None = None
         self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
+        self._levels: LossLevels | None = LossLevels()  # since training began or went on; None once a rise was told
+        self._losses: list[Any] = []  # which may be on the device, until the next log
 
     def begin(self) -> None:
         """Training begins, or goes on: what was counted before is not told again."""
         self._told_accumulation = None if self._size.control is None else self._accounting.accumulation
+        self._levels, self._losses = LossLevels(), []
         state, optimizer = self._trainer.state, self._trainer.elra_optimizer
         if optimizer is None:
             return
@@ -65,6 +71,24 @@ class Logs:
                 updates,
                 search,
             )
+
+    # ---- an update ----
+
+    def add_loss(self, loss: Any) -> None:
+        """Take in the mean loss of an update, which may be on the device."""
+        optimizer = self._trainer.elra_optimizer
+        if optimizer is None or not optimizer.search_finished or self._levels is None:
+            return
+        self._losses.append(loss)
+        if len(self._losses) >= LOSSES_ON_DEVICE:
+            self._judge_losses()
+
+    def forget_steps_of_a_search(self) -> None:
+        """A search has to take steps that are too long, so that it is no news that they were taken back."""
+        optimizer = self._trainer.elra_optimizer
+        if optimizer is not None and not optimizer.search_finished:
+            metrics, (last_update, told) = optimizer.metrics, self._counts_told
+            self._counts_told = last_update, {**told, **{name: metrics[name] for name in OF_STEPS}}
 
     # ---- a log ----
 
@@ -83,6 +107,7 @@ class Logs:
                 metrics = optimizer.metrics
                 logs.update({name: value for name, value in metrics.items() if name not in logs})
                 self.warn_of_updates(metrics)
+                self._warn_of_a_rise(metrics["alpha"])
             asked_for = self._size.control is not None and self._size.control.asked_for
             if self._trainer.elra_active or asked_for:
                 logs.update(dataclasses.asdict(self._trials.counts))
@@ -112,7 +137,9 @@ class Logs:
             if since[name] > 0:
                 logger.warning("Update %d: " + text, update, since[name])
         taken_back = since["restarts"] - since["non_finite"]
-        now = int(metrics.get("consecutive_restarts", 0))
+        optimizer = self._trainer.elra_optimizer
+        searches = optimizer is not None and not optimizer.search_finished
+        now = 0 if searches else int(metrics.get("consecutive_restarts", 0))
         if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
             logger.warning(
                 "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "
@@ -122,6 +149,35 @@ class Logs:
                 updates,
                 f", the last {now} in a row" if now > FEW else "",
             )
+
+    def _warn_of_a_rise(self, alpha: float) -> None:
+        """Warn once where losses have risen again, step by step, so that none of the steps was taken back."""
+        self._judge_losses()
+        levels = self._levels
+        if levels is None or levels.risen is None or levels.lowest is None:
+            return
+        self._levels = None
+        if not self._trainer.is_world_process_zero():
+            return
+        remedy = "--optim_args max_relative_step=0.01 (0.03 otherwise), or a larger batch"
+        if isinstance(self._trainer.elra_optimizer, ELRASpectral):
+            remedy = "--optim elra, or a larger batch"
+        logger.warning(
+            "Update %d: the loss has risen again, to a mean of %.4g over %d updates, which was %.4g at its lowest. "
+            "Unless the data have become harder, the steps are too long here, at a learning rate of %.2g; try %s.",
+            self._trainer.state.global_step,
+            levels.risen.mean,
+            levels.risen.count,
+            levels.lowest.mean,
+            alpha,
+            remedy,
+        )
+
+    def _judge_losses(self) -> None:
+        losses, self._losses = self._losses, []
+        if self._levels is not None:
+            for loss in finite_values(losses):
+                self._levels.add(loss)
 
     # ---- decisions about the batch ----
 

@@ -69,6 +69,31 @@ for _name in ("item", "tolist", "numpy", "detach", "long", "int", "__int__", "__
     setattr(NotedNumber, _name, _noting(_name))
 
 
+class SumOfFinite:
+    """Adds up the parts of a mean loss; those that are not finite are left out, and the others make up for them.
+
+    A part without targets has a loss of 0/0 and a gradient of zero, which changes the update in its length alone. If a
+    loss is not finite for a reason that matters, the gradient is not finite either, and the optimizer sees that.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+        self._whole: Any = 0.0
+        self._finite: Any = 0.0
+
+    def add(self, loss: Tensor, weight: Any = 1.0) -> None:
+        """Add a part, scaled already; ``weight`` is its part of the whole, in any unit. Does not wait for a GPU."""
+        finite, weight = loss.isfinite(), torch.as_tensor(weight, dtype=torch.float32, device=loss.device)
+        self._sum = self._sum + torch.where(finite, loss, 0.0)
+        self._whole = self._whole + weight
+        self._finite = self._finite + torch.where(finite, weight, 0.0)
+
+    @property
+    def value(self) -> Any:
+        """The mean loss; NaN where no part of it is finite, 0 without parts."""
+        return self._sum * (self._whole / self._finite) if isinstance(self._finite, Tensor) else self._sum
+
+
 class LossScale:
     """Makes the loss of every pass its part of the update's mean, whoever computes it.
 

@@ -23,7 +23,7 @@ from hf_elra.optim.snapshot import nothing_changes
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.arguments import is_causal_language_model
-from hf_elra.trainer.loss_scale import LossScale
+from hf_elra.trainer.loss_scale import LossScale, SumOfFinite
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 from hf_elra.trainer.rows import number_of_rows, rows_of
 from hf_elra.trainer.trials import Trials, is_at_its_end
@@ -235,21 +235,21 @@ class MicroBatches:
         divided = self._loss_scale.is_divided(num_items, len(passes))
         shares = self._shares(passes, divided)
         weights = shares if not divided else self._weights(passes) if measures else []
-        total: Any = 0.0
+        losses = SumOfFinite()
         square_of_first: Any = None
         for position, (inputs, share) in enumerate(zip(passes, shares, strict=True), start=1):
             last = position == len(passes)
             # A loss that is a mean over its own pass is divided by this number.
             trainer.current_gradient_accumulation_steps = share
             with contextlib.nullcontext() if last else trainer.accelerator.no_sync(model=model):
-                total = total + self._run_pass(stock_step, model, inputs, num_items, len(passes))
+                losses.add(self._run_pass(stock_step, model, inputs, num_items, len(passes)), 1 / share)
             if measures and position == 1:
                 square_of_first = _gradient_square(model) * weights[0] ** 2
             if not last:
                 trainer.control = trainer.callback_handler.on_substep_end(trainer.args, trainer.state, trainer.control)
         if measures:
             self._measure_noise(model, passes, square_of_first, weights[0])
-        return total
+        return losses.value
 
     def _measure_noise(self, model: Any, passes: list[Any], square_of_first: Any, weight: Any) -> None:
         """Compare the mean gradient of the first pass with that of all passes of all processes."""

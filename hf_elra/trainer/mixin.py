@@ -207,7 +207,7 @@ class ElraTrainerMixin(_Base):
         loss = self.elra.micro_batches.step(stock_step, model, inputs, num_items_in_batch)
         accounting.add(loss, samples, tokens)
         if self.accelerator.sync_gradients:
-            accounting.end_update()
+            self.elra.logs.add_loss(accounting.end_update())
             self.elra.line_losses.offer()
         return loss
 
@@ -235,6 +235,7 @@ class ElraTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Stock, but what is due at a point that will be taken back is put off."""
+        self.elra.logs.forget_steps_of_a_search()
         self.elra.put_off.decide(self)
         with self.elra.accounting.as_the_user_set_it():
             super()._maybe_log_save_evaluate(*args, **kwargs)

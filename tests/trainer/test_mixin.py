@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from hf_elra import ELRA, ConfigurationError, ElraSeq2SeqTrainer, ElraSeq2SeqTrainingArguments, ElraTrainer
-from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, weights
+from tests.conftest import arguments, classifier, llama, logged, token_rows, trainer, vit, vit_rows, weights
 
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
@@ -30,6 +31,13 @@ class LossesSeen(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.losses.append(float(optimizer.optimizer._observed_loss))
+
+
+class OwnBatches(ElraTrainer):
+    """Stock accumulation, as in a subclass that overrides get_batch_samples."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        return super().get_batch_samples(*args, **kwargs)
 
 
 def test_training_lowers_the_loss_and_logs_what_elra_did(tmp_path):
@@ -475,16 +483,77 @@ def test_gpt2_default_floor(tmp_path):
 
 
 def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it_itself(tmp_path, monkeypatch):
-    """Once: what it is told is the loss of this process, and the counts and the cycle's loss are of all."""
+    """It is told the loss of this process, or that of the others where there is none; what is counted is of all."""
     run = trainer(tmp_path, elra_batch_control="elra")
     run.train()
-    others = torch.tensor([5.0, 24.0, 384.0], dtype=torch.float64)
+    others = torch.tensor([5.0, 1.0, 24.0, 384.0], dtype=torch.float64)
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
     monkeypatch.setattr(run.accelerator, "reduce", lambda told, reduction: told + others)
     counted = []
     monkeypatch.setattr(run.elra_callback, "count", lambda *numbers: counted.append(numbers))
-    run.elra.accounting.begin_update()
-    run.elra.accounting.add(torch.tensor(3.0), samples=8, tokens=128)
-    run.elra.accounting.end_update()
-    assert float(run.elra_optimizer._observed_loss) == 3.0
-    assert counted == [(32, 512, 4.0)]
+    for own, told, mean in ((3.0, 3.0, 4.0), (float("nan"), 5.0, 5.0)):
+        run.elra.accounting.begin_update()
+        run.elra.accounting.add(torch.tensor(own), samples=8, tokens=128)
+        run.elra.accounting.end_update()
+        assert float(run.elra_optimizer._observed_loss) == told
+        assert counted.pop() == (32, 512, mean)
+
+
+def test_steps_of_a_search_that_are_taken_back_are_no_news(tmp_path, caplog_warnings):
+    """It has to try some that are too long, and takes all of them back."""
+
+    class Jumps(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            update = self.state.global_step
+            return super().compute_loss(*args, **kwargs) * (10 if 3 <= update < 9 else 1)
+
+    run = trainer(tmp_path, trainer_class=Jumps, optim="elra_spectral", max_steps=24, logging_steps=4)
+    run.train()
+    assert logged(run, "accepted_levels")[3] >= 1  # in the search
+    assert warnings_of(caplog_warnings) == []
+
+
+@pytest.mark.parametrize(
+    ("optim", "remedy"), [("elra", "max_relative_step=0.01"), ("elra_spectral", "--optim elra, or")]
+)
+def test_losses_that_rise_again_are_told_once(tmp_path, caplog_warnings, optim, remedy):
+    """Each by too little to be taken back, as with a preference loss; what the search saw does not count."""
+
+    class Rises(ElraTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss, update = super().compute_loss(*args, **kwargs), self.state.global_step
+            return loss + 1 + 0.02 * update - loss.detach()
+
+    run = trainer(
+        tmp_path, trainer_class=Rises, optim=optim, learning_rate=1e-2, max_steps=100, logging_steps=15,
+        optim_args="soft_restart=false",
+    )  # fmt: skip
+    run.train()
+    told = [text for text in warnings_of(caplog_warnings) if "has risen again" in text]
+    assert len(told) == 1
+    assert remedy in told[0]
+    caplog_warnings.clear()
+    trainer(tmp_path, optim=optim, max_steps=100).train()
+    assert "has risen again" not in caplog_warnings.text
+
+
+@pytest.mark.parametrize("trainer_class", [ElraTrainer, OwnBatches])
+@pytest.mark.parametrize(("unlabelled", "non_finite", "skipped"), [((10,), 0, 0), ((10, 11), 0, 1)])
+def test_a_micro_batch_without_labels_is_left_out_of_the_loss(tmp_path, trainer_class, unlabelled, non_finite, skipped):
+    """Its loss is 0/0; where no micro-batch of an update has labels the update is skipped."""
+
+    class Unlabelled(trainer_class):
+        def compute_loss(self, model, inputs, **given):
+            labels = torch.full_like(inputs["labels"], -100) if len(losses) in unlabelled else inputs["labels"]
+            losses.append(cross_entropy(model(inputs["pixel_values"]).logits, labels))
+            return losses[-1]
+
+    losses, seen = [], LossesSeen()
+    run = trainer(
+        tmp_path, vit().double(), vit_rows(), Unlabelled, callbacks=[seen], gradient_accumulation_steps=2,
+        per_device_train_batch_size=4, max_steps=8,
+    )  # fmt: skip
+    run.train()
+    assert [logged(run, name)[-1] for name in ("non_finite", "skipped")] == [non_finite, skipped]
+    assert seen.losses[5] == pytest.approx(losses[11].item(), nan_ok=True)
+    assert seen.losses[4] == pytest.approx((losses[8] + losses[9]).item() / 2)

@@ -60,6 +60,15 @@ def test_what_happens_to_one_process_costs_no_rate():
             assert result["restarts"] > found["plain"]["restarts"] or event == "plain", (name, event)
 
 
+@pytest.mark.filterwarnings("ignore:elra_spectral")
+def test_a_process_without_labels_goes_by_the_loss_of_the_others(tmp_path):
+    """Its own is NaN and its gradients are zero: the update is a shorter one, and nothing is wrong with the step."""
+    for optim, found in together(workers.one_without_labels, 2, folder=str(tmp_path)).items():
+        assert found["non_finite"] == found["skipped"] == 0, optim
+        assert found["mean"] == pytest.approx(found["own"]), optim  # of the first process, which has labels
+        assert found["same"], optim
+
+
 @pytest.mark.parametrize(
     ("processes", "cases"),
     [

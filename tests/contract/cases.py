@@ -24,7 +24,7 @@ class Case:
         optimizer: the class.
         optim: its name on ``--optim``; None where a Trainer cannot make it.
         arguments: of the class.
-        optim_args: the same as ``--optim_args`` has them.
+        optim_args: the same as ``--optim_args`` has them; weight decay is none of them.
         needs_loss: whether it warns where it is not told the loss.
         takes_shards: whether parameters may be DTensors.
         twin: makes its twin in float64 of points and arguments; None for none.
@@ -103,11 +103,12 @@ CASES = (
     Case("elra", ELRA, "elra", twin=FlatTwin, wrong=WRONG_OF_ELRA),
     Case("elra, point", ELRA, "elra", {"memory": "point", "restart_window": 9}, "memory=point,restart_window=9",
          twin=FlatTwin),
-    Case("elra, offload", ELRA, "elra", {"memory": "offload"}, "memory=offload", takes_shards=False, twin=FlatTwin),
+    Case("elra, offload", ELRA, "elra", {"memory": "offload", "weight_decay": 1e-3}, "memory=offload",
+         takes_shards=False, twin=FlatTwin),
     Case("elra_spectral", ELRASpectral, "elra_spectral", takes_shards=False, twin=ReferenceSpectral,
          wrong=WRONG_OF_SPECTRAL),
-    Case("elra_spectral, no momentum", ELRASpectral, "elra_spectral", {"momentum": 0.0}, "momentum=0",
-         takes_shards=False, twin=ReferenceSpectral),
+    Case("elra_spectral, no momentum", ELRASpectral, "elra_spectral", {"momentum": 0.0, "weight_decay": 0.1},
+         "momentum=0", takes_shards=False, twin=ReferenceSpectral),
     Case("elra_spectral, no search", ELRASpectral, "elra_spectral", {"search": 0, "lr": 1e-2}, "search=0",
          takes_shards=False, twin=ReferenceSpectral),
 )  # fmt: skip

@@ -254,16 +254,16 @@ def test_the_state_of_another_optimizer_or_model_is_refused(case):
 
 @every
 @pytest.mark.parametrize(
-    "event", [f"{bad} {what}" for bad in ("nan", "inf") for what in ("loss", "gradient", "gradients")]
+    "event", [f"{bad} {what}" for bad in ("nan", "inf", "-inf") for what in ("loss", "gradient", "gradients")]
 )
 def test_what_is_not_finite_reaches_neither_weights_nor_state(case, event):
     for when in (0, 4, 15):
         model = network()
-        optimizer = case.make(model.parameters())
-        for number in range(20):
+        optimizer = case.make(model.parameters(), soft_restart=False)
+        for number in range(when + 4):
             train(model, optimizer, [number], {when: event})
             assert all(tensor.isfinite().all() for tensor in [weights(model), *kept(optimizer)])
-        assert optimizer.metrics["non_finite"] == 1
+        assert optimizer.metrics["non_finite"] == optimizer.restarts == 1
 
 
 @every
@@ -271,8 +271,10 @@ def test_what_stays_not_finite_is_an_error(case):
     model = network()
     optimizer = case.make(model.parameters())
     train(model, optimizer, range(3))
+    before = optimizer.restarts
     with pytest.raises(RuntimeError, match="non-finite over 20 updates in a row"):
         train(model, optimizer, range(3, 200), dict.fromkeys(range(3, 200), "nan loss"))
+    assert optimizer.restarts == before + 19
     assert weights(model).isfinite().all()
 
 
@@ -318,13 +320,44 @@ def rates_with(case, event, when, seed):
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_rate_is_back_twenty_updates_after_any_event(case, event):
     """Where it was, or where it would have gone by itself; after several events at least where it was."""
-    for when, seed in itertools.product((1, 6, 22, 34), (0, 1)):
+    for when, seed in ((1, 0), (4, 1), (9, 0), (22, 1), (34, 0)):
         without, with_ = rates_with(case, "nothing", 0, seed), rates_with(case, event, when, seed)
         after = when + len(EVENTS[event]) - 1 + 20
         lowest, highest = min(with_[when - 1], without[after]), max(without[when - 1 : after + 1])
         assert with_[after] > 0.49 * lowest, (when, seed)
         if len(EVENTS[event]) == 1:
             assert with_[after] < 2.01 * highest, (when, seed)
+
+
+@every
+@pytest.mark.parametrize("loss", [3.0, 1e3, 1e12])
+def test_the_retry_is_shorter_but_still_a_step(case, loss):
+    """However high the loss is: it may be the batch's, and then nothing would be left of the step."""
+    (x,) = one()
+    optimizer, start = case.make([x], weight_decay=0.0), x.detach().clone()
+    x.grad = 1e-3 * torch.eye(2)
+    optimizer.step(loss=1.0)
+    taken = x.detach() - start
+    x.grad = torch.ones(2, 2)
+    optimizer.step(loss=loss)
+    again = x.detach() - start
+    share = (again.norm() / taken.norm()).item()
+    assert optimizer.restarts == 1
+    assert 0.099 < share < 0.501
+    torch.testing.assert_close(again, share * taken, rtol=1e-3, atol=1e-6)
+
+
+@every
+def test_a_step_is_cropped_to_a_share_of_the_weights(case):
+    """Slopes that never fall, as along a straight line, make α grow until it is."""
+    x = nn.Parameter(torch.full((4, 4), 5.0))
+    optimizer = case.make([x], max_relative_step=0.02)
+    for _ in range(40):
+        length = x.norm().item()
+        x.grad = torch.ones(4, 4)
+        optimizer.step(loss=1.0)
+        assert optimizer.metrics["step_norm"] < 0.0201 * length
+    assert optimizer.metrics["step_norm"] == pytest.approx(0.02 * length, rel=1e-3)
 
 
 # ---- parameters of all kinds ----
@@ -395,7 +428,7 @@ def twin_steps(case, change):
     for changes in (False, True):
         model = network(torch.float64)
         params = list(model.parameters())
-        optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}])
+        optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], weight_decay=0.0)
         train(model, optimizer, range(30))
         if changes:
             change(optimizer)
@@ -437,11 +470,11 @@ def test_bfloat16_is_trained(case, rounds):
     for _ in range(2):
         model = network(torch.bfloat16)
         optimizer = case.make(model.parameters(), stochastic_rounding=rounds)
-        losses = train(model, optimizer, range(80), TROUBLE)
+        losses = train(model, optimizer, range(60), TROUBLE)
         ends.append(weights(model))
     assert ends[0].dtype == torch.bfloat16
     assert torch.equal(*ends)
-    assert sum(losses[-5:]) < sum(losses[:5]) / 2
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 # ---- torch.compile, processes, Trainer, LoRA ----
@@ -486,7 +519,7 @@ def test_shards_are_trained_or_refused(case):
 @in_a_trainer
 def test_a_resumed_training_goes_on_bit_for_bit(case, tmp_path):
     """From the first checkpoint that there is; a search puts those off that are due in it."""
-    given = dict(optim=case.optim, optim_args=case.optim_args, max_steps=26, save_strategy="steps", save_steps=7)
+    given = dict(optim=case.optim, optim_args=case.optim_args, max_steps=22, save_strategy="steps", save_steps=7)
     whole = trainer(tmp_path, **given)
     whole.train()
     checkpoint = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -502,7 +535,7 @@ def test_lora_alone_is_trained(case, tmp_path):
 
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer(tmp_path, model=model, optim=case.optim, optim_args=case.optim_args, max_steps=26).train()
+    trainer(tmp_path, model=model, optim=case.optim, optim_args=case.optim_args, max_steps=22).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert all(p.isfinite().all() for p in model.parameters())

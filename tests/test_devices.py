@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from hf_elra import ELRA, ELRASpectral
-from hf_elra.optim import loss_aware, tensors
+from hf_elra.optim import base, tensors
 from hf_elra.trainer import groups
 from tests.conftest import llama, trainer
 
@@ -93,7 +93,7 @@ class NoFloat64(TorchDispatchMode):
 )
 def test_a_trainer_makes_no_float64_on_a_device_without(tmp_path, given, monkeypatch):
     """The CPU stands in for that device; the host's own numbers are no tensors."""
-    for module in (tensors, loss_aware, groups):
+    for module in (tensors, base, groups):
         monkeypatch.setattr(module, "accumulates_in", lambda device: torch.float32)
     run = trainer(tmp_path, model=llama(), max_steps=12, **given)
     with NoFloat64():

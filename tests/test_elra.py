@@ -1,4 +1,4 @@
-"""hf_elra.optim.ELRA: the paper's problems, the twin in reference.py, and what users' loops do to an optimizer."""
+"""hf_elra.optim.ELRA: the paper's problems, the twin in reference/, and what users' loops do to an optimizer."""
 
 import copy
 import io
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hf_elra import ELRA
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.reference import ReferenceELRA
+from hf_elra.optim.directions import Direction
+from hf_elra.optim.reference.elra import ReferenceELRA
 
 
 @pytest.mark.parametrize("step_rule", ["bb1", "bb2"])
@@ -148,7 +149,7 @@ def walk_beside_the_reference(arguments, sequence, seed):
         with torch.no_grad():  # so that such differences do not add up
             a.copy_(reference.x[:6].reshape(2, 3))
             b.copy_(reference.x[6:])
-        fast._scalars["alpha"] = reference.alpha
+        fast._numbers()["alpha"] = reference.alpha
 
 
 # ---- the loss ----
@@ -296,7 +297,7 @@ def test_floor_never_undoes_a_restart():
 
 def batches_of_noise(optimizer, x, losses):
     """Updates along gradients that are nothing but noise, so that the rule leaves α where it is; return every α."""
-    generator = torch.Generator().manual_seed(optimizer._scalars["updates"])
+    generator = torch.Generator().manual_seed(optimizer._numbers()["updates"])
     rates = []
     for loss in losses:
         x.grad = torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -391,14 +392,14 @@ def test_a_single_spike_does_not_end_the_guard():
 def test_a_batch_without_information_is_skipped(no_gradient):
     optimizer, x = noisy_optimizer()
     batches_of_noise(optimizer, x, noisy_losses(30))
-    before, control = x.detach().clone(), copy.deepcopy(optimizer._scalars)
+    before, control = x.detach().clone(), copy.deepcopy(optimizer._numbers())
     x.grad = None if no_gradient else torch.zeros_like(x)
     optimizer.step(loss=math.nan)
     assert torch.equal(x, before)
     assert optimizer.metrics["skipped"] == 1
     assert optimizer.restarts == 0
     untouched = {"alpha", "step_size", "previous_slope", "previous_loss", "loss_statistics", "direction_norm"}
-    assert {name: optimizer._scalars[name] for name in untouched} == {name: control[name] for name in untouched}
+    assert {name: optimizer._numbers()[name] for name in untouched} == {name: control[name] for name in untouched}
     batches_of_noise(optimizer, x, noisy_losses(1))
     assert not torch.equal(x, before)
 
@@ -426,10 +427,10 @@ def test_an_outlier_after_an_easy_batch_is_no_steep_rise():
     for easy in (1.0, 1e-3):
         optimizer, x = noisy_optimizer()
         batches_of_noise(optimizer, x, noisy_losses(60))
-        optimizer._scalars["previous_loss"] = easy
-        optimizer._scalars["previous_slope"] = 1.5 / optimizer._scalars["step_size"]  # the step promised 1.5
+        optimizer._numbers()["previous_loss"] = easy
+        optimizer._numbers()["previous_slope"] = 1.5 / optimizer._numbers()["step_size"]  # the step promised 1.5
         batches_of_noise(optimizer, x, [2.0])
-        lengths.append(optimizer._scalars["length"])
+        lengths.append(optimizer._numbers()["length"])
     assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
 
 
@@ -605,8 +606,15 @@ def test_bb2_with_several_rates_is_refused(fused):
     with pytest.raises(ConfigurationError, match="step_rule='bb2' cannot be used with .* groups have 1 and 0.75 times"):
         optimizer.step(loss=1.0)
 
+    class SignDirection(Direction):
+        is_gradient = False
+
+        def apply(self, groups, params, gradients, state):
+            return [[g.sign() for g in group] for group in gradients]
+
     class Signs(ELRA):
-        direction = staticmethod(lambda gradients: [g.sign() for g in gradients])
+        def direction(self):
+            return SignDirection()
 
     with pytest.raises(ConfigurationError, match="step_rule='bb2' is only for steps along the gradient"):
         Signs([x], step_rule="bb2")

@@ -1,4 +1,4 @@
-"""hf_elra.optim.fused: the kernels, in Triton's interpreter where there is no GPU."""
+"""hf_elra.optim.kernels.triton: the kernels, in Triton's interpreter where there is no GPU."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from hf_elra.errors import ConfigurationError
 from tests.conftest import ROOT
 from tests.test_elra import STAYS_HIGH, STAYS_HIGH_AFTER_A_CYCLE, TROUBLE, arguments, events, walk_beside_the_reference
 
-fused = pytest.importorskip("hf_elra.optim.fused", reason="Triton is not installed; it exists for Linux only")
+fused = pytest.importorskip("hf_elra.optim.kernels.triton", reason="Triton is not installed; it exists for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -70,7 +70,7 @@ def test_what_is_not_finite_stays_out_of_the_statistics_without_soft_restarts_to
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan)
         optimizer.step(loss=100.0)
-    plain, kernels = (optimizer._scalars["loss_statistics"] for _, optimizer in made)
+    plain, kernels = (optimizer._numbers()["loss_statistics"] for _, optimizer in made)
     assert kernels["last_cycle"] == pytest.approx(plain["last_cycle"], rel=1e-5)
     assert kernels["initial_loss"] == pytest.approx(plain["initial_loss"], rel=1e-5)
     assert kernels["cycle"] == pytest.approx(plain["cycle"], rel=1e-3)
@@ -130,7 +130,7 @@ def test_reading_the_numbers_leaves_those_on_the_device_in_force(pieces):
     train(model, optimizer, 4)
     for _ in range(2):
         numbers = optimizer._kernels.numbers.clone()
-        assert optimizer._scalars["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
+        assert optimizer._numbers()["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
         assert optimizer.search_updates_left == 0
         optimizer.state_dict()
         assert optimizer._kernels.in_force
@@ -138,10 +138,10 @@ def test_reading_the_numbers_leaves_those_on_the_device_in_force(pieces):
         train(model, optimizer, 1)
     optimizer.end_cycle()  # this changes them, on the host
     assert not optimizer._kernels.in_force
-    known = optimizer._scalars["loss_statistics"]["last_cycle"]
+    known = optimizer._numbers()["loss_statistics"]["last_cycle"]
     train(model, optimizer, 1)
     assert optimizer._kernels.in_force
-    assert optimizer._scalars["loss_statistics"]["last_cycle"] == known
+    assert optimizer._numbers()["loss_statistics"]["last_cycle"] == known
 
 
 def test_kernels_know_gradient_decay(pieces):
@@ -268,7 +268,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-from hf_elra.optim import fused
+from hf_elra.optim.kernels import triton as fused
 
 TYPES = dict.fromkeys(["gradients", "kept", "points", "sizes", "tensors", "starts"], "*i64")
 TYPES |= dict.fromkeys(["shares", "partials", "numbers", "settings", "squares"], "*fp64")
@@ -295,7 +295,7 @@ for kind, wide in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.floa
         compile(fused.update_kernel, ALIGNED=copy, COPY=copy, ROUND=kind == tl.bfloat16, TYPE=kind, WIDE=wide, **sizes)
 for yes in (True, False):
     flags = dict.fromkeys(["HAS_LOSS", "SOFT", "HAS_RATIO", "DERIVED", "BB2", "NOISY"], yes)
-    compile(fused.control_kernel, BLOCK=fused.BLOCK, **flags)
+    compile(fused.decision_kernel, BLOCK=fused.BLOCK, **flags)
 compile(fused.size_kernel, BLOCK=fused.BLOCK)
 """
 
@@ -329,7 +329,7 @@ def test_kernels_that_do_not_work_are_replaced_unless_they_were_asked_for(pieces
     def broken(*args, **kwargs):
         raise RuntimeError("PTXAS error: no such thing")
 
-    monkeypatch.setattr(fused, "control_kernel", {(1,): broken})
+    monkeypatch.setattr(fused, "decision_kernel", {(1,): broken})
     if asked:
         with pytest.raises(RuntimeError, match="PTXAS"):
             train(fast, second, 1)

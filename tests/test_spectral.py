@@ -14,9 +14,73 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
-from hf_elra.optim.directions import polar_factor, spectral_direction
-from hf_elra.optim.step_size import KestenGain
+from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
+from hf_elra.optim.reference.spectral import ReferenceSpectral
+from hf_elra.optim.rules.kesten_gain import KestenGain
 from tests.conftest import llama, token_rows
+
+# ---- the twin in plain float64 ----
+
+SHAPES = [(4, 6), (5,), (6, 3), (7, 4)]
+EVENTS = ["plain"] * 8 + ["spike", "small_spike", "nothing", "nan_loss", "nan_gradient", "other_level", "end_cycle"]
+twin_arguments = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([1e-7, 1e-3, 0.1]),
+        "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+        "search": st.sampled_from([0, 3, 10]),
+        "max_relative_step": st.sampled_from([0.5, 0.01]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "soft_restart": st.booleans(),
+        "initial_restart_ratio": st.sampled_from([None, 1.1]),
+    }
+)
+
+
+@pytest.mark.filterwarnings("ignore:ELRASpectral. the search for a learning rate")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    arguments=twin_arguments,
+    sequence=st.lists(st.sampled_from(EVENTS), min_size=5, max_size=60),
+    noise=st.sampled_from([0.0, 0.1, 3.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_walks_with_the_twin(arguments, sequence, noise, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start = [random(*shape) for shape in SHAPES]
+    curvatures = [torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
+    params = [nn.Parameter(x.clone()) for x in start]
+    optimizer = ELRASpectral([{"params": params[:2]}, {"params": params[2:]}], embeddings=params[3:], **arguments)
+    twin = ReferenceSpectral(start, [False, False, False, True], **arguments)
+    level = 0.0
+    for event in sequence:
+        gradients = [c * p.detach() + noise * random(*p.shape) for c, p in zip(curvatures, params, strict=True)]
+        level += 1e3 * (event == "other_level")
+        loss = level + sum(float((c * p.detach().square()).sum() / 2) for c, p in zip(curvatures, params, strict=True))
+        loss += {"spike": 1e6, "small_spike": 30.0, "nothing": math.nan, "nan_loss": math.nan}.get(event, 0.0)
+        if event == "nothing":
+            gradients = [torch.zeros_like(g) for g in gradients]
+        if event == "nan_gradient":
+            gradients[2][1, 1] = math.nan
+        if event == "end_cycle":
+            optimizer.end_cycle()
+            twin.end_cycle()
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step(loss=loss)
+        twin.step(loss, gradients)
+        assert optimizer.search_finished == (not twin.searching)
+        assert optimizer.alpha == pytest.approx(twin.alpha, rel=1e-6)
+        counts = twin.restarts, twin.skipped, twin.accepted_levels, twin.restarts_in_a_row
+        names = "restarts", "skipped", "accepted_levels", "consecutive_restarts"
+        assert tuple(optimizer.metrics[name] for name in names) == counts
+        for p, x in zip(params, twin.x, strict=True):
+            torch.testing.assert_close(p.detach(), x, rtol=1e-6, atol=1e-9)
+            p.data.copy_(x)  # so that rounding does not add up
+
 
 # ---- the direction ----
 
@@ -120,35 +184,19 @@ def test_the_matrices_of_a_stack_move_as_if_each_were_a_parameter(momentum):
     assert not torch.equal(stack[0], before[0])
 
 
-def test_a_state_from_before_there_were_stacks_goes_on():
-    parameter = nn.Parameter(torch.eye(3))
-    optimizer = ELRASpectral([parameter], search=0)
-    parameter.grad = torch.ones(3, 3)
-    optimizer.step(loss=1.0)
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        del group["experts"]
-    other = ELRASpectral([nn.Parameter(parameter.detach().clone())], search=0)
-    other.load_state_dict(state)
-    other.param_groups[0]["params"][0].grad = torch.ones(3, 3)
-    other.step(loss=1.0)
-    optimizer.step(loss=1.0)
-    assert torch.equal(other.param_groups[0]["params"][0], parameter)
-
-
 # ---- the rule ----
 
 
 def test_search_is_a_bisection_and_then_the_gain_falls():
-    rule, memory = KestenGain(sigma=0.2, constant=2.5), KestenGain.new_memory()
-    assert rule.factor(memory, 0.9) == pytest.approx(math.exp(2.5))
-    assert rule.factor(memory, 0.5) == pytest.approx(10)
-    assert rule.factor(memory, -0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
-    assert rule.factor(memory, 0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
-    KestenGain.end_search(memory)
+    rule = KestenGain(10, sigma=0.2, constant=2.5)
+    assert rule.factor(0.9) == pytest.approx(math.exp(2.5))
+    assert rule.factor(0.5) == pytest.approx(10)
+    assert rule.factor(-0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
+    assert rule.factor(0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
+    rule.found(1.0, 1.0)
     for _ in range(95):
-        rule.factor(memory, 0.0)
-    assert rule.factor(memory, 1.0) == pytest.approx(math.exp(2.5 / 100))
+        rule.factor(0.0)
+    assert rule.factor(1.0) == pytest.approx(math.exp(2.5 / 100))
 
 
 # ---- one high loss ----
@@ -285,7 +333,7 @@ def test_the_search_is_taken_back():
     assert all(not state for state in optimizer.state.values())
     train(model, optimizer, 1)
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "direction"}
+    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "previous_direction"}
 
 
 @pytest.mark.parametrize("name", ["embeddings", "experts"])
@@ -496,10 +544,10 @@ def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_sea
     model = llama()
     optimizer = ELRASpectral(model.parameters(), momentum=0.0)
     train(model, optimizer, 20)
-    assert {key for state in optimizer.state.values() for key in state} == {"direction", "momentum"}
+    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction", "momentum"}
     found = optimizer.alpha
     train(model, optimizer, 5)
-    assert {key for state in optimizer.state.values() for key in state} == {"direction"}
+    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction"}
     assert optimizer.alpha == found != 1e-3
 
 
@@ -509,7 +557,7 @@ def test_a_step_that_went_too_far_is_taken_back():
     x.grad = torch.eye(4)
     optimizer.step(loss=1.0)
     after = x.detach().clone()
-    direction = optimizer.state[x]["direction"].clone()
+    direction = optimizer.state[x]["previous_direction"].clone()
     step, average = 0.1, optimizer.state[x]["momentum"].clone()
     x.grad = torch.ones(4, 4)
     optimizer.step(loss=100.0)
@@ -549,7 +597,7 @@ def test_the_way_back_undoes_the_decay_too(decay):
         x.grad, plain.grad = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
         optimizer.step(loss=loss)
         if loss == 1.0:
-            directions = [optimizer.state[p]["direction"].clone() for p in (x, plain)]
+            directions = [optimizer.state[p]["previous_direction"].clone() for p in (x, plain)]
         length = ((starts[1] - plain.detach()) / directions[1]).mean().item()  # of the step, or of its retry
         torch.testing.assert_close(plain.detach(), starts[1] - length * directions[1])
         expected = (1 - min(length / 2 * decay, 0.5)) * starts[0] - length / 2 * directions[0]

@@ -4,8 +4,7 @@
 step has to be taken back. :func:`take_back` and :func:`step_was_good` say what that means for α: a step that is taken
 back is tried again *shorter*, with the same α, because one high loss may be the fault of its batch. Only a second
 failure is evidence against α. Where losses have no noise there is no batch to blame, and α itself is reduced, as in the
-paper. Rules live in ``step_size.py``; tensors are touched only in ``elra.py`` and
-``spectral.py``.
+paper. Rules live in ``rules/``; tensors are touched only in ``base.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_elra.control.statistics import ENOUGH_LOSSES, LossStatistics, RecentLosses
+from hf_elra.optim.rules import Measurement
 
+RESTART_FORMULAS = ("derived", "paper")
 LONGEST_RETRY, SHORTEST_RETRY = 0.5, 0.1
 """A retry is between a tenth and a half as long as the step that was taken back. After the first one, and where loss or
 gradient is not finite (no parabola can be laid through infinity), it is a tenth."""
@@ -63,38 +64,70 @@ class StepGuards:
         lr_bounds: smallest and largest α.
         min_step_norm: floor under α‖u‖; the α warm-up for language models. 0 for none.
         max_step_norm: crop above α‖u‖; c in section 3.5. None for none.
-        max_relative_step: crop above this share of the weights' norm, as :func:`norm_to_crop_by` has it, or above
-            ``min_step_norm`` where that is more. None for none.
+        max_relative_step: crop above this share of the norm of the weights, or above ``min_step_norm`` where that is
+            more; weights of a root mean square below ``LEAST_SIZE`` count as of that. None for none.
+        max_first_step: the same for the first step alone, of which nothing is known. None for none.
+        max_relative_alpha: α is at most this share of the root mean square of the weights; for directions whose
+            elements have a mean square of one. None for none.
     """
 
-    max_growth: float
-    lr_bounds: tuple[float, float]
-    min_step_norm: float
-    max_step_norm: float | None
-    max_relative_step: float | None
+    max_growth: float = math.inf
+    lr_bounds: tuple[float, float] = (0.0, math.inf)
+    min_step_norm: float = 0.0
+    max_step_norm: float | None = None
+    max_relative_step: float | None = None
+    max_first_step: float | None = None
+    max_relative_alpha: float | None = None
 
-    def apply(self, alpha: float, previous_alpha: float, direction_norm: float, weight_norm: float) -> float:
+    def need_size(self, *, is_first: bool) -> bool:
+        """Whether the size of the weights has to be known."""
+        first = is_first and self.max_first_step is not None
+        return first or self.max_relative_step is not None or self.max_relative_alpha is not None
+
+    def apply(
+        self,
+        alpha: float,
+        previous_alpha: float,
+        direction_norm: float,
+        weight_square: float = 0.0,
+        number: int = 0,
+        *,
+        is_first: bool = False,
+    ) -> float:
         """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``.
 
         In this order: growth, floor, bounds, crop. So a vanishing gradient cannot drive the floor past the upper bound,
         and a huge one is cropped even below the lower bound.
+
+        Args:
+            alpha: what the rule proposes.
+            previous_alpha: α_{t-1}.
+            direction_norm: ‖u_t‖.
+            weight_square, number: sum of the squares of the weights whose size limits a step, and how many they are.
+            is_first: whether it is the first step.
         """
         alpha = min(alpha, self.max_growth * previous_alpha)
         if self.min_step_norm > 0 and direction_norm > 0:
             alpha = max(alpha, self.min_step_norm / direction_norm)
-        low, high = self.lr_bounds
-        alpha = min(max(alpha, low), high)
+        alpha = self.bounded(alpha, math.sqrt(weight_square / number) if weight_square > 0 else 0.0)
         longest = math.inf if self.max_step_norm is None else self.max_step_norm
         if self.max_relative_step is not None:
-            longest = min(longest, max(self.max_relative_step * weight_norm, self.min_step_norm))
+            # Weights that begin at zero have to leave it.
+            norm = math.sqrt(max(weight_square, LEAST_SIZE**2 * number))
+            longest = min(longest, max(self.max_relative_step * norm, self.min_step_norm))
         if alpha * direction_norm > longest:
             alpha = longest / direction_norm
+        if is_first and self.max_first_step is not None and direction_norm > 0 and weight_square > 0:
+            longest = max(self.max_first_step * math.sqrt(weight_square), self.min_step_norm)
+            alpha = min(alpha, longest / direction_norm)
         return alpha
 
-
-def norm_to_crop_by(weight_square: float, number: int) -> float:
-    """The norm of so many weights, from the sum of their squares; at least that of weights of ``LEAST_SIZE``."""
-    return math.sqrt(max(weight_square, LEAST_SIZE**2 * number))
+    def bounded(self, alpha: float, root_mean_square: float) -> float:
+        """Return α within its bounds, of weights of this root mean square; 0 for one that is not known."""
+        low, high = self.lr_bounds
+        if self.max_relative_alpha is not None and root_mean_square > 0:
+            high = min(high, self.max_relative_alpha * root_mean_square)
+        return max(min(alpha, high), low)
 
 
 def new_loss_statistics(window: int | None = None) -> dict[str, Any]:
@@ -116,8 +149,8 @@ def new_loss_statistics(window: int | None = None) -> dict[str, Any]:
 class RestartGuard:
     """Soft restarts (ELRA, section 3.2): is a loss too high, and how much shorter must the step be?
 
-    The guard keeps nothing; what it must remember is in the ``memory`` that ``new_loss_statistics`` makes and that the
-    optimizer stores with its state.
+    The guard keeps nothing; what it must remember is in the ``statistics`` that ``new_loss_statistics`` makes and
+    that the optimizer stores with its state.
 
     Args:
         sigma: a loss above mean + ``sigma``·σ is too high.
@@ -129,107 +162,109 @@ class RestartGuard:
         noisy: losses are those of batches.
     """
 
-    sigma: float
-    initial_ratio: float | None
-    window: int | None
-    formula: str
+    sigma: float = 5.0
+    initial_ratio: float | None = 1.1
+    window: int | None = None
+    formula: str = "derived"
     noisy: bool = True
 
-    def limit(self, memory: dict[str, Any]) -> tuple[float, float | None]:
+    def limit(self, statistics: dict[str, Any]) -> tuple[float, float | None]:
         """Return the loss above which the last step is taken back (infinite while nothing is known), and the mean of
         the losses that it comes from."""
         if self.window is not None:
-            statistics = LossStatistics()
-            for loss in filter(lambda loss: loss is not None, memory["window"]):
-                statistics.add(loss)
-            if statistics.count > 1:
-                return statistics.mean + self.sigma * statistics.std, statistics.mean
-        count, mean, variance = memory["recent"]
+            window = LossStatistics()
+            for loss in filter(lambda loss: loss is not None, statistics["window"]):
+                window.add(loss)
+            if window.count > 1:
+                return window.mean + self.sigma * window.std, window.mean
+        count, mean, variance = statistics["recent"]
         recent = mean + self.sigma * math.sqrt(variance) if count >= ENOUGH_LOSSES else -math.inf
-        cycle_mean, cycle_std = memory["last_cycle"]
+        cycle_mean, cycle_std = statistics["last_cycle"]
         if cycle_mean is not None:
             return max(cycle_mean + self.sigma * cycle_std, recent), mean if count >= ENOUGH_LOSSES else cycle_mean
         if count >= ENOUGH_LOSSES:
             # Beyond the paper: losses of small batches often differ by more than a tenth, so that 1.1·f_0 alone would
             # take back good steps for a whole epoch; and a loss that has fallen far could climb back unnoticed.
             return recent, mean
-        initial = memory["initial_loss"]
+        initial = statistics["initial_loss"]
         if self.initial_ratio is None or initial is None or initial == 0:
             return math.inf, initial
         return initial + (self.initial_ratio - 1) * abs(initial), initial
 
-    def base(self, memory: dict[str, Any], previous_loss: float | None) -> float | None:
+    def base(self, statistics: dict[str, Any], previous_loss: float | None) -> float | None:
         """Return the loss that a rise is measured from.
 
         That is f_{t-1}, or the recent mean where it is higher: f_{t-1} belongs to another batch, and after an easy one
         every loss would seem a steep rise.
         """
-        count, mean, _ = memory["recent"]
+        count, mean, _ = statistics["recent"]
         if previous_loss is None or count < ENOUGH_LOSSES:
             return previous_loss
         return max(previous_loss, mean)
 
-    def is_too_high(self, memory: dict[str, Any], loss: float, *, decrease: float, previous_loss: float | None) -> bool:
+    def is_too_high(
+        self, statistics: dict[str, Any], loss: float, *, decrease: float, previous_loss: float | None
+    ) -> bool:
         """Whether a finite loss is above the limit, and its rise matters.
 
         A rise matters beside ``decrease``, what the step promised (α·slope), and beside the rounding of losses: near 0
         a loss doubles for no reason.
         """
-        if not loss > self.limit(memory)[0]:
+        if not loss > self.limit(statistics)[0]:
             return False
-        base = self.base(memory, previous_loss)
+        base = self.base(statistics, previous_loss)
         if base is None:
             return True
         return loss - base > max(MATTERS * decrease, ROUNDING * max(abs(loss), abs(base)))
 
-    def is_a_new_level(self, memory: dict[str, Any], loss: float, *, retries: int) -> bool:
+    def is_a_new_level(self, statistics: dict[str, Any], loss: float, *, retries: int) -> bool:
         """Take a too high loss into the row of those before it; return whether it is a level that persists."""
-        mean = self.limit(memory)[1]
-        row = LossStatistics(*memory["row"])
+        mean = self.limit(statistics)[1]
+        row = LossStatistics(*statistics["row"])
         if mean is not None and row.count > 0 and loss - mean < COMES_DOWN * (row.mean - mean):
             row = LossStatistics()
         row.add(loss)
-        memory["row"] = [row.count, row.mean, row.squared_deviations]
+        statistics["row"] = [row.count, row.mean, row.squared_deviations]
         return (self.noisy and row.count > RETRIES_OF_A_LEVEL) or retries >= MOST_RETRIES
 
-    def accept_level(self, memory: dict[str, Any]) -> None:
+    def accept_level(self, statistics: dict[str, Any]) -> None:
         """Let the losses of the row be ordinary from now on: the statistics take their mean and a generous spread."""
-        _, mean = self.limit(memory)
-        row = LossStatistics(*memory["row"])
+        _, mean = self.limit(statistics)
+        row = LossStatistics(*statistics["row"])
         jump = 0.0 if mean is None else abs(row.mean - mean)
-        std = max(row.std, math.sqrt(memory["recent"][2]), jump / self.sigma)
-        memory["initial_loss"] = row.mean
+        std = max(row.std, math.sqrt(statistics["recent"][2]), jump / self.sigma)
+        statistics["initial_loss"] = row.mean
         if self.window is not None:
-            memory["window"] = [*[None] * (self.window - 2), row.mean - std, row.mean + std]
+            statistics["window"] = [*[None] * (self.window - 2), row.mean - std, row.mean + std]
         else:
-            memory["recent"] = [ENOUGH_LOSSES, row.mean, std * std]
-            if memory["last_cycle"][0] is not None:
-                memory["last_cycle"] = [row.mean, std]
+            statistics["recent"] = [ENOUGH_LOSSES, row.mean, std * std]
+            if statistics["last_cycle"][0] is not None:
+                statistics["last_cycle"] = [row.mean, std]
 
-    def record(self, memory: dict[str, Any], loss: float) -> None:
+    def record(self, statistics: dict[str, Any], loss: float) -> None:
         """Take an accepted loss into the statistics."""
-        highest, mean = self.limit(memory)
+        highest, mean = self.limit(statistics)
         if mean is not None:
             loss = min(loss, mean + COUNTS_AT_MOST * (highest - mean))
-        if memory["initial_loss"] is None:
-            memory["initial_loss"] = loss
+        if statistics["initial_loss"] is None:
+            statistics["initial_loss"] = loss
         if self.window is not None:
-            memory["window"] = [*memory["window"], loss][-self.window :]
+            statistics["window"] = [*statistics["window"], loss][-self.window :]
             return
-        statistics = LossStatistics(*memory["cycle"])
-        statistics.add(loss)
-        memory["cycle"] = [statistics.count, statistics.mean, statistics.squared_deviations]
-        recent = RecentLosses(*memory["recent"])
+        cycle = LossStatistics(*statistics["cycle"])
+        cycle.add(loss)
+        statistics["cycle"] = [cycle.count, cycle.mean, cycle.squared_deviations]
+        recent = RecentLosses(*statistics["recent"])
         recent.add(loss)
-        memory["recent"] = [recent.count, recent.mean, recent.variance]
+        statistics["recent"] = [recent.count, recent.mean, recent.variance]
 
     @staticmethod
-    def end_cycle(memory: dict[str, Any]) -> None:
+    def end_cycle(statistics: dict[str, Any]) -> None:
         """Close a cycle: its mean and σ judge the next one. A cycle of fewer than two losses goes on."""
-        statistics = LossStatistics(*memory["cycle"])
-        if statistics.count > 1:
-            memory["last_cycle"] = [statistics.mean, statistics.std]
-            memory["cycle"] = [0, 0.0, 0.0]
+        cycle = LossStatistics(*statistics["cycle"])
+        if cycle.count > 1:
+            statistics["last_cycle"] = [cycle.mean, cycle.std]
+            statistics["cycle"] = [0, 0.0, 0.0]
 
     def shrink(self, step_size: float, previous_slope: float, loss: float, base: float | None) -> float:
         """Return how much shorter than the last step the next try from x_{t-1} is.
@@ -264,24 +299,65 @@ def new_setbacks() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def take_back(control: dict[str, Any], factor: float, *, lowest: float, noisy: bool = True) -> None:
+def judge(scalars: dict[str, Any], guard: RestartGuard, measured: Measurement, *, soft_restart: bool) -> float | None:
+    """Return how many times as long the last step is to be tried again; None where it stands.
+
+    Args:
+        scalars: of :func:`new_setbacks`, with ``loss_statistics`` and ``previous_loss``.
+        guard: of the losses.
+        measured: of this update.
+        soft_restart: whether a finite loss can be too high.
+    """
+    loss, previous_slope = measured.loss, measured.previous_slope
+    statistics, failures = scalars["loss_statistics"], scalars["consecutive_restarts"]
+    if not math.isfinite(measured.gradient_norm_squared) or not (loss is None or math.isfinite(loss)):
+        scalars["non_finite"] += 1
+        scalars["non_finite_in_a_row"] += 1
+        return SHORTEST_RETRY
+    scalars["non_finite_in_a_row"] = 0
+    if loss is None:
+        return None
+    if soft_restart and previous_slope is not None:
+        step_size, previous_loss = measured.step_size, scalars["previous_loss"]
+        if guard.is_too_high(statistics, loss, decrease=step_size * previous_slope, previous_loss=previous_loss):
+            if not guard.is_a_new_level(statistics, loss, retries=failures):
+                base = guard.base(statistics, previous_loss)
+                if not guard.noisy:
+                    guard.record(statistics, min(loss, guard.limit(statistics)[0]))
+                elif failures == 0 and not scalars["on_trial"]:
+                    statistics["suspect"] = loss
+                return guard.shrink(step_size, previous_slope, loss, base)
+            guard.accept_level(statistics)
+            scalars["accepted_levels"] += 1
+            scalars["consecutive_restarts"] = scalars["on_trial"] = failures = 0
+            statistics["suspect"] = None
+    if failures == 0 and statistics["suspect"] is not None:  # it was the batch
+        guard.record(statistics, statistics["suspect"])
+    if failures != 1 or scalars["on_trial"]:
+        statistics["suspect"] = None
+    statistics["row"] = [0, 0.0, 0.0]
+    guard.record(statistics, loss)
+    return None
+
+
+def take_back(scalars: dict[str, Any], factor: float, *, lowest: float, noisy: bool = True) -> None:
     """The last step is taken back and tried again, ``factor`` times as long or shorter; α stays, where there is noise.
 
     Args:
-        control: of :func:`new_setbacks`, with ``alpha``.
+        scalars: of :func:`new_setbacks`, with ``alpha``.
         factor: see :meth:`RestartGuard.shrink`.
         lowest: α's lower bound.
         noisy: losses are those of batches.
     """
     if not noisy:
-        control["alpha"] = max(control["alpha"] * factor, lowest)
+        scalars["alpha"] = max(scalars["alpha"] * factor, lowest)
     else:
-        control["length"] *= SHORTEST_RETRY if control["consecutive_restarts"] > 0 else factor
-    control["consecutive_restarts"] += 1
-    control["restarts"] += 1
+        scalars["length"] *= SHORTEST_RETRY if scalars["consecutive_restarts"] > 0 else factor
+    scalars["consecutive_restarts"] += 1
+    scalars["restarts"] += 1
 
 
-def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy: bool = True) -> bool:
+def step_was_good(scalars: dict[str, Any], *, known: bool, lowest: float, noisy: bool = True) -> bool:
     """The last step stands. Return whether it was a full one, so that its slopes say something about α.
 
     If steps were taken back before, α is put on trial: the next step is a full one again. α is reduced where that is
@@ -290,42 +366,44 @@ def step_was_good(control: dict[str, Any], *, known: bool, lowest: float, noisy:
     those that are near the limit by chance, are no evidence against α.
 
     Args:
-        control: of :func:`new_setbacks`, with ``alpha``.
+        scalars: of :func:`new_setbacks`, with ``alpha``.
         known: whether there was a step.
         lowest: α's lower bound.
         noisy: as for :func:`take_back`.
     """
-    failures, alpha = control["consecutive_restarts"], control["alpha"]
-    control["quiet"] += 1
-    if control["quiet"] > QUIET_UPDATES:
-        control["level"] = None
+    failures, alpha = scalars["consecutive_restarts"], scalars["alpha"]
+    scalars["quiet"] += 1
+    if scalars["quiet"] > QUIET_UPDATES:
+        scalars["level"] = None
     if not known:
-        control["length"] = 1.0
+        scalars["length"] = 1.0
     elif failures == 0:
-        control["proven"] = alpha
-        if control["level"] is not None:
-            control["level"] = max(control["level"], alpha)
-    elif noisy and (failures > 1 or control["on_trial"]):
-        good = alpha * control["length"]
+        scalars["proven"] = alpha
+        if scalars["level"] is not None:
+            scalars["level"] = max(scalars["level"], alpha)
+    elif noisy and (failures > 1 or scalars["on_trial"]):
+        good = alpha * scalars["length"]
         reduced = max(good, alpha * SHORTEST_RETRY, lowest)
-        if control["level"] is not None:
-            level = control["level"] / 2
+        if scalars["level"] is not None:
+            level = scalars["level"] / 2
         else:
-            level = alpha if control["proven"] is None else min(control["proven"], alpha)
-        control["alpha"], control["level"], control["quiet"] = reduced, max(level, reduced), 0
-        control["length"] = good / reduced
-    control["on_trial"] = int(failures > 0 and known and noisy)
-    control["consecutive_restarts"] = 0
-    full, control["length"] = control["length"] == 1, 1.0
+            level = alpha if scalars["proven"] is None else min(scalars["proven"], alpha)
+        scalars["alpha"], scalars["level"], scalars["quiet"] = reduced, max(level, reduced), 0
+        scalars["length"] = good / reduced
+    scalars["on_trial"] = int(failures > 0 and known and noisy)
+    scalars["consecutive_restarts"] = 0
+    full, scalars["length"] = scalars["length"] == 1, 1.0
     return full
 
 
-def way_back(control: dict[str, Any], previous_slope: float, current_slope: float) -> float:
+def way_back(scalars: dict[str, Any], previous_slope: float, current_slope: float) -> float:
     """Return what α at least becomes when trouble has ended; 0 where it has not, or nothing is to be done.
 
     It has not where α was reduced just now, or where the last step went further than to twice the minimum of its line.
     """
-    level, alpha = control["level"], control["alpha"]
-    if level is None or alpha >= level or control["quiet"] == 0 or current_slope <= -previous_slope:
+    level, alpha = scalars["level"], scalars["alpha"]
+    if level is None or alpha >= level or scalars["quiet"] == 0:
+        return 0.0
+    if previous_slope <= 0 or current_slope <= -previous_slope:
         return 0.0
     return float(min(WAY_BACK * alpha, level))

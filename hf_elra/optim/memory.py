@@ -1,7 +1,7 @@
 """Memory layouts: what is kept of the last update, and where. One vector beside parameters and gradients, not two.
 
 A layout knows how to keep a step's direction u_{t-1}, to give it back, and to take the step back. Sums and updates are
-those of ``tensors.py``; when a step is taken back is decided in ``elra.py``.
+those of ``tensors.py``; when a step is taken back is decided in ``guards.py``.
 
 ==========  ===================================  =================================================================
 layout      keeps                                exact
@@ -43,8 +43,68 @@ class Part(NamedTuple):
     rounding_seed: int | None = None
 
 
-class GradientMemory:
-    """Keeps the last direction. A gradient is not copied where the tensor itself can be kept.
+class DirectionMemory:
+    """Keeps the last direction, whose tensors nobody else has.
+
+    Args:
+        foreach: as for ``tensors.descend``.
+    """
+
+    key = "previous_direction"
+
+    def __init__(self, *, foreach: bool | None = None) -> None:
+        self.foreach = foreach
+
+    def directions(self, part: Part) -> Iterator[Tensor | None]:
+        """Yield u_{t-1} of every parameter, None for those that did not move."""
+        for state in part.states:
+            yield state.get(self.key)
+
+    def products(self, part: Part, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩ over these parameters."""
+        return squares_and_products(gradients, self.directions(part))
+
+    def overwritten(self, part: Part) -> bool:
+        """Whether what is kept was changed since by somebody else, or may be."""
+        return False
+
+    def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
+        """Take the step that the group tells, and keep it."""
+        self._descend(part, directions, part.group["step_size"], part.group["step_decay"])
+        self._keep(part, directions)
+
+    def _descend(self, part: Part, directions: Sequence[Tensor], step_size: float, decay: float) -> None:
+        descend(part.params, directions, step_size, decay, foreach=self.foreach, rounding_seed=part.rounding_seed)
+
+    def _keep(self, part: Part, directions: Sequence[Tensor]) -> None:
+        for state, u in zip(part.states, directions, strict=True):
+            state[self.key] = u
+
+    def retrace(self, part: Part, new_step_size: float, kept: float) -> None:
+        """Go back to x_{t-1} and step from there with ``new_step_size`` instead of the group's.
+
+        x_t = (1 - d)·x_{t-1} - α·u and x' = (1 - d')·x_{t-1} - α'·u, so x' = k·x_t - (α' - k·α)·u with
+        k = (1 - d')/(1 - d): one scaling and one addition.
+
+        Args:
+            part: of the last step.
+            new_step_size: α'.
+            kept: k; 1 where weight decay does not depend on α.
+        """
+        moved = [(p, s[self.key]) for p, s in zip(part.params, part.states, strict=True) if self.key in s]
+        params, directions = [p for p, _ in moved], [u for _, u in moved]
+        back = new_step_size - kept * part.group["step_size"]
+        self._descend(part._replace(params=params), directions, back, 1 - kept)
+
+    def finish(self) -> None:
+        """Wait until all that is kept is where it belongs."""
+
+    def release_gradients(self, part: Part) -> None:
+        """Copy what is kept of gradients that are about to be zeroed in place."""
+
+
+class GradientMemory(DirectionMemory):
+    """Keeps the last gradient, which is not copied where the tensor itself can be kept.
 
     After ``zero_grad()`` (which sets gradients to None) nobody else uses it. Where somebody does, e.g. because the
     gradient lies in a bucket of DistributedDataParallel, it is copied. Where it turns out that a kept gradient was
@@ -56,21 +116,11 @@ class GradientMemory:
         foreach: as for ``tensors.descend``.
     """
 
-    key = "previous_direction"
-
     def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
-        self.copies, self.foreach = copies, foreach
+        super().__init__(foreach=foreach)
+        self.copies = copies
         # Of gradients that were kept as they are, by the id of their parameter: a weak reference, and the version.
         self._versions: dict[int, tuple[Any, int]] = {}
-
-    def directions(self, part: Part) -> Iterator[Tensor | None]:
-        """Yield u_{t-1} of every parameter, None for those that did not move."""
-        for state in part.states:
-            yield state.get(self.key)
-
-    def products(self, part: Part, gradients: Sequence[Tensor]) -> tuple[float, float]:
-        """Return ‖G_t‖² and ⟨G_t, u_{t-1}⟩ over these parameters."""
-        return squares_and_products(gradients, self.directions(part))
 
     def overwritten(self, part: Part) -> bool:
         """Whether a kept gradient was changed since, or may be; then all are copied from now on."""
@@ -102,14 +152,6 @@ class GradientMemory:
             "always lie in the same memory, or by a second step() with the same ones. The last step is forgotten, and "
             "gradients are copied from now on. Let zero_grad() set them to None, or pass capturable=True."
         )
-
-    def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
-        """Take the step that the group tells, and keep it."""
-        self._descend(part, directions, part.group["step_size"], part.group["step_decay"])
-        self._keep(part, directions)
-
-    def _descend(self, part: Part, directions: Sequence[Tensor], step_size: float, decay: float) -> None:
-        descend(part.params, directions, step_size, decay, foreach=self.foreach, rounding_seed=part.rounding_seed)
 
     def _keep(self, part: Part, directions: Sequence[Tensor]) -> None:
         lots: dict[bool, list[tuple[dict[str, Any], Tensor, Tensor]]] = {}
@@ -146,9 +188,6 @@ class GradientMemory:
             kept.append(state[self.key])
         return kept
 
-    def finish(self) -> None:
-        """Wait until all that is kept is where it belongs."""
-
     def release_gradients(self, part: Part) -> None:
         """Copy what is kept of gradients that are about to be zeroed in place."""
         for state, p in zip(part.states, part.params, strict=True):
@@ -156,15 +195,12 @@ class GradientMemory:
                 state[self.key] = state[self.key].clone()
                 self._versions.pop(id(p), None)
 
-    def retrace(self, part: Part, new_step_size: float) -> None:
-        """Go back to x_{t-1} and step from there with ``new_step_size`` instead of the group's.
-
-        x_{t-1} - α'u = x_t + (α - α')u, whatever the weight decay was, so one addition does both.
-        """
-        back = new_step_size - part.group["step_size"]
+    def retrace(self, part: Part, new_step_size: float, kept: float) -> None:
+        """As of every memory, one parameter at a time."""
+        back = new_step_size - kept * part.group["step_size"]
         for p, u in zip(part.params, self.directions(part), strict=True):
             if u is not None:
-                self._descend(part._replace(params=[p]), [u.to(p.device)], back, 0.0)
+                self._descend(part._replace(params=[p]), [u.to(p.device)], back, 1 - kept)
 
 
 class PointMemory(GradientMemory):
@@ -219,13 +255,13 @@ class PointMemory(GradientMemory):
     def release_gradients(self, part: Part) -> None:
         """Nothing: no gradient is kept."""
 
-    def retrace(self, part: Part, new_step_size: float) -> None:
-        """x ← x_{t-1} - new_step_size·u."""
+    def retrace(self, part: Part, new_step_size: float, kept: float) -> None:
+        """x ← k·(1 - d)·x_{t-1} - new_step_size·u, of which (1 - d)·x_{t-1} is what is kept."""
         for state, p, u in zip(part.states, part.params, self.directions(part), strict=True):
             if u is None:
                 continue
             local(p).copy_(local(state[self.key]))
-            self._descend(part._replace(params=[p]), [u], new_step_size, 0.0)
+            self._descend(part._replace(params=[p]), [u], new_step_size, 1 - kept)
 
 
 class OffloadMemory(GradientMemory):

@@ -26,15 +26,11 @@ from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.optim import ELRA, ELRASpectral, LossAwareOptimizer
-from hf_elra.optim.directions import KINDS
+from hf_elra.optim import ELRA, OPTIMIZERS, ELRASpectral
+from hf_elra.optim.directions.spectral import KINDS
 from hf_elra.trainer.rows import number_of_rows
 
 logger = logging.getLogger(__name__)
-
-OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral": ELRASpectral}
-"""Every ``--optim`` name of this package."""
-
 
 BATCH_CONTROLS = ("off", "elra", "noise", "linear", "schedule")
 MEANS = ("off", "cycle", "run")

@@ -21,7 +21,7 @@ from transformers.trainer_utils import has_length
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRASpectral, LossAwareOptimizer
-from hf_elra.optim.directions import KINDS
+from hf_elra.optim.directions.spectral import KINDS
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.directions import KINDS
+from hf_elra.optim.directions.spectral import KINDS
 from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
     OPTIMIZERS,

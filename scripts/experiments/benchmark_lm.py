@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, ElraTrainingArguments, embeddings_of
+from hf_elra.optim.directions.spectral import Spectral
 from hf_elra.recipes import text_data
 from hf_elra.recipes.babyllama import collate
 from hf_elra.recipes.run_folder import read_json, write_json
@@ -175,39 +176,53 @@ def _muon(model: Any) -> tuple[type, dict[str, Any]]:
     return _MuonAndAdamW, {"embeddings": embeddings_of(model)}
 
 
-class _OverAdam(ELRASpectral):
-    """The rule for α over Adam's direction: averaged gradients over the root of their averaged squares.
+class _Adam(Spectral):
+    """Adam's direction: averaged gradients over the root of their averaged squares.
 
-    Squares of the search, whose points are taken back, are forgotten.
+    Squares of a search, whose points are taken back, are forgotten with all else of it.
     """
 
     BETA, EPSILON = 0.999, 1e-8
 
-    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
-        return [self._of_group(*group) for group in zip(params, gradients, strict=True)]
+    def apply(self, groups: Any, params: Any, gradients: Any, state: Any) -> list[list[Tensor]]:
+        return [self._of_group(*group, state) for group in zip(params, gradients, strict=True)]
 
-    def _of_group(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        updates, searched, momentum = self._scalars["updates"], self._scalars["searched"], self._momentum()
-        number = updates - (searched or 0)
+    def _of_group(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         directions = []
-        for p, gradient, average in zip(params, gradients, self._averaged(params, gradients, momentum), strict=True):
-            if number == 1 or "squares" not in self.state[p]:
-                self.state[p]["squares"] = torch.zeros_like(p)
-            squares = self.state[p]["squares"].lerp_(gradient.square(), 1 - self.BETA) / (1 - self.BETA**number)
-            directions.append(average / (1 - momentum ** (updates + 1)) / (squares.sqrt() + self.EPSILON))
+        for p, gradient, average in zip(params, gradients, self.averaged(params, gradients, state), strict=True):
+            mine = state[p]
+            number = mine["number"] = mine.get("number", 0) + 1
+            if number == 1:
+                mine["squares"] = torch.zeros_like(p)
+            squares = mine["squares"].lerp_(gradient.square(), 1 - self.BETA) / (1 - self.BETA**number)
+            directions.append(average / (1 - self.momentum ** (number + 1)) / (squares.sqrt() + self.EPSILON))
         return directions
 
 
-class _OverAverages(ELRASpectral):
-    """The rule for α over averaged gradients, those of a group scaled together to a mean square of one."""
+class _Averages(Spectral):
+    """Averaged gradients, those of a group scaled together to a mean square of one."""
 
-    def _directions(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
-        return [self._of_group(*group) if group[0] else [] for group in zip(params, gradients, strict=True)]
+    def apply(self, groups: Any, params: Any, gradients: Any, state: Any) -> list[list[Tensor]]:
+        return [self._of_group(*group, state) if group[0] else [] for group in zip(params, gradients, strict=True)]
 
-    def _of_group(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        averages = self._averaged(params, gradients, self._momentum())
+    def _of_group(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
+        averages = self.averaged(params, gradients, state)
         size = get_total_norm(averages) / sum(average.numel() for average in averages) ** 0.5
         return [average / size for average in averages]
+
+
+class _OverAdam(ELRASpectral):
+    """The rule for α over Adam's direction."""
+
+    def direction(self, momentum: float) -> Spectral:
+        return _Adam(momentum)
+
+
+class _OverAverages(ELRASpectral):
+    """The rule for α over averaged gradients."""
+
+    def direction(self, momentum: float) -> Spectral:
+        return _Averages(momentum)
 
 
 # ---- one run ----

@@ -65,7 +65,7 @@ def _beside_the_twin(part: Part, layout: str) -> dict[str, Any]:
     import torch
 
     from hf_elra import ELRA
-    from hf_elra.optim.reference import ReferenceELRA
+    from hf_elra.optim.reference.elra import ReferenceELRA
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(64, 48), (48,), (5, 3, 3, 3)]
@@ -204,7 +204,7 @@ def _polar_factors(part: Part) -> dict[str, Any]:
     """
     import torch
 
-    from hf_elra.optim.directions import polar_factor
+    from hf_elra.optim.directions.spectral import polar_factor
 
     generator = torch.Generator().manual_seed(0)
     cosines, largest = {}, 0.0

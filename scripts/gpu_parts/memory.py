@@ -99,7 +99,8 @@ def _merge(part: Part) -> dict[str, Any]:
 
 def _processes(part: Part, backend: str, number: int) -> dict[str, Any]:
     """A training script on so many processes; their weights are those of one process."""
-    losses = {}
+    norms: dict[int, list[float]] = {}
+    differing = 0
     for processes in sorted({1, number}):
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
@@ -111,14 +112,16 @@ def _processes(part: Part, backend: str, number: int) -> dict[str, Any]:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=max(part.left, 5)
         )
-        found = re.findall(r"^weights ([0-9.e+-]+) differing (\d+)$", done.stdout, flags=re.MULTILINE)
+        found = re.findall(r"^weights (\S+) (\S+) differing (\d+)$", done.stdout, flags=re.MULTILINE)
         if done.returncode != 0 or not found:
             raise RuntimeError(f"{processes} processes failed: {done.stderr[-1500:]}")
-        losses[processes] = (float(found[0][0]), int(found[0][1]))
-    apart = abs(losses[number][0] / losses[1][0] - 1)
-    differing = losses[number][1]
+        norms[processes], differing = [float(norm) for norm in found[0][:2]], int(found[0][2])
+    apart = [abs(norm / alone - 1) for norm, alone in zip(norms[number], norms[1], strict=True)]
+    # Sums over two processes are rounded otherwise. The directions of elra_spectral come in bfloat16 on a GPU, of which
+    # one rounding is 0.4 %.
+    allowed = 1e-4, 1e-4 if part.device == "cpu" else 4e-3
     return {
-        "ok": differing == 0 and apart < 1e-4,
+        "ok": differing == 0 and all(one < limit for one, limit in zip(apart, allowed, strict=True)),
         "details": f"{differing} of 40 updates after which processes differ"
-        + (f"; norm of the weights {apart:.0e} from that of one process" if number > 1 else ""),
+        + (f"; norms of the weights {apart[0]:.0e} and {apart[1]:.0e} from those of one process" if number > 1 else ""),
     }

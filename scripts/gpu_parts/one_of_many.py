@@ -56,7 +56,7 @@ def main(backend: str, device: str, batch: str) -> None:
             trainer.train()
         norms.append(flat_weights(model).double().norm().item())
     if int(os.environ["RANK"]) == 0:
-        print(f"weights {sum(norms):.9e} differing {watch.differing}", flush=True)
+        print("weights", *(f"{norm:.9e}" for norm in norms), "differing", watch.differing, flush=True)
     part()
     leave(0)
 

@@ -1,8 +1,6 @@
-"""Directions: what an update steps along.
+"""The direction of ``elra_spectral``: polar factors U·Vᵀ of matrices, and the like of what is no matrix.
 
-A direction turns the gradients of one update into tensors of the same shapes; the step is x ← x - α·direction. ELRA's
-is the gradient itself; ``elra_spectral`` follows :func:`spectral_direction`. Step sizes and guards live elsewhere and
-do not care which direction is used.
+Which parameters of a model are embeddings or stacked experts is found out here too.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
-Direction = Callable[[list[Tensor]], list[Tensor]]
+from hf_elra.optim.directions import Direction, Groups
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz iteration, those of Muon (K. Jordan et al., 2024): steep where singular values are
@@ -25,9 +23,68 @@ OVER = 1e-3
 """Share of the largest average below which what has no gradient stands still: after 66 updates at a momentum of 0.9."""
 
 
-def gradient_direction(gradients: list[Tensor]) -> list[Tensor]:
-    """Steepest descent: the direction is the gradient (ELRA, eq. 2)."""
-    return gradients
+class Spectral(Direction):
+    """Polar factors of averaged gradients; rows of embeddings and vectors along their own averages.
+
+    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter.
+
+    Args:
+        momentum: share of the averaged gradient that is kept at an update (Nesterov's form); 0 for no average, which
+            is then forgotten.
+
+    State per parameter: ``momentum``, the averaged gradient.
+    """
+
+    is_gradient = False
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def apply(
+        self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
+    ) -> list[list[Tensor]]:
+        """See :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
+        directions_of_groups = []
+        of_all: list[list[Any]] = [[], [], [], []]
+        for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
+            places = {p: index for index, p in enumerate(group["params"])}
+            embeddings, experts = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
+            averages = self.averaged(group_params, group_gradients, state)
+            matrices = unstack(averages, experts)
+            counts = [len(p) if is_expert else 1 for p, is_expert in zip(group_params, experts, strict=True)]
+            embeddings = [flag for flag, count in zip(embeddings, counts, strict=True) for _ in range(count)]
+            directions = spectral_direction(matrices, embeddings)
+            parts = directions, matrices, unstack(group_gradients, experts), embeddings
+            for kept, part in zip(of_all, parts, strict=True):
+                kept.extend(part)
+            directions_of_groups.append((directions, group_params, experts))
+        if self.momentum > 0:
+            freeze_inactive(*of_all)
+        return [restack(*group) for group in directions_of_groups]
+
+    def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
+        """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
+        if self.momentum == 0 or not params:
+            for p in params:
+                state[p].pop("momentum", None)
+            return gradients
+        for p in params:
+            if "momentum" not in state[p]:
+                state[p]["momentum"] = torch.zeros_like(p)
+        averages = [state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+        return list(torch._foreach_lerp(averages, gradients, 1 - self.momentum))
+
+    def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
+        """All matrices, whether they have a gradient or not; all parameters where there are none."""
+        weights = [p for group in groups for p in group["params"]]
+        matrices = [
+            p
+            for group in groups
+            for p, is_embedding in zip(group["params"], group["embeddings"], strict=True)
+            if p.dim() > 1 and not is_embedding
+        ]
+        return [[p for p in matrices or weights if p.numel() > 0]]
 
 
 def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) -> list[Tensor]:

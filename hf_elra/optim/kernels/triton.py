@@ -1,14 +1,14 @@
 """ELRA's update in Triton kernels: nothing waits for the host, and every number is moved as seldom as possible.
 
 Four kinds of kernels make an update. ``products_kernel`` reads every gradient and the one before it once and writes
-partial sums of ⟨G_t, G_t⟩ and ⟨G_t, G_{t-1}⟩; ``control_kernel``, a single program, adds these up in a fixed order and
-makes all decisions of ``elra.py`` and ``guards.py`` on a vector of numbers that stays on the device; ``update_kernel``
+partial sums of ⟨G_t, G_t⟩ and ⟨G_t, G_{t-1}⟩; ``decision_kernel``, a single program, adds these up in a fixed order and
+makes all decisions of ``base.py`` and ``guards.py`` on a vector of numbers that stays on the device; ``update_kernel``
 reads these and takes the step, or takes the last one back. On its way it sums the squares of the parameters, for the
 relative crop of the next update, which ``size_kernel`` adds up. Tensors are found through tables of their addresses, so
 that one launch serves all tensors of a type in a parameter group.
 
 The numbers are copied to the host when somebody asks for them (:meth:`FusedUpdate.pull`). Which parameters can be
-updated like this is said by :func:`why_not`; for others ``elra.py`` does the same with plain tensor operations.
+updated like this is said by :func:`why_not`; for others ``base.py`` does the same with plain tensor operations.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ PIECE = 16 * BLOCK  # numbers of a tensor that one program handles
 KEPT_TABLES = 64  # small tables that stay on the device
 BYTES_FOR_CAPTURES = 2**20
 
-OF_CONTROL = (
+OF_SCALARS = (
     "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
     "weight_square", "length", "proven", "level",
     "restarts", "non_finite", "consecutive_restarts", "non_finite_in_a_row", "skipped", "accepted_levels", "on_trial",
     "quiet", "updates",
 )  # fmt: skip
-COUNTS = OF_CONTROL[12:]
+COUNTS = OF_SCALARS[12:]
 OF_MEMORY = (
     "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
     "recent_count", "recent_mean", "recent_variance", "row_count", "row_mean", "row_squares", "suspect",
 )  # fmt: skip
 OF_UPDATE = ("verdict", "step_before", "had_previous")  # for the kernels that follow
-NAMES = (*OF_CONTROL, *OF_MEMORY, *OF_UPDATE)
+NAMES = (*OF_SCALARS, *OF_MEMORY, *OF_UPDATE)
 """What the vector of numbers holds, in this order; NaN says that a number is not known. The verdict is 0 for a step, 1
 if the last one is taken back, 2 if the batch is skipped."""
 
@@ -196,12 +196,12 @@ def _recorded(
 
 
 @triton.jit(do_not_specialize=["count"])
-def control_kernel(
+def decision_kernel(
     numbers, partials, count, loss_address, settings,
     HAS_LOSS: tl.constexpr, SOFT: tl.constexpr, HAS_RATIO: tl.constexpr, DERIVED: tl.constexpr, BB2: tl.constexpr,
     NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decide: what ``ELRA._update`` does with numbers, in one program and in float64.
+    """Decide: what an update of ELRA does with numbers, in one program and in float64.
 
     Args:
         numbers: the vector of :data:`NAMES`, read and written.
@@ -258,7 +258,7 @@ def control_kernel(
     if HAS_LOSS:
         skipped = (square == 0) & (loss - loss != 0)  # a batch without information
 
-    # Is the loss too high? (LossAwareOptimizer._judge, RestartGuard)
+    # Is the loss too high? (guards.judge, RestartGuard)
     on_trial = tl.load(numbers + _ON_TRIAL)
     too_high = finite & (finite == 0)
     level_accepted = too_high
@@ -421,7 +421,7 @@ def control_kernel(
     tl.store(numbers + _DIRECTION_NORM, new_norm)
     # Where nothing moves there is nothing to take back and nothing to learn from.
     tl.store(numbers + _PREVIOUS_SLOPE, tl.where(factor > 0, tl.where(stands, slope, previous_slope), nan))
-    tl.store(numbers + _UPDATES, tl.load(numbers + _UPDATES) + 1)
+    tl.store(numbers + _UPDATES, tl.load(numbers + _UPDATES) + tl.where(skipped, 0.0, 1.0))
     tl.store(numbers + _PREVIOUS_LOSS, tl.where(stands, loss, previous_loss))
     tl.store(numbers + _VERDICT, restarted.to(tl.float64) + 2 * skipped.to(tl.float64))
     tl.store(numbers + _HAD_PREVIOUS, known.to(tl.float64))
@@ -587,11 +587,11 @@ class FusedUpdate:
         self._for_captures: Tensor | None = None
         self._captured = 0  # bytes of it
 
-    def push(self, control: dict[str, Any], device: torch.device) -> None:
+    def push(self, scalars: dict[str, Any], device: torch.device) -> None:
         """Copy the host's numbers to the device."""
-        memory = control["loss_statistics"]
+        memory = scalars["loss_statistics"]
         values = dict.fromkeys(NAMES)
-        values.update({name: control[name] for name in OF_CONTROL})
+        values.update({name: scalars[name] for name in OF_SCALARS})
         values["initial_loss"] = memory["initial_loss"]
         values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
         values["last_mean"], values["last_std"] = memory["last_cycle"]
@@ -599,31 +599,31 @@ class FusedUpdate:
         values["row_count"], values["row_mean"], values["row_squares"] = memory["row"]
         values["suspect"] = memory["suspect"]
         row = [math.nan if value is None else float(value) for value in values.values()]
-        told = torch.tensor(row, dtype=torch.float64)
+        on_host = torch.tensor(row, dtype=torch.float64)
         if self.numbers is None or self.numbers.device != device:
-            self.numbers = torch.empty_like(told, device=device)
-        self.numbers.copy_(told)  # in place: a captured CUDA graph goes on with this very tensor
+            self.numbers = torch.empty_like(on_host, device=device)
+        self.numbers.copy_(on_host)  # in place: a captured CUDA graph goes on with this very tensor
         self.in_force = self.was_read = True
 
-    def pull(self, control: dict[str, Any]) -> None:
+    def pull(self, scalars: dict[str, Any]) -> None:
         """Copy the device's numbers to the host; this waits for the device."""
         assert self.numbers is not None
         self.was_read = True
         row = self.numbers.tolist()
-        found: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
         }
-        for name in OF_CONTROL:
-            control[name] = int(found[name]) if name in COUNTS else found[name]
-        if control["gradient_norm"] is None and control["updates"] > 0:
-            control["gradient_norm"] = math.nan
-        memory = control["loss_statistics"]
-        memory["initial_loss"] = found["initial_loss"]
-        memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
-        memory["last_cycle"] = [found["last_mean"], found["last_std"]]
-        memory["recent"] = [int(found["recent_count"]), found["recent_mean"], found["recent_variance"]]
-        memory["row"] = [int(found["row_count"]), found["row_mean"], found["row_squares"]]
-        memory["suspect"] = found["suspect"]
+        for name in OF_SCALARS:
+            scalars[name] = int(numbers[name]) if name in COUNTS else numbers[name]
+        if scalars["gradient_norm"] is None and scalars["updates"] > 0:
+            scalars["gradient_norm"] = math.nan
+        memory = scalars["loss_statistics"]
+        memory["initial_loss"] = numbers["initial_loss"]
+        memory["cycle"] = [int(numbers["cycle_count"]), numbers["cycle_mean"], numbers["cycle_squares"]]
+        memory["last_cycle"] = [numbers["last_mean"], numbers["last_std"]]
+        memory["recent"] = [int(numbers["recent_count"]), numbers["recent_mean"], numbers["recent_variance"]]
+        memory["row"] = [int(numbers["row_count"]), numbers["row_mean"], numbers["row_squares"]]
+        memory["suspect"] = numbers["suspect"]
 
     def update(
         self,
@@ -652,7 +652,7 @@ class FusedUpdate:
             ("partials", sum(programs), device),
             lambda: torch.empty(sum(programs) + 1, 4, dtype=torch.float64, device=device),
         )
-        told, size = partials[-1, 0], self.numbers[NAMES.index("weight_square")]
+        loss_here, size = partials[-1, 0], self.numbers[NAMES.index("weight_square")]
         # The loss and the size of the parameters, so that one reduction serves for all.
         shares = [self._row("shares", launch.shares, device) for launch in launches]
         first = 0
@@ -665,17 +665,17 @@ class FusedUpdate:
             first += number
         if isinstance(loss, Tensor) and loss.device == device:
             if process_group is None:
-                told = loss
+                loss_here = loss
             else:
-                told.copy_(loss.view(()))
+                loss_here.copy_(loss.view(()))
         elif loss is not None:
-            told.fill_(float(loss))
+            loss_here.fill_(float(loss))
         if process_group is not None:
             partials[-1, 1].copy_(size)
             mean_over_processes(partials, process_group)
             size.copy_(partials[-1, 1])
-        control_kernel[(1,)](
-            self.numbers, partials, sum(programs), told, self._settings(settings, scale, launches, device),
+        decision_kernel[(1,)](
+            self.numbers, partials, sum(programs), loss_here, self._settings(settings, scale, launches, device),
             HAS_LOSS=loss is not None, SOFT=settings["soft_restart"],
             HAS_RATIO=settings["initial_restart_ratio"] is not None,
             DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2",
@@ -741,7 +741,7 @@ class FusedUpdate:
         row = (
             settings["noise_correction"], settings["max_growth"], *settings["lr_bounds"], settings["min_step_norm"],
             math.inf if longest is None else longest, settings["restart_sigma"], 0.0 if ratio is None else ratio, scale,
-            math.inf if relative is None else relative, guards.norm_to_crop_by(0.0, number),
+            math.inf if relative is None else relative, math.sqrt(guards.LEAST_SIZE**2 * number),
         )  # fmt: skip
         return self._row("settings", row, device)
 

@@ -1,4 +1,4 @@
-"""Which updates ELRA makes in the kernels of ``fused.py``, and how its numbers get to the device and back.
+"""Which updates ELRA makes in the kernels of ``triton.py``, and how its numbers get to the device and back.
 
 A mixin of ``ELRA``, which makes all other updates itself. Numbers live on the host, in ``param_groups[0]["scalars"]``,
 until the first update in kernels; from then on those on the device count, until something is changed on the host.
@@ -7,31 +7,23 @@ until the first update in kernels; from then on those on the device count, until
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.directions import Direction, gradient_direction
-from hf_elra.optim.loss_aware import shares
-from hf_elra.optim.memory import MEMORIES, GradientMemory, Part
+from hf_elra.optim.base import LossAwareOptimizer, shares
+from hf_elra.optim.memory import MEMORIES, GradientMemory
 from hf_elra.optim.tensors import is_dense, layout, squares_and_products
 
 if TYPE_CHECKING:
-    from hf_elra.optim.fused import FusedUpdate, Launch
+    from hf_elra.optim.kernels.triton import FusedUpdate, Launch
 
 
-class UpdatesOnDevice:
+class UpdatesOnDevice(LossAwareOptimizer):
     """What ELRA keeps where, and its update in kernels."""
 
-    param_groups: list[dict[str, Any]]
-    state: Any
-    direction: Direction
-    process_group: dist.ProcessGroup | None = None
-    _made_memory: GradientMemory | None = None
     _kernels: FusedUpdate | None = None
     _kernel_error: str | None = None
 
@@ -39,22 +31,22 @@ class UpdatesOnDevice:
 
     def _numbers(self) -> dict[str, Any]:
         """What the optimizer knows besides tensors; reading it changes nothing."""
-        control = self.param_groups[0]["scalars"]
+        scalars = self.param_groups[0]["scalars"]
         kernels = self._kernels
         if kernels is not None and kernels.in_force and not kernels.was_read:
-            kernels.pull(control)
+            kernels.pull(scalars)
             kernels.was_read = not self.param_groups[0]["capturable"]  # a CUDA graph's replay is not noticed here
             weights = shares([group["step_factor"] for group in self.param_groups])
             for group, weight in zip(self.param_groups, weights, strict=True):
-                group["alpha"], group["step_size"] = control["alpha"], control["step_size"] * weight
-        return control
+                group["alpha"], group["step_size"] = scalars["alpha"], scalars["step_size"] * weight
+        return scalars
 
     def _numbers_to_change(self) -> dict[str, Any]:
         """The same, about to be changed on the host, whose numbers count from now on."""
-        control = self._numbers()
+        scalars = self._numbers()
         if self._kernels is not None:
             self._kernels.in_force = False
-        return control
+        return scalars
 
     def _renew_numbers_on_device(self) -> None:
         """After a change on the host: a captured CUDA graph sees only what is on the device."""
@@ -62,9 +54,55 @@ class UpdatesOnDevice:
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
             kernels.push(self.param_groups[0]["scalars"], kernels.numbers.device)
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings of this update; as in ``elra.py``."""
-        raise NotImplementedError
+    def settings(self) -> dict[str, Any]:
+        """The settings of this update."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its settings are")
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; checkpoints do not depend on whether kernels are used."""
+        self._numbers()
+        self._memory.finish()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold."""
+        self._numbers()
+        self._memory.finish()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled or saved state; the numbers on the device are none of it."""
+        super().__setstate__(state)
+        if self._kernels is not None:
+            self._kernels.in_force = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.
+
+        Where the saved memory layout keeps something else, the last step is forgotten.
+        """
+        key = self._memory.key
+        super().load_state_dict(state_dict)
+        if any(key not in state for state in self.state.values() if state):
+            self.state.clear()
+            self._numbers_to_change()["previous_slope"] = None
+        self._renew_numbers_on_device()
+
+    # ---- what a training loop calls ----
+
+    def end_cycle(self) -> None:
+        """As of every loss-aware optimizer; a captured CUDA graph sees it too."""
+        super().end_cycle()
+        self._renew_numbers_on_device()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
+        if not set_to_none:
+            for group in self.param_groups:
+                self._memory.release_gradients(self._part(group, group["params"]))
+        super().zero_grad(set_to_none)
 
     # ---- tensors ----
 
@@ -74,16 +112,26 @@ class UpdatesOnDevice:
         if self._made_memory is None:
             settings = self.param_groups[0]
             self._made_memory = MEMORIES[settings["memory"]](copies=settings["capturable"], foreach=settings["foreach"])
-        return self._made_memory
-
-    def _part(self, group: dict[str, Any], params: Sequence[Tensor], *, to_write: bool = False) -> Part:
-        """Parameters of a group with their states; where these are only read, one that is not there is not made."""
-        states = [self.state[p] if to_write else self.state.get(p, {}) for p in params]
-        settings = self.param_groups[0]
-        seed = settings["scalars"]["updates"] if settings["stochastic_rounding"] else None  # as on every process
-        return Part(params, states, group, seed)
+        return cast(GradientMemory, self._made_memory)
 
     # ---- the update ----
+
+    def _update_on_device(
+        self,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        loss: Tensor | float | None,
+    ) -> bool:
+        """Update in kernels, where that can be done; a restart leaves the direction of the step that is tried again in
+        ``p.grad``."""
+        if not self._takes_kernels(params, gradients):
+            return False
+        if self._looks_for_rounding and not self.param_groups[0]["capturable"]:  # with the last step's size
+            self._numbers()
+            for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
+                self._warn_of_rounding(group_params, group_gradients, group["step_size"])
+        return self._update_with_kernels(params, gradients, factors, loss)
 
     def _takes_kernels(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> bool:
         """Whether this update can be made in kernels; the first one never can.
@@ -123,7 +171,7 @@ class UpdatesOnDevice:
 
     def _why_no_kernels(self, used: list[Tensor]) -> str | None:
         settings = self.param_groups[0]
-        if self.direction is not gradient_direction:
+        if not self.parts().direction.is_gradient:
             return "the direction is not the gradient"
         if settings["memory"] != "gradient":
             return f"memory={settings['memory']!r} has no kernels"
@@ -131,9 +179,9 @@ class UpdatesOnDevice:
             return f"restart_window={settings['restart_window']} has no kernels"
         if self._kernel_error is None:
             try:
-                from hf_elra.optim import fused
+                from hf_elra.optim.kernels import triton
 
-                return fused.why_not(used)
+                return triton.why_not(used)
             except ImportError as error:  # not looked for again
                 self._kernel_error = str(error)
         return f"Triton is missing or failed ({self._kernel_error})"
@@ -146,7 +194,7 @@ class UpdatesOnDevice:
         loss: Tensor | float | None,
     ) -> bool:
         """Queue the update; False if kernels turn out not to work on this machine, and nothing was done."""
-        from hf_elra.optim.fused import FusedUpdate
+        from hf_elra.optim.kernels.triton import FusedUpdate
 
         settings = self.param_groups[0]
         if self._kernels is None:
@@ -160,7 +208,7 @@ class UpdatesOnDevice:
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                kernels.update(launches, loss, max(factors), self._settings(), self.process_group)
+                kernels.update(launches, loss, max(factors), self.settings(), self.process_group)
         except Exception as error:
             if settings["fused"] or kernels.has_worked or kernels.has_moved:
                 raise
@@ -183,7 +231,7 @@ class UpdatesOnDevice:
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float]
     ) -> list[Launch]:
         """Sort tensors by group, by type, and by whether their gradients must be copied."""
-        from hf_elra.optim.fused import Launch
+        from hf_elra.optim.kernels.triton import Launch
 
         memory, seen = self._memory, set()
         weights, last_weights = shares(factors), shares([group["step_factor"] for group in self.param_groups])

@@ -1,0 +1,61 @@
+"""Checks of the arguments that optimizers have in common: what cannot be used is said before anything is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hf_elra.errors import ConfigurationError, nearest
+
+
+def settings_of(arguments: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    """Settings from the ``locals()`` of a constructor: all arguments but those that are no settings."""
+    return {n: v for n, v in arguments.items() if n not in ("self", "params", "__class__", *left_out)}
+
+
+def need_number(settings: dict[str, Any], name: str, valid: Callable[[Any], bool], meaning: str) -> None:
+    """Raise a ConfigurationError if a setting is no finite number or not ``valid``; ``meaning`` says what would be."""
+    value = settings[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and valid(value)):
+        raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
+
+
+def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
+    """Raise a ConfigurationError if ``lr_bounds`` are none, or ``lr`` is outside them."""
+    bounds = settings["lr_bounds"]
+    if not (
+        isinstance(bounds, (tuple, list))
+        and len(bounds) == 2
+        and all(isinstance(b, (int, float)) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
+        and 0 < bounds[0] < bounds[1]
+    ):
+        raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. {example}.")
+    if not bounds[0] <= settings["lr"] <= bounds[1]:
+        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+
+
+def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
+    """Raise a ConfigurationError if ``weight_decay``, which may be ``scaled`` by α, cannot be used."""
+    if scaled:
+        need_number(settings, "weight_decay", lambda v: v >= 0, "a number >= 0, which α multiplies (0.1 as of AdamW)")
+        return
+    meaning = "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update"
+    need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)
+
+
+def need_choice(settings: dict[str, Any], name: str, valid: Iterable[str]) -> None:
+    """Raise a ConfigurationError if a setting is none of the ``valid`` words."""
+    valid, value = tuple(valid), settings[name]
+    if value not in valid:
+        raise ConfigurationError(
+            f"{name}={value!r} must be one of {', '.join(map(repr, valid))}.{nearest(str(value), valid)}"
+        )
+
+
+def need_flag(settings: dict[str, Any], name: str, *, or_none: bool = False) -> None:
+    """Raise a ConfigurationError if a setting is neither True nor False."""
+    if not isinstance(settings[name], bool) and not (or_none and settings[name] is None):
+        alternative = " (or None, to choose)" if or_none else ""
+        raise ConfigurationError(f"{name}={settings[name]!r} must be True or False{alternative}.")

@@ -1,0 +1,691 @@
+"""The one update, the same for every optimizer of this package: measure, judge, choose u, choose α, move.
+
+An optimizer is told the loss, as ``step(closure)``, ``step(loss=value)`` or ``observe_loss(value)``. It has one
+learning rate α for all groups, counts its restarts, says what it did, and decides alike on several processes. All of
+that is here. What it is made of is named by its class (``elra.py``, ``spectral.py``, …): a direction
+(``directions/``), a rule for α (``rules/``), guards (``guards.py``), a memory of the last step (``memory.py``). Sums
+and updates of tensors are in ``tensors.py``, checks of arguments in ``arguments.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_elra.errors import ConfigurationError, warn_user
+from hf_elra.optim.arguments import check_weight_decay, need_number
+from hf_elra.optim.directions import Direction
+from hf_elra.optim.guards import (
+    MOST_NON_FINITE,
+    RestartGuard,
+    StepGuards,
+    judge,
+    new_loss_statistics,
+    new_setbacks,
+    step_was_good,
+    take_back,
+    way_back,
+)
+from hf_elra.optim.memory import DirectionMemory, Part
+from hf_elra.optim.rules import Measurement, Rule
+from hf_elra.optim.tensors import accumulates_in, dot, lost_in_rounding, mean_over_processes, squares_and_products
+
+COUNTED = ("restarts", "non_finite", "skipped", "accepted_levels", "consecutive_restarts")
+PER_GROUP = ("lr", "weight_decay")
+"""What a parameter group may set for itself."""
+OF_THE_LAST_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}
+"""A group's part in the step last taken: α times the factor of a scheduler, that factor, the share of its weights that
+it lost."""
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3, "weight_decay": 0.0, "stochastic_rounding": False, "soft_restart": True, "restart_window": None,
+}  # fmt: skip
+"""Arguments that the update itself reads, where a class has none of its own."""
+FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
+"""When it is looked whether steps are lost in rounding: once α has found itself, and as it falls."""
+
+
+class Parts(NamedTuple):
+    """What an update is made of.
+
+    Attributes:
+        direction: chooses u.
+        rule: proposes α.
+        step_guards: bound α and the length of the step.
+        restart_guard: judges losses.
+    """
+
+    direction: Direction
+    rule: Rule
+    step_guards: StepGuards
+    restart_guard: RestartGuard
+
+
+class LossAwareOptimizer(torch.optim.Optimizer):
+    """An optimizer that has to know the loss of every update, and says what it did with it.
+
+    A subclass checks its arguments, hands them on as ``settings``, and names its parts in :meth:`parts`. Numbers are
+    kept in ``param_groups[0]["scalars"]``, tensors in the state of their parameter.
+
+    Args:
+        params (iterable of Tensor, or of dict): parameters, or groups of them.
+        settings: all other arguments by name, ``lr`` among them.
+    """
+
+    takes_shards = True
+    """Whether parameters may be sharded (DTensor)."""
+    scales_weight_decay = False
+    """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
+    needs_line_loss = False
+    """Whether the rule asks for losses along the step to come; see :meth:`step` and :attr:`line_loss`."""
+    stays_with_object: tuple[str, ...] = ("stochastic_rounding",)
+    """Settings that loading a state does not change."""
+    process_group: dist.ProcessGroup | None = None
+    """Processes whose losses and scalar products are averaged; not part of the state."""
+    gradient_decay: float = 1.0
+    """m_0/m of the next update (ELRA, section 3.4), by which its step is shorter; to be set before every update, no
+    part of the state. Gradients themselves stay as they are, since slopes are measured with them."""
+    line_loss: Callable[[float, list[list[Tensor]]], float] | None = None
+    """Returns the loss at x - s·u, told s and u (group by group, of the parameters that have a gradient); a Trainer
+    sets it for optimizers with :attr:`needs_line_loss`."""
+    _observed_loss: Tensor | float | None = None
+    _warned_no_loss = False
+    _warned_of_processes = False
+    _warned_of_rounding = False
+    _steps = 0  # of this object
+    _made_memory: Any = None
+
+    def __init__(self, params: Any, settings: dict[str, Any]) -> None:
+        settings = {**DEFAULTS, **settings}
+        lr = settings["lr"]
+        # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
+        super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **OF_THE_LAST_STEP})
+        scalars: dict[str, Any] = {
+            "alpha": float(lr), "step_size": 0.0, "previous_slope": None, "previous_loss": None, "gradient_norm": None,
+            "direction_norm": None, "step_norm": 0.0, "cosine": None, "weight_square": None, "moved": False,
+            "updates": 0, **new_setbacks(), "loss_statistics": new_loss_statistics(settings["restart_window"]),
+        }  # fmt: skip
+        self.param_groups[0]["scalars"] = scalars
+        scalars["rule"] = self.parts().rule.new_state()
+
+    def parts(self) -> Parts:
+        """Name the parts of an update, as the settings in ``param_groups[0]`` want them; to be implemented."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its parts are")
+
+    # ---- what a user reads ----
+
+    @property
+    def alpha(self) -> float:
+        """The learning rate in force, α_t. Where updates are made on the device, reading it or one of the next two
+        waits for it."""
+        return float(self._numbers()["alpha"])
+
+    @property
+    def restarts(self) -> int:
+        """How many steps were taken back so far, for a too high loss or for anything not finite."""
+        return int(self._numbers()["restarts"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``grad_norm``
+        and, once two gradients are known, ``cosine`` (between G_t and the last direction). Counted so far are
+        ``restarts`` (steps taken back, for whatever reason), ``non_finite`` (those for a loss or gradient that was not
+        finite), ``skipped`` (batches without information) and ``accepted_levels`` (of losses that stayed high);
+        ``consecutive_restarts`` came just before."""
+        scalars = self._numbers()
+        self._check_tries(scalars)
+        metrics = {name: scalars[name] for name in ("alpha", "step_norm", *COUNTED)}
+        for name, key in (("grad_norm", "gradient_norm"), ("cosine", "cosine")):
+            if scalars[key] is not None:
+                metrics[name] = scalars[key]
+        return metrics
+
+    @property
+    def search_updates_left(self) -> int:
+        """How many of the updates to come are taken back at their end, as those of a search for α are; at least."""
+        return self._current_parts().rule.updates_left(self._numbers()["updates"])
+
+    @property
+    def search_finished(self) -> bool:
+        """Whether the points of training are there to stay."""
+        return not self._current_parts().rule.provisional
+
+    # ---- what a training loop calls ----
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
+
+        Args:
+            loss (Tensor with one element, or float): the mean over the batch; over all micro-batches where gradients
+                are accumulated. On several processes that of this process's part, with :attr:`process_group` set.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ConfigurationError(
+                    f"loss must be one number but has shape {tuple(loss.shape)}; reduce it first, e.g. loss.mean()."
+                )
+            self._observed_loss = loss.detach()
+        elif isinstance(loss, numbers.Real):
+            self._observed_loss = float(loss)
+        else:
+            raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
+
+    def end_cycle(self) -> None:
+        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
+        RestartGuard.end_cycle(self._numbers_to_change()["loss_statistics"])
+
+    @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor | float] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        evaluate: Callable[[], Tensor | float] | None = None,
+    ) -> Tensor | float | None:
+        """Make one update.
+
+        Args:
+            closure (callable, optional): computes loss and gradients and returns the loss; called once.
+            loss (Tensor or float, optional): the loss, if gradients are there already. Not together with ``closure``.
+            evaluate (callable, optional): returns the loss of this update's batch at the present parameters, without
+                gradients; for optimizers that look along the line before they step (:attr:`needs_line_loss`).
+
+        Returns:
+            What the closure returned, else ``loss``.
+        """
+        if closure is not None and not callable(closure):
+            raise ConfigurationError(f"closure={closure!r} cannot be called; tell a loss as step(loss=loss).")
+        if closure is not None and loss is not None:
+            raise ConfigurationError("step() got both closure and loss; give one of them.")
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if loss is not None:
+            self.observe_loss(loss)
+        observed, self._observed_loss = self._observed_loss, None
+        factors = [float(group["lr"]) / group["base_lr"] * self.gradient_decay for group in self.param_groups]
+        if observed is None and not self._warned_no_loss and max(factors) > 0:
+            self._warned_no_loss = True
+            warn_user(
+                f"{type(self).__name__} was not told the loss, so it cannot take back a step that went too far. Call "
+                "step(closure), step(loss=loss) or observe_loss(loss) before step() (where Accelerate has wrapped it, "
+                "observe_loss of what was wrapped). In a Hugging Face Trainer import hf_elra first, and name the "
+                "optimizer by optim=... or pass it as optimizers=(optimizer, None); what an overridden "
+                "create_optimizer makes is seen too late."
+            )
+        if observed is not None and self.process_group is None and not self._warned_of_processes and _are_several():
+            self._warned_of_processes = True
+            warn_user(
+                f"{type(self).__name__} decides by the loss of this process alone, so that the weights of several "
+                "processes come to differ. Set optimizer.process_group = torch.distributed.group.WORLD, or to the "
+                "group that trains together."
+            )
+        if self.needs_line_loss and evaluate is None and self.line_loss is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} looks along the line before it steps, and needs to know how: call "
+                "step(loss=loss, evaluate=function), where function() returns the loss of the same batch."
+            )
+        self._steps += 1
+        self._update(observed, factors, evaluate)
+        return loss
+
+    # ---- the update ----
+
+    def _update(
+        self,
+        loss: Tensor | float | None,
+        factors: list[float],
+        evaluate: Callable[[], Tensor | float] | None = None,
+    ) -> None:
+        """Measure, judge, choose u, choose α, move.
+
+        Args:
+            loss: f_t, of this process.
+            factors: what schedulers and gradient decay multiply α by, group by group.
+            evaluate: see :meth:`step`.
+        """
+        params, gradients = self._gather()
+        self._forget_what_was_overwritten()
+        if self._update_on_device(params, gradients, factors, loss):
+            return
+        parts = self._current_parts()
+        searches = parts.rule.provisional
+        if searches:  # a schedule that begins low would be made up for by an α that is too large afterwards
+            factors = [float(group.get("initial_lr", group["lr"])) / group["base_lr"] for group in self.param_groups]
+        measured = self._measure(parts, params, gradients, factors, None if loss is None else float(loss))
+        if self._skips(measured):
+            return
+        retry = self._judge(parts, measured)
+        if retry is not None:
+            self._take_back(parts, retry, factors)
+        else:
+            directions = self._choose_direction(parts, measured, params, gradients, factors)
+            if self.needs_line_loss:
+                measured.line_loss = self._along(params, directions, shares(factors), evaluate)
+            alpha = self._choose_alpha(parts, measured)
+            self._move(parts, measured, params, directions, factors, alpha)
+        if searches:
+            self._look_at_the_search(parts)
+
+    def _measure(
+        self,
+        parts: Parts,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        loss: float | None,
+    ) -> Measurement:
+        """The loss, slopes at both ends of the last step, norms: agreed over processes."""
+        scalars = self._numbers_to_change()
+        scalars["updates"] += 1
+        measured = Measurement(scalars["updates"], loss, 0.0, scalars["previous_slope"], 0.0, scalars["step_size"])
+        norm_squared = 0.0
+        for weight, group, group_params, group_gradients in zip(
+            shares(factors), self.param_groups, params, gradients, strict=True
+        ):
+            square, product = self._memory.products(self._part(group, group_params), group_gradients)
+            measured.gradient_norm_squared += square
+            if measured.step_size > 0:
+                measured.current_slope += group["step_size"] / measured.step_size * product
+            measured.slope += weight * square
+            norm_squared += weight * weight * square
+        if parts.step_guards.need_size(is_first=not scalars["moved"]):
+            measured.size, measured.number = self._size(parts, params), self._number_sized(parts, params)
+        losses = [] if loss is None else [loss]
+        square, measured.current_slope, measured.slope, norm_squared, measured.size, *losses = self._agreed(
+            measured.gradient_norm_squared, measured.current_slope, measured.slope, norm_squared, measured.size, *losses
+        )
+        measured.gradient_norm_squared, measured.loss = square, losses[0] if losses else None
+        measured.direction_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
+        scalars["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
+        scalars["weight_square"] = measured.size
+        return measured
+
+    def _skips(self, measured: Measurement) -> bool:
+        """Whether a batch has no information, and is left out: as one without targets, its loss is not finite, but no
+        gradient is anything but zero."""
+        loss = measured.loss
+        skips = loss is not None and not math.isfinite(loss) and measured.gradient_norm_squared == 0
+        if skips:
+            scalars = self._numbers_to_change()
+            scalars["skipped"] += 1
+            scalars["updates"] -= 1
+        return skips
+
+    def _judge(self, parts: Parts, measured: Measurement) -> float | None:
+        """Return how many times as long the last step is to be tried again; None where it stands.
+
+        Raises:
+            RuntimeError: shorter steps have not helped against a loss or gradients that are not finite.
+        """
+        scalars = self._numbers_to_change()
+        soft_restart = self.param_groups[0]["soft_restart"]
+        retry = judge(scalars, parts.restart_guard, measured, soft_restart=soft_restart)
+        self._check_tries(scalars)
+        return retry
+
+    def _choose_direction(
+        self,
+        parts: Parts,
+        measured: Measurement,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+    ) -> list[list[Tensor]]:
+        """Return u_t, group by group; its slope and norm, as the step will be made of it, are noted."""
+        directions = parts.direction.apply(self.param_groups, params, gradients, self.state)
+        if not parts.direction.is_gradient:
+            slope = norm_squared = 0.0
+            for weight, group_directions, group_gradients in zip(shares(factors), directions, gradients, strict=True):
+                square, product = squares_and_products(group_directions, group_gradients)
+                slope += weight * product
+                norm_squared += weight * weight * square
+            measured.slope, norm_squared = self._agreed(slope, norm_squared)
+            measured.direction_norm = math.sqrt(norm_squared)
+        return directions
+
+    def _choose_alpha(self, parts: Parts, measured: Measurement) -> float:
+        """Return α_t: what the rule proposes, or where steps were taken back what they leave, within the guards."""
+        scalars, rule, guard = self._numbers_to_change(), parts.rule, parts.restart_guard
+        if rule.provisional:
+            rule.take_loss(measured)
+        before, slope = scalars["alpha"], measured.previous_slope
+        lowest = parts.step_guards.lr_bounds[0]
+        was_full = step_was_good(scalars, known=slope is not None, lowest=lowest, noisy=guard.noisy)
+        alpha = proposal = scalars["alpha"]
+        if alpha < before:
+            rule.reduced()
+        if slope is not None:
+            product = scalars["gradient_norm"] * scalars["direction_norm"]
+            scalars["cosine"] = measured.current_slope / product if product > 0 else 0.0
+            if was_full:  # a retry is too short for the rule: α stays
+                proposal = rule.propose(measured, alpha)
+                if not rule.provisional:
+                    proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
+        is_first = slope is None and not scalars["moved"]
+        norm, size, number = measured.direction_norm, measured.size, measured.number
+        return parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
+
+    def _move(
+        self,
+        parts: Parts,
+        measured: Measurement,
+        params: list[list[Tensor]],
+        directions: list[list[Tensor]],
+        factors: list[float],
+        alpha: float,
+    ) -> None:
+        """x ← (1 - d)·x - α·factor·u, and remember u."""
+        scalars, key = self._numbers_to_change(), self._memory.key
+        self._set_alpha(alpha)
+        for group, group_params, group_directions, factor in zip(
+            self.param_groups, params, directions, factors, strict=True
+        ):
+            used = set(group_params)
+            for p in group["params"]:
+                if p not in used and p in self.state:  # it does not move, so there is nothing of it to take back
+                    self.state[p].pop(key, None)
+                    if not self.state[p]:
+                        del self.state[p]
+            if parts.rule.provisional:
+                for p in group_params:
+                    self.state[p].setdefault("start", p.detach().clone())
+            self._warn_of_rounding(group_params, group_directions, alpha * factor)
+            group["step_size"], group["step_factor"] = alpha * factor, factor
+            group["step_decay"] = self._decay(group, alpha * factor) if factor != 0 else 0.0
+            self._memory.advance(self._part(group, group_params, to_write=True), group_directions)
+        scale = max(factors)
+        scalars["step_size"] = alpha * scale
+        scalars["step_norm"] = alpha * scale * measured.direction_norm
+        scalars["moved"] = scalars["moved"] or scalars["step_norm"] > 0
+        scalars["previous_loss"] = measured.loss
+        # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
+        scalars["previous_slope"] = measured.slope if scale > 0 else None
+        scalars["direction_norm"] = measured.direction_norm
+
+    def _take_back(self, parts: Parts, retry: float, factors: list[float]) -> None:
+        """Go back to x_{t-1} and step again along the old direction, ``retry`` times as long.
+
+        The floor under the step norm does not apply here: it would undo the restart.
+        """
+        scalars = self._numbers_to_change()
+        take_back(scalars, retry, lowest=parts.step_guards.lr_bounds[0], noisy=parts.restart_guard.noisy)
+        self._set_alpha(scalars["alpha"])
+        if scalars["previous_slope"] is None:  # no step behind us
+            return
+        step_size = scalars["alpha"] * scalars["length"]
+        for group, factor in zip(self.param_groups, factors, strict=True):
+            kept = 1.0
+            if self.scales_weight_decay:
+                decay = self._decay(group, step_size * factor)
+                kept, group["step_decay"] = (1 - decay) / (1 - group["step_decay"]), decay
+            self._memory.retrace(self._part(group, group["params"]), step_size * factor, kept)
+            group["step_size"], group["step_factor"] = step_size * factor, factor
+        scalars["step_size"] = step_size * max(factors)
+        scalars["step_norm"] = scalars["step_size"] * scalars["direction_norm"]
+        if scalars["step_size"] == 0:  # back where the last step began, and nothing moves
+            scalars["previous_slope"] = None
+
+    def _update_on_device(
+        self,
+        params: list[list[Tensor]],
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        loss: Tensor | float | None,
+    ) -> bool:
+        """Make the same update without the host, where a class can; False where it was not made."""
+        return False
+
+    def _along(
+        self,
+        params: list[list[Tensor]],
+        directions: list[list[Tensor]],
+        weights: list[float],
+        evaluate: Callable[[], Tensor | float] | None,
+    ) -> Callable[[float], float]:
+        """Return what tells the loss at x - s·u; parameters are afterwards what they were."""
+        along = [
+            group if weight == 1 else [weight * u for u in group]
+            for group, weight in zip(directions, weights, strict=True)
+        ]
+
+        def loss_at(s: float) -> float:
+            if evaluate is None:
+                return cast(Callable[[float, list[list[Tensor]]], float], self.line_loss)(s, along)
+            flat = [p for group in params for p in group]
+            kept = [p.detach().clone() for p in flat]
+            try:
+                torch._foreach_add_(flat, [u for group in along for u in group], alpha=-s)
+                return float(evaluate())
+            finally:
+                torch._foreach_copy_(flat, kept)
+
+        return loss_at
+
+    # ---- a search for α, whose points are taken back ----
+
+    def _look_at_the_search(self, parts: Parts) -> None:
+        """Let the rule end its search, or begin it anew."""
+        scalars, rule = self._numbers_to_change(), parts.rule
+        again = rule.reconsider(scalars["updates"], scalars["alpha"])
+        if again is not None:
+            self._set_alpha(self._bounded(parts, again))
+        if rule.provisional:
+            return
+        # Back to where the search began; only α is kept of it.
+        for group in self.param_groups:
+            for p in group["params"]:
+                start = self.state.pop(p, {}).get("start")
+                if start is not None:
+                    p.copy_(start)
+        alpha, why = rule.found(scalars["alpha"], self._root_mean_square(parts))
+        if alpha is not None and alpha > 0:
+            self._set_alpha(self._bounded(parts, alpha))
+        if why is not None:
+            warn_user(
+                f"{type(self).__name__}: the search for a learning rate {why}, and training goes on with "
+                f"{self.alpha:.2g}, which comes from the size of the weights alone. A larger batch makes a search "
+                "surer; search=0 trusts lr."
+            )
+        scalars["previous_slope"] = scalars["previous_loss"] = None
+        scalars["loss_statistics"] = new_loss_statistics(self.param_groups[0]["restart_window"])
+        scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
+
+    def _bounded(self, parts: Parts, alpha: float) -> float:
+        return parts.step_guards.bounded(alpha, self._root_mean_square(parts))
+
+    def _root_mean_square(self, parts: Parts) -> float:
+        """Of the weights whose size limits a step."""
+        params = [list(group["params"]) for group in self.param_groups]
+        (square,) = self._agreed(self._size(parts, params))
+        return math.sqrt(square / self._number_sized(parts, params)) if square > 0 else 0.0
+
+    def _size(self, parts: Parts, params: list[list[Tensor]]) -> float:
+        """Sum of the squares of the weights whose size limits a step."""
+        lots = parts.direction.sized(self.param_groups, params)
+        return sum((dot(lot, lot) for lot in lots), 0.0)
+
+    def _number_sized(self, parts: Parts, params: list[list[Tensor]]) -> int:
+        return sum(p.numel() for lot in parts.direction.sized(self.param_groups, params) for p in lot)
+
+    # ---- what the update is made of ----
+
+    def _current_parts(self) -> Parts:
+        """The parts, with the rule's state."""
+        parts = self.parts()
+        parts.rule.state = self.param_groups[0]["scalars"]["rule"]
+        return parts
+
+    @property
+    def _memory(self) -> DirectionMemory:
+        """The memory of the last step; made when it is first needed, as neither copying nor unpickling an optimizer
+        makes one."""
+        if self._made_memory is None:
+            self._made_memory = DirectionMemory()
+        return cast(DirectionMemory, self._made_memory)
+
+    def _part(self, group: dict[str, Any], params: Sequence[Tensor], *, to_write: bool = False) -> Part:
+        """Parameters of a group with their states; where these are only read, one that is not there is not made."""
+        states = [self.state[p] if to_write else self.state.get(p, {}) for p in params]
+        settings = self.param_groups[0]
+        seed = settings["scalars"]["updates"] if settings["stochastic_rounding"] else None  # as on every process
+        return Part(params, states, group, seed)
+
+    def _decay(self, group: dict[str, Any], step_size: float) -> float:
+        """The share of its parameters that a group loses in a step; where α scales it at most half, so that the way
+        back stays open."""
+        decay = float(group["weight_decay"])
+        return min(step_size * decay, 0.5) if self.scales_weight_decay else decay
+
+    def _forget_what_was_overwritten(self) -> None:
+        """Where what is kept of the last step was changed by somebody else, that step is unknown."""
+        if any(self._memory.overwritten(self._part(group, group["params"])) for group in self.param_groups):
+            for state in self.state.values():
+                state.pop(self._memory.key, None)
+            self._numbers_to_change()["previous_slope"] = None
+
+    def _numbers(self) -> dict[str, Any]:
+        """What the optimizer knows besides tensors."""
+        scalars: dict[str, Any] = self.param_groups[0]["scalars"]
+        return scalars
+
+    def _numbers_to_change(self) -> dict[str, Any]:
+        """The same, about to be changed."""
+        return self._numbers()
+
+    def _set_alpha(self, alpha: float) -> None:
+        self._numbers_to_change()["alpha"] = alpha
+        for group in self.param_groups:
+            group["alpha"] = alpha
+
+    def _check_tries(self, scalars: dict[str, Any]) -> None:
+        if scalars["non_finite_in_a_row"] >= MOST_NON_FINITE:
+            raise RuntimeError(
+                f"loss or gradient stayed non-finite over {MOST_NON_FINITE} updates in a row, each of which went back "
+                "and tried a tenth of the step before: the cause is not the step. Look for NaN or inf in the data, in "
+                "the loss or in the starting weights."
+            )
+
+    def _gather(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Return, group by group, the parameters that have a gradient, and these gradients."""
+        params, gradients = [], []
+        for group in self.param_groups:
+            used = [p for p in group["params"] if p.grad is not None]
+            for p in used:
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients (parameter of shape "
+                        f"{tuple(p.shape)}); build the embedding with sparse=False."
+                    )
+            params.append(used)
+            gradients.append([p.grad for p in used])
+        return params, gradients
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
+        """
+        given = state_dict["param_groups"][0].get("scalars")
+        if given is None or given.keys() != self._numbers().keys() or not self._knows(given["rule"]):
+            raise ConfigurationError(
+                f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
+                "weights alone (from_pretrained) and begin a new run."
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip((i for g in state_dict["param_groups"] for i in g["params"]), params, strict=False):
+            for name, kept in state_dict["state"].get(number, {}).items():
+                if isinstance(kept, Tensor) and kept.shape != p.shape:
+                    raise ConfigurationError(
+                        f"state_dict: {name} of parameter {number} has shape {tuple(kept.shape)}, but that parameter "
+                        f"has {tuple(p.shape)}; it is the state of another model."
+                    )
+        own = {name: self.param_groups[0][name] for name in self.stays_with_object}
+        super().load_state_dict(state_dict)
+        self._made_memory = None
+        for group in self.param_groups:
+            group.update(own)
+
+    def _knows(self, rule_state: Any) -> bool:
+        """Whether this is a state of the optimizer's rule."""
+        return isinstance(rule_state, dict) and rule_state.keys() == self._numbers()["rule"].keys()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
+        name_of_class = type(self).__name__
+        for name, value in self.defaults.items():
+            given = param_group.get(name, value)
+            if name not in PER_GROUP and given != value:
+                raise ConfigurationError(
+                    f"{name}={given!r} cannot be set for one group: {name_of_class} has one {name} per optimizer. "
+                    f"Pass it to {name_of_class}(...) itself; a group may set lr and weight_decay."
+                )
+        if "lr" in param_group:
+            need_number(param_group, "lr", lambda v: v >= 0, "a number >= 0, relative to that of the optimizer")
+        if "weight_decay" in param_group:
+            check_weight_decay(param_group, scaled=self.scales_weight_decay)
+        given = param_group["params"]
+        if not isinstance(given, (Tensor, set)):  # torch refuses sets
+            param_group["params"] = given = list(given)
+        for item in [given] if isinstance(given, Tensor) else given:
+            parameter = item[1] if isinstance(item, tuple) else item
+            if isinstance(parameter, Tensor):
+                self._check_parameter(parameter)
+        super().add_param_group(param_group)
+        self.param_groups[-1]["alpha"] = self.param_groups[0]["alpha"]
+
+    def _check_parameter(self, parameter: Tensor) -> None:
+        """Raise a ConfigurationError for one that cannot be trained."""
+        if parameter.is_complex():
+            raise ConfigurationError(
+                f"params: complex parameters are not supported (one of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype}); optimise torch.view_as_real(parameter) instead."
+            )
+
+    @property
+    def _looks_for_rounding(self) -> bool:
+        """Whether it is time to look for steps that are lost in rounding."""
+        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.search_finished
+        return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
+
+    def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:
+        """Warn once, if it is time to look, where steps are too short for bfloat16 parameters to move.
+
+        Args:
+            params, directions: before a step.
+            step_size: of this step.
+        """
+        lost = lost_in_rounding(params, directions, step_size) if self._looks_for_rounding else 0.0
+        if lost > 0.5:
+            self._warned_of_rounding = True
+            warn_user(
+                f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "
+                f"{type(self).__name__} is less than half of their precision. Pass stochastic_rounding=True "
+                "(--optim_args stochastic_rounding=true), or keep the weights in float32 (--bf16 computes in bfloat16 "
+                "all the same)."
+            )
+
+    def _agreed(self, *values: float) -> Sequence[float]:
+        """The same numbers, averaged over :attr:`process_group`."""
+        if self.process_group is None:
+            return values
+        device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
+        sums = torch.tensor(values, dtype=accumulates_in(device), device=device)
+        return cast(list[float], mean_over_processes(sums, self.process_group).tolist())
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def shares(factors: list[float]) -> list[float]:
+    """Every group's part in a step, of the largest."""
+    scale = max(factors)
+    return [factor / scale if scale > 0 else 0.0 for factor in factors]

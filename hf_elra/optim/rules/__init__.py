@@ -1,0 +1,96 @@
+"""Rules: what the learning rate α of the next update is, from what was measured at both ends of the last step.
+
+One file a rule. A rule knows nothing of tensors, of bounds on α or of restarts (``guards.py``). Its state is a dict of
+plain numbers, ``rule.state``, which the optimizer keeps in its checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Measurement:
+    """What one update knows before it decides; scalar products run over all parameters of all processes.
+
+    Attributes:
+        update: number of this update, from 1; batches that were skipped do not count.
+        loss: f_t, if it was told.
+        gradient_norm_squared: ‖G_t‖².
+        previous_slope: ⟨G_{t-1}, u_{t-1}⟩ at the beginning of the last step; None without a step to learn from.
+        current_slope: ⟨G_t, u_{t-1}⟩ at its end.
+        step_size: how far along u_{t-1} it went: α_{t-1} times the largest factor of a scheduler.
+        size, number: sum of the squares of the weights whose size limits a step, and how many they are; 0 where nothing
+            asks for it.
+        slope: ⟨G_t, u_t⟩ at the beginning of the step to come.
+        direction_norm: ‖u_t‖.
+        line_loss: for rules that look before they step: returns the loss at x - s·u_t, told s.
+    """
+
+    update: int
+    loss: float | None = None
+    gradient_norm_squared: float = 0.0
+    previous_slope: float | None = None
+    current_slope: float = 0.0
+    step_size: float = 0.0
+    size: float = 0.0
+    number: int = 0
+    slope: float = 0.0
+    direction_norm: float = 0.0
+    line_loss: Callable[[float], float] | None = None
+
+
+class Rule:
+    """A learning rate that stays as it is; the base of all rules.
+
+    Attributes:
+        state: plain numbers, of one structure from the first update to the last.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = self.new_state()
+
+    def new_state(self) -> dict[str, Any]:
+        """What the rule remembers before the first update."""
+        return {}
+
+    @property
+    def provisional(self) -> bool:
+        """Whether the points of now are taken back once the rule has found its α."""
+        return False
+
+    def propose(self, measured: Measurement, alpha: float) -> float:
+        """Return α_t. Called where the last step stands and was a full one, so that its slopes say something.
+
+        Args:
+            measured: what is known of this update.
+            alpha: α_{t-1}.
+        """
+        return alpha
+
+    def reduced(self) -> None:
+        """The guards have reduced α, as steps failed again and again."""
+
+    # ---- rules that begin with a search ----
+
+    def take_loss(self, measured: Measurement) -> None:
+        """Take in a loss that was not too high, while points are provisional."""
+
+    def updates_left(self, update: int) -> int:
+        """How many updates after this one are provisional, at least."""
+        return 0
+
+    def reconsider(self, update: int, alpha: float) -> float | None:
+        """At the end of a provisional update: end the search, or begin it anew from the α that is returned."""
+        return None
+
+    def found(self, alpha: float, size: float) -> tuple[float | None, str | None]:
+        """Once a search has ended, return the α to take in place of ``alpha``, and why; None for what was found.
+
+        Args:
+            alpha: where the search has ended.
+            size: root mean square of the weights whose size limits a step.
+        """
+        return None, None

@@ -1,0 +1,21 @@
+"""The golden paths of scripts/experiments/golden.py: optimizers and Trainer walk as they did."""
+
+import functools
+
+import pytest
+
+from scripts.experiments import golden
+
+together = functools.cache(golden.walk_together)
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, cases in golden.BY_NAME.items() for name in cases])
+def test_the_path_is_as_recorded(file, name):
+    found = together()[name] if file == "processes" else golden.walked(file, name)
+    assert golden.differences(file, name, found) == []
+
+
+def test_every_recorded_case_is_walked():
+    kernels = {name for name in golden.recorded("loops")["cases"] if "kernels" in name}  # where there is Triton
+    for file, cases in golden.BY_NAME.items():
+        assert golden.recorded(file)["cases"].keys() - kernels == cases.keys() - kernels

@@ -22,7 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_elra import ElraTrainer, ElraTrainingArguments
+from hf_elra import ElraTrainer, ElraTrainingArguments, cli
 from hf_elra.trainer.arguments import LAUNCHER_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +157,19 @@ def logged(run, key):
 
 def weights(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.fixture
+def command_here(monkeypatch, capsys):
+    """Call the ``hf-elra`` command in this process, for what ends before a training: exit code, output and errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["hf-elra", *words])
+        with pytest.raises(SystemExit) as end:
+            sys.exit(cli.main())
+        return end.value.code, *capsys.readouterr()
+
+    return call
 
 
 def finish(script, *words, folder=ROOT):

@@ -34,6 +34,7 @@ def test_a_walk_gives_up_at_its_limit():
 def test_far_rosenbrock_median_over_perturbed_starts(name):
     problem = next(p for p in PROBLEMS if "121" in p.name)
     generator = torch.Generator().manual_seed(0)
-    shifts = (1e-3 * torch.randn(60, 2, generator=generator, dtype=torch.float64)).tolist()
-    counts = [len(walk(problem, optimizers(problem)[name], shift=tuple(shift))) - 1 for shift in shifts]
+    shifts = (1e-3 * torch.randn(31, 2, generator=generator, dtype=torch.float64)).tolist()
+    limit = problem.paper["ELRA"] + 1  # how much longer a walk is does not move the median across the limit
+    counts = [len(walk(problem, optimizers(problem)[name], shift=tuple(shift), limit=limit)) - 1 for shift in shifts]
     assert statistics.median(counts) <= problem.paper["ELRA"]

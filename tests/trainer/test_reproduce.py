@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 
+import reproduce
 from lib import babyllama_comparison
 from tests.conftest import finish
 
@@ -88,8 +90,7 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
         (["2d", "--seeds", "4"], "--seeds does nothing for 2d"),
     ],
 )
-def test_wrong_input_is_named(tmp_path, words, message):
-    code, _, error = finish("experiments/reproduce.py", *words, "--output", str(tmp_path))
-    assert code == 2
-    assert message in error
-    assert "Traceback" not in error
+def test_wrong_input_is_named(tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(reproduce.main([*words, "--output", str(tmp_path)]))
+    assert message in capsys.readouterr().err

@@ -179,8 +179,9 @@ def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perple
         (["--block_size", "100000"], "fewer than one block of 100000; give more text or lower --block_size."),
     ],
 )
-def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, story, words, message):
-    code, output, error = finish(*SMALL, "--train_file", story, "--output_dir", str(tmp_path / "run"), *words)
+def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, story, command_here, words, message):
+    words = [*SMALL, "--train_file", story, "--output_dir", str(tmp_path / "run"), *words]
+    code, output, error = command_here("babyllama", *words)
     assert code == 2
     assert message in error
     assert sum(line.startswith("error:") for line in error.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""scripts/train_image_classifier.py from end to end, as a user starts it."""
+"""``hf-elra classify-images`` and scripts/train_image_classifier.py from end to end, as a user starts them."""
 
 import json
 
@@ -169,8 +169,8 @@ def test_a_model_without_a_processor_gets_the_channels_it_takes(tmp_path):
         (["--image_size", "4"], "image_size=4 must be at least 8"),
     ],
 )
-def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, words, message):
-    code, output, error = finish("train_image_classifier.py", "--output_dir", str(tmp_path / "run"), *words)
+def test_wrong_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, command_here, words, message):
+    code, output, error = command_here("classify-images", "--output_dir", str(tmp_path / "run"), *words)
     assert code == 2
     assert message in error
     assert "Traceback" not in error

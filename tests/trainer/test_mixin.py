@@ -488,3 +488,18 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
     run.elra.accounting.end_update()
     assert float(run.elra_optimizer._observed_loss) == 3.0
     assert counted == [(32, 512, 4.0)]
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_counts_is_called_first_and_reading_it_changes_nothing(tmp_path, restored):
+    """Also where a checkpoint brings callbacks of its own."""
+    given = dict(max_steps=4, save_strategy="steps", save_steps=2, restore_callback_states_from_checkpoint=restored)
+    trainer(tmp_path, **given).train()
+    run = trainer(tmp_path, **given)
+    callbacks = run.callback_handler.callbacks
+    assert run.elra_callback is callbacks[0]
+    callbacks.reverse()
+    assert run.elra_callback is callbacks[-1]
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.elra_callback is run.callback_handler.callbacks[0]
+    assert run.elra_callback.samples == 32

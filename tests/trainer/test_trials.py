@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
@@ -193,11 +193,18 @@ def test_what_batches_cannot_be(tmp_path, batches):
         probing(tmp_path, llama(), points=((0.0, batches),)).train()
 
 
-def test_optimizers_that_need_none_are_given_none(tmp_path):
-    run = probing(tmp_path, llama(), points=None, max_steps=2)
-    run.train()
-    assert not hasattr(run.elra_optimizer, "line_loss")
-    assert run.elra.micro_batches.passes == []
+def test_an_optimizer_is_given_line_losses_for_its_step_and_only_where_it_needs_them(tmp_path):
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            given.append((optimizer.optimizer.line_loss is not None, len(run.elra.micro_batches.passes)))
+
+    for points, expected in ((None, (False, 0)), (((0.0, "same"),), (True, 2))):
+        given = []
+        size = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+        run = probing(tmp_path, llama(), points=points, own={"callbacks": [Note()]}, **size)
+        run.train()
+        assert given == [expected] * 2
+        assert run.elra_optimizer.line_loss is None
 
 
 def test_passes_are_counted_logged_and_kept(tmp_path):

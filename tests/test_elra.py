@@ -1,4 +1,4 @@
-"""hf_elra.optim.ELRA: the paper's problems, the twin in reference.py, and what users' loops do to an optimizer."""
+"""hf_elra.optim.ELRA: the paper's problems, the twin in reference/, and what users' loops do to an optimizer."""
 
 import copy
 import io

@@ -297,11 +297,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             norm_squared += weight * weight * square
         if parts.step_guards.need_size(is_first=not scalars["moved"]):
             measured.size, measured.number = self._size(parts, params), self._number_sized(parts, params)
-        told = [] if loss is None else [loss]
-        square, measured.current_slope, measured.slope, norm_squared, measured.size, *told = self._agreed(
-            measured.gradient_norm_squared, measured.current_slope, measured.slope, norm_squared, measured.size, *told
+        losses = [] if loss is None else [loss]
+        square, measured.current_slope, measured.slope, norm_squared, measured.size, *losses = self._agreed(
+            measured.gradient_norm_squared, measured.current_slope, measured.slope, norm_squared, measured.size, *losses
         )
-        measured.gradient_norm_squared, measured.loss = square, told[0] if told else None
+        measured.gradient_norm_squared, measured.loss = square, losses[0] if losses else None
         measured.direction_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
         scalars["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
         scalars["weight_square"] = measured.size
@@ -677,8 +677,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if self.process_group is None:
             return values
         device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
-        told = torch.tensor(values, dtype=accumulates_in(device), device=device)
-        return cast(list[float], mean_over_processes(told, self.process_group).tolist())
+        sums = torch.tensor(values, dtype=accumulates_in(device), device=device)
+        return cast(list[float], mean_over_processes(sums, self.process_group).tolist())
 
 
 def _are_several() -> bool:

@@ -1,7 +1,7 @@
 """Sums and updates over lists of tensors, on any device: the plain paths, which are always right.
 
 ``foreach`` or single tensors, shards of DTensors, memory order: all of that is decided here. What is summed, and what a
-step is, is decided in ``elra.py``; the CUDA kernels that do the same without the host are in ``fused.py``.
+step is, is decided in ``base.py``; the CUDA kernels that do the same without the host are in ``kernels/``.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def squares_and_products(
     for (device, groups), totals in sums.items():
         numbers = _add_up(totals, device)
         for group in groups:
-            told = torch.tensor(numbers, dtype=accumulates_in(device), device=device)
-            dist.all_reduce(told, group=group)
-            numbers = told.tolist()
+            over_mesh = torch.tensor(numbers, dtype=accumulates_in(device), device=device)
+            dist.all_reduce(over_mesh, group=group)
+            numbers = over_mesh.tolist()
         result = [total + number for total, number in zip(result, numbers, strict=True)]
     return result[0], result[1]
 
@@ -133,8 +133,8 @@ def _products_of_piece(x: Tensor, rest: list[Tensor], wide: torch.dtype) -> tupl
 def _add_up(totals: list[list[Any]], device: torch.device) -> list[float]:
     """Sums of numbers that lie on a device, or on a CPU are floats; None counts as 0."""
     if device.type != "cpu":  # fetched all at once
-        told = iter(torch.stack([v for row in totals for v in row if v is not None]).tolist())
-        totals = [[None if v is None else next(told) for v in row] for row in totals]
+        numbers = iter(torch.stack([v for row in totals for v in row if v is not None]).tolist())
+        totals = [[None if v is None else next(numbers) for v in row] for row in totals]
     return [sum(v for v in row if v is not None) for row in totals]
 
 

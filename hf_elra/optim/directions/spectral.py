@@ -44,7 +44,7 @@ class Spectral(Direction):
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
         """See :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
-        found = []
+        directions_of_groups = []
         of_all: list[list[Any]] = [[], [], [], []]
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
             places = {p: index for index, p in enumerate(group["params"])}
@@ -57,10 +57,10 @@ class Spectral(Direction):
             parts = directions, matrices, unstack(group_gradients, experts), embeddings
             for kept, part in zip(of_all, parts, strict=True):
                 kept.extend(part)
-            found.append((directions, group_params, experts))
+            directions_of_groups.append((directions, group_params, experts))
         if self.momentum > 0:
             freeze_inactive(*of_all)
-        return [restack(*group) for group in found]
+        return [restack(*group) for group in directions_of_groups]
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""

@@ -599,10 +599,10 @@ class FusedUpdate:
         values["row_count"], values["row_mean"], values["row_squares"] = memory["row"]
         values["suspect"] = memory["suspect"]
         row = [math.nan if value is None else float(value) for value in values.values()]
-        told = torch.tensor(row, dtype=torch.float64)
+        on_host = torch.tensor(row, dtype=torch.float64)
         if self.numbers is None or self.numbers.device != device:
-            self.numbers = torch.empty_like(told, device=device)
-        self.numbers.copy_(told)  # in place: a captured CUDA graph goes on with this very tensor
+            self.numbers = torch.empty_like(on_host, device=device)
+        self.numbers.copy_(on_host)  # in place: a captured CUDA graph goes on with this very tensor
         self.in_force = self.was_read = True
 
     def pull(self, scalars: dict[str, Any]) -> None:
@@ -610,20 +610,20 @@ class FusedUpdate:
         assert self.numbers is not None
         self.was_read = True
         row = self.numbers.tolist()
-        found: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
         }
         for name in OF_SCALARS:
-            scalars[name] = int(found[name]) if name in COUNTS else found[name]
+            scalars[name] = int(numbers[name]) if name in COUNTS else numbers[name]
         if scalars["gradient_norm"] is None and scalars["updates"] > 0:
             scalars["gradient_norm"] = math.nan
         memory = scalars["loss_statistics"]
-        memory["initial_loss"] = found["initial_loss"]
-        memory["cycle"] = [int(found["cycle_count"]), found["cycle_mean"], found["cycle_squares"]]
-        memory["last_cycle"] = [found["last_mean"], found["last_std"]]
-        memory["recent"] = [int(found["recent_count"]), found["recent_mean"], found["recent_variance"]]
-        memory["row"] = [int(found["row_count"]), found["row_mean"], found["row_squares"]]
-        memory["suspect"] = found["suspect"]
+        memory["initial_loss"] = numbers["initial_loss"]
+        memory["cycle"] = [int(numbers["cycle_count"]), numbers["cycle_mean"], numbers["cycle_squares"]]
+        memory["last_cycle"] = [numbers["last_mean"], numbers["last_std"]]
+        memory["recent"] = [int(numbers["recent_count"]), numbers["recent_mean"], numbers["recent_variance"]]
+        memory["row"] = [int(numbers["row_count"]), numbers["row_mean"], numbers["row_squares"]]
+        memory["suspect"] = numbers["suspect"]
 
     def update(
         self,
@@ -652,7 +652,7 @@ class FusedUpdate:
             ("partials", sum(programs), device),
             lambda: torch.empty(sum(programs) + 1, 4, dtype=torch.float64, device=device),
         )
-        told, size = partials[-1, 0], self.numbers[NAMES.index("weight_square")]
+        loss_here, size = partials[-1, 0], self.numbers[NAMES.index("weight_square")]
         # The loss and the size of the parameters, so that one reduction serves for all.
         shares = [self._row("shares", launch.shares, device) for launch in launches]
         first = 0
@@ -665,17 +665,17 @@ class FusedUpdate:
             first += number
         if isinstance(loss, Tensor) and loss.device == device:
             if process_group is None:
-                told = loss
+                loss_here = loss
             else:
-                told.copy_(loss.view(()))
+                loss_here.copy_(loss.view(()))
         elif loss is not None:
-            told.fill_(float(loss))
+            loss_here.fill_(float(loss))
         if process_group is not None:
             partials[-1, 1].copy_(size)
             mean_over_processes(partials, process_group)
             size.copy_(partials[-1, 1])
         decision_kernel[(1,)](
-            self.numbers, partials, sum(programs), told, self._settings(settings, scale, launches, device),
+            self.numbers, partials, sum(programs), loss_here, self._settings(settings, scale, launches, device),
             HAS_LOSS=loss is not None, SOFT=settings["soft_restart"],
             HAS_RATIO=settings["initial_restart_ratio"] is not None,
             DERIVED=settings["restart_formula"] == "derived", BB2=settings["step_rule"] == "bb2",

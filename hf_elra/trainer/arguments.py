@@ -59,8 +59,12 @@ LAUNCHER_FLAGS = LauncherFlags()
 
 _LANGUAGE_MODEL_CLASSES = frozenset(
     name
-    for mapping in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    for name in mapping.values()
 )
 _CAUSAL_CLASSES = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _LANGUAGE_MODEL_ENDINGS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean, recompute_batch_norm
+from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.batch_control import updates_per_cycle
+from hf_elra.trainer.update_size import UpdateSize
 
 POWER = 8
 """Of a point's number, in the mean of a whole run."""
@@ -66,14 +68,17 @@ class Averaging:
 
     Args:
         trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size, accounting: of its updates.
 
     Attributes:
         over: ``"cycle"``, ``"run"`` or ``"off"``.
         mean: the mean, once training has begun.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, size: UpdateSize, accounting: Accounting) -> None:
         self._trainer = trainer
+        self._size = size
+        self._accounting = accounting
         self.over = "off"
         self.mean: WeightAverage | None = None
         self._at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
@@ -123,10 +128,10 @@ class Averaging:
             return 1
         if self._updates_per_cycle is None:
             return 10
-        updates, size = self._updates_per_cycle, trainer.elra.size
+        updates, control = self._updates_per_cycle, self._size.control
         in_updates = trainer.elra_settings.control_cycle(trainer.train_dataset).endswith("ba")
-        if size.control is not None and not in_updates:
-            updates *= size.control.controller.initial_accumulation / trainer.elra.accounting.accumulation
+        if control is not None and not in_updates:
+            updates *= control.controller.initial_accumulation / self._accounting.accumulation
         return max(1, round(updates / POINTS_PER_CYCLE))
 
     # ---- evaluation and deployment use the mean ----

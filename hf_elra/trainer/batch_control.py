@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from hf_elra.control import ControlCycle
-from hf_elra.control.batch_size import CONDITIONS, UPDATES_PER_GROWTH, BatchSchedule, BatchSizeController
+from hf_elra.control import ControlCycle, batch_size
+from hf_elra.control.batch_size import CONDITIONS, BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
 from hf_elra.trainer.rows import number_of_rows, samples_per_micro_batch
@@ -190,7 +190,7 @@ def control_for(trainer: Any, settings: ElraSettings, wanted: str) -> BatchContr
         logger.warning(
             "The batch grows by its first size every %d updates, as there is no momentum to average over the noise. "
             "--elra_max_batch_size limits it, --elra_batch_control off leaves it as it is.",
-            UPDATES_PER_GROWTH,
+            batch_size.UPDATES_PER_GROWTH,
         )
     if control.max_pass == "auto" and trainer.args.device.type == "cpu":
         logger.warning(

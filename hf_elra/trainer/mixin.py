@@ -53,7 +53,7 @@ class Collaborators:
         self.trials = Trials(trainer)
         self.micro_batches = MicroBatches(trainer, self.size, self.accounting, self.loss_scale, self.trials)
         self.line_losses = LineLosses(trainer, self.accounting, self.micro_batches, self.trials)
-        self.averaging = Averaging(trainer)
+        self.averaging = Averaging(trainer, self.size, self.accounting)
         self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches, self.trials)
         self.put_off = PutOff()
 

@@ -26,7 +26,7 @@ class Upstream:
 
     Args:
         name: dotted: of a module, or beginning with ``trainer.`` an attribute of a Trainer that has trained.
-        room: the module that uses it.
+        room: the module that reads it; ``trainer.upstream`` where others ask the functions below.
         why: what for.
         parameters: of a function: the parameters that we pass or read, in this order.
     """
@@ -128,10 +128,10 @@ UPSTREAM = (
     Upstream("trainer.compute_loss_func", "trainer.loss_scale", "is taken to divide by num_items_in_batch"),
     Upstream("trainer.optimizer_cls_and_kwargs", _HOOK, "a class that was passed in"),
     Upstream("trainer.hp_search_backend", "trainer.registry", "whether a trial has set arguments"),
-    Upstream("trainer.is_fsdp_enabled", _HOOK, "what shards parameters"),
-    Upstream("trainer.is_deepspeed_enabled", _HOOK, "what shards parameters"),
+    Upstream("trainer.is_fsdp_enabled", "trainer.averaging", "what shards parameters"),
+    Upstream("trainer.is_deepspeed_enabled", "trainer.averaging", "what shards parameters"),
     Upstream("trainer.callback_handler.callbacks", "trainer.accounting", "callbacks in the order of their calls"),
-    Upstream("trainer.callback_handler.pop_callback", _HOOK, "takes a class", ("callback",)),
+    Upstream("trainer.callback_handler.pop_callback", "trainer.accounting", "takes a class", ("callback",)),
     Upstream(
         "trainer.callback_handler.on_substep_end", "trainer.micro_batches", "between passes",
         ("args", "state", "control"),
@@ -140,15 +140,15 @@ UPSTREAM = (
     Upstream("trainer.args.train_batch_size", "trainer.batch_control", "of a device, times n_gpu"),
     Upstream("trainer.args.fsdp_plugin_args", "trainer.registry", "the version of FSDP"),
     Upstream("trainer.args.accelerator_config.split_batches", "trainer.rows", "whether processes share a batch"),
-    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.trials", "the last batch is out"),
+    Upstream("trainer.accelerator.gradient_state.end_of_dataloader", "trainer.upstream", "the last batch is out"),
     Upstream("trainer.accelerator.sync_gradients", _HOOK, "whether this pass ends an update"),
     Upstream("trainer.accelerator.backward", "trainer.trials", "is called by the stock step", ("loss",)),
-    Upstream("trainer.accelerator.state", _HOOK, "its fsdp_plugin, where there is one"),
+    Upstream("trainer.accelerator.state", "trainer.upstream", "its fsdp_plugin, where there is one"),
     # Modules.
-    Upstream("transformers.trainer_optimizer._OPTIMIZER_HANDLERS", "trainer.registry", "from --optim to a class"),
-    Upstream("transformers.training_args.OptimizerNames._value2member_map_", "trainer.registry", "of enum.Enum"),
-    Upstream("transformers.training_args.OptimizerNames._member_map_", "trainer.registry", "of enum.Enum"),
-    Upstream("transformers.training_args.OptimizerNames._member_names_", "trainer.registry", "of enum.Enum"),
+    Upstream("transformers.trainer_optimizer._OPTIMIZER_HANDLERS", "trainer.upstream", "from --optim to a class"),
+    Upstream("transformers.training_args.OptimizerNames._value2member_map_", "trainer.upstream", "of enum.Enum"),
+    Upstream("transformers.training_args.OptimizerNames._member_map_", "trainer.upstream", "of enum.Enum"),
+    Upstream("transformers.training_args.OptimizerNames._member_names_", "trainer.upstream", "of enum.Enum"),
     Upstream("transformers.trainer_callback.ExportableState", "trainer.accounting", "state() is kept in checkpoints"),
     Upstream("transformers.trainer_callback.ProgressCallback", "trainer.callbacks", "its training_bar is ours"),
     *(

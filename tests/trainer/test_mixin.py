@@ -557,3 +557,18 @@ def test_a_micro_batch_without_labels_is_left_out_of_the_loss(tmp_path, trainer_
     assert [logged(run, name)[-1] for name in ("non_finite", "skipped")] == [non_finite, skipped]
     assert seen.losses[5] == pytest.approx(losses[11].item(), nan_ok=True)
     assert seen.losses[4] == pytest.approx((losses[8] + losses[9]).item() / 2)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_counts_is_called_first_and_reading_it_changes_nothing(tmp_path, restored):
+    """Also where a checkpoint brings callbacks of its own."""
+    given = dict(max_steps=4, save_strategy="steps", save_steps=2, restore_callback_states_from_checkpoint=restored)
+    trainer(tmp_path, **given).train()
+    run = trainer(tmp_path, **given)
+    callbacks = run.callback_handler.callbacks
+    assert run.elra_callback is callbacks[0]
+    callbacks.reverse()
+    assert run.elra_callback is callbacks[-1]
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.elra_callback is run.callback_handler.callbacks[0]
+    assert run.elra_callback.samples == 32

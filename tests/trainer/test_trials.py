@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
@@ -107,6 +107,7 @@ def test_along_a_direction_of_ones_own(tmp_path):
             assert [len(group) for group in used] != [len(group["params"]) for group in self.param_groups]
             generator = torch.Generator().manual_seed(1)
             line = [[torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in group] for group in used]
+            number = run._get_num_items_in_batch([run.batch], torch.device("cpu"))  # 5.8 counts position 0 too
             before = [p.detach().clone() for p in flat(used)]
             for s in (0.01, -0.02, 0.01):
                 told = self.line_loss(s, line)
@@ -114,7 +115,7 @@ def test_along_a_direction_of_ones_own(tmp_path):
                     for p, point, u in zip(flat(used), before, flat(line), strict=True):
                         assert torch.equal(p, point)
                         p.copy_(point - s * u)
-                    expected = run.model(**run.batch).loss.item()
+                    expected = run.model(**run.batch, num_items_in_batch=number).loss.item()
                     for p, point in zip(flat(used), before, strict=True):
                         p.copy_(point)
                 found.append((told, expected))
@@ -193,11 +194,18 @@ def test_what_batches_cannot_be(tmp_path, batches):
         probing(tmp_path, llama(), points=((0.0, batches),)).train()
 
 
-def test_optimizers_that_need_none_are_given_none(tmp_path):
-    run = probing(tmp_path, llama(), points=None, max_steps=2)
-    run.train()
-    assert run.elra_optimizer.line_loss is None
-    assert run.elra.micro_batches.passes == []
+def test_an_optimizer_is_given_line_losses_for_its_step_and_only_where_it_needs_them(tmp_path):
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            given.append((optimizer.optimizer.line_loss is not None, len(run.elra.micro_batches.passes)))
+
+    for points, expected in ((None, (False, 0)), (((0.0, "same"),), (True, 2))):
+        given = []
+        size = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+        run = probing(tmp_path, llama(), points=points, own={"callbacks": [Note()]}, **size)
+        run.train()
+        assert given == [expected] * 2
+        assert run.elra_optimizer.line_loss is None
 
 
 def test_passes_are_counted_logged_and_kept(tmp_path):

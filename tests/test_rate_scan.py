@@ -93,3 +93,12 @@ def test_the_minimum_of_a_line_is_that_of_a_parabola_in_the_logarithm(best):
     points = torch.tensor(rate_scan.POINTS)
     losses = (points / best).log().square()[:, None].expand(-1, 16).tolist()
     assert rate_scan.minimum([0.0, *rate_scan.POINTS], [[9.0] * 16, *losses]) == pytest.approx(best, rel=1e-3)
+
+
+def test_the_half_way_point_is_the_minimum_of_a_parabola_also_where_a_line_goes_down_again_far_out():
+    best, points = 2e-3, torch.tensor([0.0, *rate_scan.POINTS], dtype=torch.float64)
+    losses = (points / best - 1).square()
+    losses[points > 0.05] = -1.0
+    assert points[losses.argmin()] > 0.05
+    found = rate_scan.half_point(points.tolist(), losses[:, None].expand(-1, 16).tolist())
+    assert found == pytest.approx(best, rel=0.05)

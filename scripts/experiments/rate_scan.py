@@ -13,6 +13,7 @@ In every setting:
   2 around 0.45 of the line's minimum, goes on where its best is at its edge, and ends with a factor of √2 on both sides
   of the best. The mean is evaluated after an eighth, a quarter, half and all of the updates.
 - ``today``: ``ELRASpectral`` with nothing chosen. ``adamw``: AdamW with schedule and clipping, on a grid of rates.
+  ``falling``: a rate that falls with the root of the updates.
 
 Small models are bound by the launches of kernels, so that an update on a GPU is captured in a CUDA graph, and runs that
 differ in rate and seed are replayed side by side, each in a stream of its own. Where capturing fails, updates are made
@@ -66,6 +67,9 @@ WARM_UP = 20
 HEAD_UPDATES, HEAD_RATE = 60, 1e-2
 """Of Adam on a fresh head alone."""
 LINE_SEEDS = 3
+FALLING_FACTOR, FALLING_AFTER = 1.0, 100
+"""Of a falling rate: where it begins, in half-way points of the matrices' line; updates of 16 sequences after which it
+has fallen by the root of 2."""
 FILE = "rate_scan.jsonl"
 SIDE_BY_SIDE = 12
 """Most runs at once."""
@@ -128,6 +132,7 @@ JOBS = [
     ("llama-batch64", "today"), ("llama-batch4", "today"), ("llama-long", "constant"), ("llama-batch256", "today"),
     ("llama-width64", "adamw"), ("llama-width256", "adamw"), ("llama-batch64", "adamw"), ("llama-batch4", "adamw"),
     ("llama-batch256", "adamw"), ("llama-depth12", "today"), ("llama-depth2", "today"),
+    ("llama-width64", "falling"), ("llama-width128", "falling"), ("llama-width256", "falling"),
 ]  # fmt: skip
 """What is measured, in the order of its worth; ``constant`` begins with the lines."""
 
@@ -617,6 +622,22 @@ def minimum(points: Sequence[float], losses: Sequence[Sequence[float]], batches:
     return points[lowest] * 2 ** min(max(shift, -1.0), 1.0)
 
 
+def half_point(points: Sequence[float], losses: Sequence[Sequence[float]], batches: slice = slice(8)) -> float:
+    """The first point where the mean loss has fallen by only half of what the slope at the start promises.
+
+    That is the minimum of a parabola, and unlike the lowest point it is not led away where a line goes down again far
+    out. Not a number where the loss does not fall at first.
+    """
+    curve = [statistics.fmean(of_point[batches]) for of_point in losses]
+    falls = [(curve[0] - loss) / point for point, loss in zip(points[1:], curve[1:], strict=True)]
+    slope = statistics.median(falls[4:8])  # not the very first points, whose falls are lost in rounding
+    for k in range(6, len(falls)):
+        if slope > 0 and not falls[k] >= slope / 2:
+            share = (falls[k - 1] - slope / 2) / (falls[k - 1] - falls[k])
+            return points[k] * (points[k + 1] / points[k]) ** (share if math.isfinite(share) else 1.0)
+    return math.nan
+
+
 # ---- the jobs ----
 
 
@@ -625,7 +646,7 @@ class Job:
 
     def __init__(self, setting: Setting, given: argparse.Namespace) -> None:
         if given.tiny:
-            setting = replace(setting, updates=8, seeds=1, width=32, depth=1, adamw=setting.adamw[:1])
+            setting = replace(setting, updates=4, seeds=1, width=32, depth=1, adamw=setting.adamw[:1])
             setting = replace(setting, batch=2)
         elif given.eager:  # some ten times slower
             setting = replace(setting, updates=setting.updates // 2, seeds=1)
@@ -757,7 +778,7 @@ class Job:
             lanes = []
             for rate, seed in several:
                 if not ready.get((row, seed)):
-                    lane = self.lane(seed, adamw=row == "adamw", fitted=row == "constant")
+                    lane = self.lane(seed, adamw=row == "adamw", fitted=row in ("constant", "falling"))
                     lane.reset(schedule(rate), seed, **more)
                     if self.graphs:
                         lane.capture()
@@ -803,6 +824,19 @@ class Job:
         """Wait for the device."""
         if self.given.device == "cuda":
             torch.cuda.synchronize()
+
+    def falling(self) -> None:
+        """A rate that falls with the root of the updates, from a multiple of the half-way point of the matrices' line.
+
+        Its constants were read off the curves of the constant rates.
+        """
+        (first,) = self.find(row="line", fitted=True, phase="start", seed=0)
+        rate = FALLING_FACTOR * half_point(first["points"], first["losses"]["matrices"])
+        after = FALLING_AFTER * (self.setting.batch / 16) ** 0.5
+        wanted = [] if self.find(row="falling", seed=0) else [(rate, 0)]
+        self.together(
+            "falling", wanted, lambda begin: [begin / (1 + t / after) ** 0.5 for t in range(self.setting.updates)]
+        )
 
     # -- the others --
 
@@ -913,7 +947,7 @@ def work(given: argparse.Namespace) -> None:
         begun = time.monotonic()
         try:
             job = Job(SETTINGS[name], given)
-            {"constant": job.constant, "adamw": job.adamw_rows, "today": job.today}[kind]()
+            {"constant": job.constant, "adamw": job.adamw_rows, "today": job.today, "falling": job.falling}[kind]()
             append(given.output / FILE, {"job": [name, kind], "seconds": round(time.monotonic() - begun, 1)})
         except Exception as error:  # the next job may work
             traceback.print_exc()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_elra.optim.step_size import KestenGain
 from torch import nn
 
 from hf_elra.optim.averaging import WeightAverage
 from hf_elra.optim.spectral import ELRASpectral
-from hf_elra.optim.step_size import KestenGain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))
 import rate_scan

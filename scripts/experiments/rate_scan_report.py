@@ -21,9 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from rate_scan import FACTOR, SETTINGS, half_point, minimum, read
 
 from hf_elra.report.table import markdown_table
+from rate_scan import FACTOR, SETTINGS, half_point, minimum, read
 
 SHOWN = 0.35
 """How much more than the least loss a panel of the picture shows."""

@@ -45,6 +45,22 @@ def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
     need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)
 
 
+def check_common(settings: dict[str, Any], *, scales_weight_decay: bool) -> None:
+    """Raise a ConfigurationError for the first of the arguments that all optimizers have which cannot be used."""
+    need_number(settings, "lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
+    need_lr_bounds(settings, "(1e-8, 1e6)")
+    check_weight_decay(settings, scaled=scales_weight_decay)
+    need_number(settings, "restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
+    if settings["initial_restart_ratio"] is not None:
+        meaning = "a number > 1 (1.1), or None to drop the rule"
+        need_number(settings, "initial_restart_ratio", lambda v: v > 1, meaning)
+    window = settings["restart_window"]
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
+        raise ConfigurationError(f"restart_window={window!r} must be a whole number >= 2, or None for whole cycles.")
+    need_flag(settings, "soft_restart")
+    need_flag(settings, "stochastic_rounding")
+
+
 def need_choice(settings: dict[str, Any], name: str, valid: Iterable[str]) -> None:
     """Raise a ConfigurationError if a setting is none of the ``valid`` words."""
     valid, value = tuple(valid), settings[name]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import check_weight_decay, need_number
+from hf_elra.optim.arguments import check_common, check_weight_decay, need_number
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import (
     MOST_NON_FINITE,
@@ -43,9 +43,10 @@ OF_THE_LAST_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}
 """A group's part in the step last taken: α times the factor of a scheduler, that factor, the share of its weights that
 it lost."""
 DEFAULTS: dict[str, Any] = {
-    "lr": 1e-3, "weight_decay": 0.0, "stochastic_rounding": False, "soft_restart": True, "restart_window": None,
+    "lr": 1e-3, "lr_bounds": (1e-9, 1.0), "weight_decay": 0.0, "stochastic_rounding": False,
+    "soft_restart": True, "restart_sigma": 5.0, "initial_restart_ratio": 1.1, "restart_window": None,
 }  # fmt: skip
-"""Arguments that the update itself reads, where a class has none of its own."""
+"""Arguments of every optimizer; these are their values where a class has none of its own."""
 FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
 """When it is looked whether steps are lost in rounding: once α has found itself, and as it falls."""
 
@@ -69,8 +70,8 @@ class Parts(NamedTuple):
 class LossAwareOptimizer(torch.optim.Optimizer):
     """An optimizer that has to know the loss of every update, and says what it did with it.
 
-    A subclass checks its arguments, hands them on as ``settings``, and names its parts in :meth:`parts`. Numbers are
-    kept in ``param_groups[0]["scalars"]``, tensors in the state of their parameter.
+    A subclass checks the arguments of its own, hands all on as ``settings``, and names its parts in :meth:`parts`.
+    Numbers are kept in ``param_groups[0]["scalars"]``, tensors in the state of their parameter.
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them.
@@ -102,7 +103,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, settings: dict[str, Any]) -> None:
         settings = {**DEFAULTS, **settings}
-        lr = settings["lr"]
+        check_common(settings, scales_weight_decay=self.scales_weight_decay)
+        settings["lr_bounds"], lr = tuple(float(bound) for bound in settings["lr_bounds"]), settings["lr"]
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **OF_THE_LAST_STEP})
         scalars: dict[str, Any] = {
@@ -111,7 +113,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             "updates": 0, **new_setbacks(), "loss_statistics": new_loss_statistics(settings["restart_window"]),
         }  # fmt: skip
         self.param_groups[0]["scalars"] = scalars
-        scalars["rule"] = self.parts().rule.new_state()
+        parts = self.parts()
+        scalars["rule"] = parts.rule.new_state()
+        scalars["parts"] = f"{type(parts.direction).__name__}, {type(parts.rule).__name__}"
 
     def parts(self) -> Parts:
         """Name the parts of an update, as the settings in ``param_groups[0]`` want them; to be implemented."""
@@ -594,7 +598,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
         """
         given = state_dict["param_groups"][0].get("scalars")
-        if given is None or given.keys() != self._numbers().keys() or not self._knows(given["rule"]):
+        if given is None or given.get("parts") != self._numbers()["parts"]:
             raise ConfigurationError(
                 f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
                 "weights alone (from_pretrained) and begin a new run."
@@ -612,10 +616,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         self._made_memory = None
         for group in self.param_groups:
             group.update(own)
-
-    def _knows(self, rule_state: Any) -> bool:
-        """Whether this is a state of the optimizer's rule."""
-        return isinstance(rule_state, dict) and rule_state.keys() == self._numbers()["rule"].keys()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""

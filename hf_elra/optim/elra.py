@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.arguments import check_weight_decay, need_choice, need_flag, need_lr_bounds, need_number, settings_of
+from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import RESTART_FORMULAS, RestartGuard, StepGuards
@@ -139,7 +139,6 @@ class ELRA(UpdatesOnDevice):
     ) -> None:
         settings = settings_of(locals())
         _check_settings(settings)
-        settings["lr_bounds"] = tuple(float(bound) for bound in lr_bounds)
         super().__init__(params, settings)
         if step_rule == "bb2" and not self.parts().direction.is_gradient:
             raise ConfigurationError("step_rule='bb2' is only for steps along the gradient; use step_rule='bb1'.")
@@ -198,12 +197,9 @@ class ELRA(UpdatesOnDevice):
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that is of the wrong type, out of range or contradictory."""
     need = partial(need_number, settings)
-    need("lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
-    check_weight_decay(settings, scaled=False)
     need("noise_correction", lambda v: v >= 0, "a number >= 0 (0.15 in the paper, 0 for noise-free problems)")
     need("max_growth", lambda v: v > 1, "a number > 1, the largest growth of the learning rate per update (try 10)")
     need("min_step_norm", lambda v: v >= 0, "a number >= 0 (0.1 for language models, 0 for none)")
-    need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5 in the paper)")
     if settings["max_first_step"] is not None:
         need(
             "max_first_step", lambda v: v > 0, "a number > 0, a share of the parameters' norm, or None for no cropping"
@@ -221,14 +217,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
             lambda v: v > 0,
             "a number > 0, a share of the parameters' norm, or None for no cropping",
         )
-    if settings["initial_restart_ratio"] is not None:
-        need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1 in the paper), or None to drop the rule")
-    window = settings["restart_window"]
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
-        raise ConfigurationError(f"restart_window={window!r} must be a whole number >= 2, or None for whole cycles.")
-    need_lr_bounds(settings, "(1e-8, 1e6)")
-    for name in ("soft_restart", "stochastic_rounding", "capturable"):
-        need_flag(settings, name)
+    need_flag(settings, "capturable")
     for name in ("foreach", "fused"):
         need_flag(settings, name, or_none=True)
     need_choice(settings, "step_rule", FORMULAS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import check_weight_decay, need_flag, need_lr_bounds, need_number, settings_of
+from hf_elra.optim.arguments import need_number, settings_of
 from hf_elra.optim.base import LossAwareOptimizer, Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, Spectral
@@ -170,14 +170,6 @@ def _identities(name: str, given: Any) -> dict[int, bool]:
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that cannot be used."""
     need = partial(need_number, settings)
-    need("lr", lambda v: v > 0, "a number > 0, the first learning rate (any from 1e-7 to 1e-1 will do)")
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("search", lambda v: v >= 0 and v == int(v), "a whole number >= 0, in updates (10)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
-    check_weight_decay(settings, scaled=True)
-    need("restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
-    if settings["initial_restart_ratio"] is not None:
-        need("initial_restart_ratio", lambda v: v > 1, "a number > 1 (1.1), or None to drop the rule")
-    for name in ("soft_restart", "stochastic_rounding"):
-        need_flag(settings, name)
-    need_lr_bounds(settings, "(1e-9, 1)")

@@ -1,13 +1,13 @@
-"""What the contract tests run on two processes, by ``hf_elra.recipes.many_processes.together``."""
+"""What the contract tests run on two processes, by ``lib.many_processes.together``."""
 
 import torch
 import torch.distributed as dist
-from hf_elra.recipes.many_processes import answer, flat_weights, network, same_everywhere
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_elra import ConfigurationError
+from lib.many_processes import answer, flat_weights, network, same_everywhere
 from tests.contract.cases import CASES
 
 EVENTS = {8: "spike", 14: "nan_loss", 19: "nan_gradient"}

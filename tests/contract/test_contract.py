@@ -13,12 +13,12 @@ import pkgutil
 
 import pytest
 import torch
-from hf_elra.recipes.many_processes import together
 from torch import nn
 
 import hf_elra.optim
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import OPTIMIZERS, LossAwareOptimizer
+from lib.many_processes import together
 from tests.conftest import llama, trainer, weights
 from tests.contract.cases import CASES
 from tests.contract.processes import two_processes

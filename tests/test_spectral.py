@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_elra import ConfigurationError, ELRASpectral, embeddings_of, experts_of
+from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
 from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 from hf_elra.optim.rules.kesten_gain import KestenGain
@@ -622,3 +622,43 @@ def test_groups_factors_and_parameters_without_gradient():
     before = b.detach().clone()
     optimizer.step(loss=1.0)
     assert torch.equal(b, before)
+
+
+@pytest.mark.filterwarnings("ignore:ELRASpectral. the search for a learning rate")
+@pytest.mark.parametrize("kind", [ELRA, ELRASpectral])
+@pytest.mark.parametrize("lr", [1e-6, 1e-3])
+def test_a_loss_of_terms_that_cancel_is_not_judged_by_its_rounding(kind, lr):
+    """As a policy gradient's first pass: ratios are 1 and advantages have mean 0, so that the loss is ±1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    optimizer = kind(model.parameters(), lr=lr)
+    for _ in range(40):
+        log_probability = model(torch.randn(64, 8, generator=generator)).log_softmax(-1)[:, 0]
+        advantage = torch.randn(64, generator=generator)
+        loss = -((log_probability - log_probability.detach()).exp() * (advantage - advantage.mean())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    assert optimizer.restarts == 0
+
+
+def test_the_first_losses_after_a_search_are_judged_by_those_at_its_start():
+    """They differ by more than the tenth of the first loss that would be allowed otherwise; a real rise is noticed."""
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.randn(6, 4))
+    optimizer = ELRASpectral([x], search=6)
+    noise = [1.0, 2.0, 1.4, 0.7, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5]
+    for loss in itertools.cycle(noise):
+        x.grad = torch.ones(6, 4) + 0.1 * torch.randn(6, 4)
+        optimizer.step(loss=loss)
+        if optimizer.search_finished:
+            break
+    before = optimizer.restarts
+    for loss in (0.8, 1.6, 0.9, 1.7):
+        x.grad = torch.ones(6, 4)
+        optimizer.step(loss=loss)
+    assert optimizer.restarts == before
+    x.grad = torch.ones(6, 4)
+    optimizer.step(loss=30.0)
+    assert optimizer.restarts == before + 1

@@ -498,7 +498,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "surer; search=0 trusts lr."
             )
         scalars["previous_slope"] = scalars["previous_loss"] = None
-        scalars["loss_statistics"] = new_loss_statistics(self.param_groups[0]["restart_window"])
+        window = self.param_groups[0]["restart_window"]
+        scalars["loss_statistics"] = new_loss_statistics(window, ordinary=rule.losses_at_the_start())
         scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     def _bounded(self, parts: Parts, alpha: float) -> float:

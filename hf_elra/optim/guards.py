@@ -42,7 +42,13 @@ MATTERS = 0.01
 """A rise of the loss counts only beyond this share of the decrease that the step promises, α·slope."""
 
 ROUNDING = 1e-6
-"""... and beyond this share of the loss itself, which is some roundings of float32."""
+"""... and beyond this share of the loss itself, which is some roundings of float32; of a loss below 1 it is this much,
+where losses are those of batches. Many a loss near 0 is the sum of terms near 1 which cancel each other, as that of a
+policy gradient is."""
+
+ORDINARY_RISE = 0.02
+"""Standard deviation of losses, as a share of their mean, that is assumed where only a few of them are known: five
+times as much is the tenth of the paper's first rule."""
 
 LEAST_SIZE = 0.01
 """Root mean square of weights below which they count as so large for the relative crop: those that begin at zero have
@@ -130,19 +136,28 @@ class StepGuards:
         return max(min(alpha, high), low)
 
 
-def new_loss_statistics(window: int | None = None) -> dict[str, Any]:
+def new_loss_statistics(window: int | None = None, *, ordinary: LossStatistics | None = None) -> dict[str, Any]:
     """The plain, serialisable memory of a :class:`RestartGuard` with this ``window``.
 
     Of one structure from the first update to the last: torch's distributed checkpoints merge a saved state leaf by leaf
     into that of a new optimizer. ``recent`` is count, mean and variance of a falling average; ``row`` count, mean and
     squared deviations of the losses of steps that were taken back in a row; ``suspect`` a loss that was taken for too
     high and enters the statistics once it turns out that α was not the cause.
+
+    Args:
+        window: of the guard.
+        ordinary: losses that are known already at the point where training begins, at least two. A tenth of their mean
+            is never too high, as few losses tell their spread badly.
     """
     losses = None if window is None else [None] * window
-    return {
+    statistics: dict[str, Any] = {
         "initial_loss": None, "window": losses, "cycle": [0, 0.0, 0.0], "last_cycle": [None, None],
         "recent": [0, 0.0, 0.0], "row": [0, 0.0, 0.0], "suspect": None,
     }  # fmt: skip
+    if ordinary is not None and ordinary.count > 1:
+        variance = ordinary.squared_deviations / (ordinary.count - 1)
+        statistics["recent"] = [ENOUGH_LOSSES, ordinary.mean, max(variance, (ORDINARY_RISE * ordinary.mean) ** 2)]
+    return statistics
 
 
 @dataclass(frozen=True)
@@ -215,7 +230,8 @@ class RestartGuard:
         base = self.base(statistics, previous_loss)
         if base is None:
             return True
-        return loss - base > max(MATTERS * decrease, ROUNDING * max(abs(loss), abs(base)))
+        least = 1.0 if self.noisy else 0.0
+        return loss - base > max(MATTERS * decrease, ROUNDING * max(abs(loss), abs(base), least))
 
     def is_a_new_level(self, statistics: dict[str, Any], loss: float, *, retries: int) -> bool:
         """Take a too high loss into the row of those before it; return whether it is a level that persists."""

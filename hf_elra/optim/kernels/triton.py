@@ -285,7 +285,10 @@ def decision_kernel(
         base = tl.where(previous_loss == previous_loss, base, nan)
         if SOFT:
             promised = _MATTERS * step_size * previous_slope
-            rounding = _ROUNDING * tl.maximum(tl.abs(loss), tl.abs(base))
+            rounding = tl.maximum(tl.abs(loss), tl.abs(base))
+            if NOISY:
+                rounding = tl.maximum(rounding, 1.0)
+            rounding = _ROUNDING * rounding
             matters = (base != base) | (loss - base > tl.maximum(promised, rounding))
             too_high = finite & known & (loss > limit) & matters
         # Does it stay high however short the step is? Then the data have changed.

@@ -104,7 +104,8 @@ class ReferenceRestarts:
         base = self.previous_loss  # ours: a rise is one above the mean of recent losses, too
         if self.recent_count >= 10:
             base = max(base, self.recent_mean)
-        if not (loss > highest and loss - base > max(0.01 * decrease, 1e-6 * max(abs(loss), abs(base)))):
+        rounding = 1e-6 * max(abs(loss), abs(base), 1.0 if self.noisy else 0.0)  # ours
+        if not (loss > highest and loss - base > max(0.01 * decrease, rounding)):
             return None
         if self.row and mean is not None and loss - mean < 0.3 * (statistics.fmean(self.row) - mean):
             self.row = []  # it comes down

@@ -216,3 +216,7 @@ class ReferenceSpectral(ReferenceRestarts):
             self.alpha = self.bounded(0.001 * self.size())
         self.forget_points()
         self.forget_losses()
+        early = self.halves[0]
+        if len(early) > 1:  # what is ordinary where training begins is known already
+            self.recent_count, self.recent_mean = 10, statistics.fmean(early)
+            self.recent_variance = max(statistics.variance(early), (0.02 * self.recent_mean) ** 2)

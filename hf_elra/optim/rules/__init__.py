@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hf_elra.control.statistics import LossStatistics
+
 
 @dataclass
 class Measurement:
@@ -84,6 +86,10 @@ class Rule:
 
     def reconsider(self, update: int, alpha: float) -> float | None:
         """At the end of a provisional update: end the search, or begin it anew from the α that is returned."""
+        return None
+
+    def losses_at_the_start(self) -> LossStatistics | None:
+        """Losses of a search at points near to where it began, by which the first ones after it are judged."""
         return None
 
     def found(self, alpha: float, size: float) -> tuple[float | None, str | None]:

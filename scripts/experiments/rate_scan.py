@@ -10,10 +10,9 @@ In every setting:
   other batches at 33 points and at none, each batch by itself, for three seeds; also along parts of the direction, from
   a fresh and from a fitted head, and after 20 updates. What the minimum of such a line is, is settled by its reader.
 - ``constant``: that direction with momentum 0.9 at a constant rate, with the weight average t^8. The grid is of factor
-  2 around 0.45 of the line's minimum, goes on where its best is at its edge, and ends with a factor of √2 on both sides
-  of the best. The mean is evaluated after an eighth, a quarter, half and all of the updates.
+  2 around 0.45 of the line's lowest point, goes on where its best is at its edge, and ends with a factor of √2 on both
+  sides of the best. The mean is evaluated after an eighth, a quarter, half and all of the updates.
 - ``today``: ``ELRASpectral`` with nothing chosen. ``adamw``: AdamW with schedule and clipping, on a grid of rates.
-  ``falling``: a rate that falls with the root of the updates.
 
 Small models are bound by the launches of kernels, so that an update on a GPU is captured in a CUDA graph, and runs that
 differ in rate and seed are replayed side by side, each in a stream of its own. Where capturing fails, updates are made
@@ -67,9 +66,6 @@ WARM_UP = 20
 HEAD_UPDATES, HEAD_RATE = 60, 1e-2
 """Of Adam on a fresh head alone."""
 LINE_SEEDS = 3
-FALLING_FACTOR, FALLING_AFTER = 1.0, 100
-"""Of a falling rate: where it begins, in half-way points of the matrices' line; updates of 16 sequences after which it
-has fallen by the root of 2."""
 FILE = "rate_scan.jsonl"
 SIDE_BY_SIDE = 12
 """Most runs at once."""
@@ -132,7 +128,6 @@ JOBS = [
     ("llama-batch64", "today"), ("llama-batch4", "today"), ("llama-long", "constant"), ("llama-batch256", "today"),
     ("llama-width64", "adamw"), ("llama-width256", "adamw"), ("llama-batch64", "adamw"), ("llama-batch4", "adamw"),
     ("llama-batch256", "adamw"), ("llama-depth12", "today"), ("llama-depth2", "today"),
-    ("llama-width64", "falling"), ("llama-width128", "falling"), ("llama-width256", "falling"),
 ]  # fmt: skip
 """What is measured, in the order of its worth; ``constant`` begins with the lines."""
 
@@ -778,7 +773,7 @@ class Job:
             lanes = []
             for rate, seed in several:
                 if not ready.get((row, seed)):
-                    lane = self.lane(seed, adamw=row == "adamw", fitted=row in ("constant", "falling"))
+                    lane = self.lane(seed, adamw=row == "adamw", fitted=row == "constant")
                     lane.reset(schedule(rate), seed, **more)
                     if self.graphs:
                         lane.capture()
@@ -824,19 +819,6 @@ class Job:
         """Wait for the device."""
         if self.given.device == "cuda":
             torch.cuda.synchronize()
-
-    def falling(self) -> None:
-        """A rate that falls with the root of the updates, from a multiple of the half-way point of the matrices' line.
-
-        Its constants were read off the curves of the constant rates.
-        """
-        (first,) = self.find(row="line", fitted=True, phase="start", seed=0)
-        rate = FALLING_FACTOR * half_point(first["points"], first["losses"]["matrices"])
-        after = FALLING_AFTER * (self.setting.batch / 16) ** 0.5
-        wanted = [] if self.find(row="falling", seed=0) else [(rate, 0)]
-        self.together(
-            "falling", wanted, lambda begin: [begin / (1 + t / after) ** 0.5 for t in range(self.setting.updates)]
-        )
 
     # -- the others --
 
@@ -947,7 +929,7 @@ def work(given: argparse.Namespace) -> None:
         begun = time.monotonic()
         try:
             job = Job(SETTINGS[name], given)
-            {"constant": job.constant, "adamw": job.adamw_rows, "today": job.today, "falling": job.falling}[kind]()
+            {"constant": job.constant, "adamw": job.adamw_rows, "today": job.today}[kind]()
             append(given.output / FILE, {"job": [name, kind], "seconds": round(time.monotonic() - begun, 1)})
         except Exception as error:  # the next job may work
             traceback.print_exc()

@@ -222,20 +222,6 @@ def rules_table(all_results: list[Results]) -> str:
     return markdown_table(["setting", *RULES, "elra_spectral"], lines)
 
 
-def falling_table(all_results: list[Results]) -> str:
-    """A falling rate beside the best constant rate of every length, in seed 0."""
-    lines = []
-    for results in all_results:
-        for entry in results.find(row="falling"):
-            losses = {**entry["before"], str(entry["updates"]): entry["end"]}
-            cells = []
-            for updates, found in losses.items():
-                constant = results.curve(updates=updates if updates in entry["before"] else None, seed=0)
-                cells.append(f"{updates}: {found['mean']['loss']:.3f} ({min(constant.values()):.3f})")
-            lines.append([results.name, f"{entry['rate']:.2g}", *cells])
-    return markdown_table(["setting", "begins at", "updates: loss (at the best constant rate)", "", "", ""], lines)
-
-
 def all_rates(all_results: list[Results]) -> str:
     """Every loss."""
     lines = []
@@ -300,7 +286,7 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     entries = read(given.input)
     all_results = [results for name in SETTINGS if (results := Results(name, entries)).find(row="line")]
-    for table in (main_table, line_table, rules_table, length_table, falling_table, accuracy_table, all_rates):
+    for table in (main_table, line_table, rules_table, length_table, accuracy_table, all_rates):
         print(f"## {table.__doc__}\n\n{table(all_results)}\n")
     failed = [entry for entry in entries if "error" in entry]
     print("\n".join(f"failed: {entry['job']}: {entry['error']}" for entry in failed))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_elra.optim.step_size import KestenGain
 from torch import nn
 
 from hf_elra.optim.averaging import WeightAverage
+from hf_elra.optim.rules.kesten_gain import KestenGain
 from hf_elra.optim.spectral import ELRASpectral
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))
@@ -39,7 +39,7 @@ class Pairs(rate_scan.Task):
 
 
 def test_a_lane_walks_as_elra_spectral_at_a_constant_rate(monkeypatch):
-    monkeypatch.setattr(KestenGain, "factor", lambda self, memory, ratio: 1.0)
+    monkeypatch.setattr(KestenGain, "factor", lambda self, ratio: 1.0)
     task, rate = Pairs(), 0.01
     lane = rate_scan.Lane(task, task.model(0), BATCH, UPDATES)
     lane.reset([rate] * UPDATES, seed=3)

@@ -114,7 +114,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         }  # fmt: skip
         self.param_groups[0]["scalars"] = scalars
         parts = self.parts()
-        scalars["rule"] = parts.rule.new_state()
+        if state := parts.rule.new_state():  # torch's distributed checkpoints lose an empty dict
+            scalars["rule"] = state
         scalars["parts"] = f"{type(parts.direction).__name__}, {type(parts.rule).__name__}"
 
     def parts(self) -> Parts:
@@ -524,7 +525,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     def _current_parts(self) -> Parts:
         """The parts, with the rule's state."""
         parts = self.parts()
-        parts.rule.state = self.param_groups[0]["scalars"]["rule"]
+        parts.rule.state = self.param_groups[0]["scalars"].get("rule", {})
         return parts
 
     @property

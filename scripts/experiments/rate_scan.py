@@ -52,7 +52,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional
 
 from hf_elra.optim.averaging import WeightAverage, recompute_batch_norm
-from hf_elra.optim.directions import OVER, embeddings_of, spectral_direction
+from hf_elra.optim.directions.spectral import OVER, embeddings_of, spectral_direction
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.report.environment import environment
 

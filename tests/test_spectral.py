@@ -648,7 +648,7 @@ def test_the_first_losses_after_a_search_are_judged_by_those_at_its_start():
     torch.manual_seed(0)
     x = nn.Parameter(torch.randn(6, 4))
     optimizer = ELRASpectral([x], search=6)
-    noise = [1.0, 2.0, 1.4, 0.7, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5]
+    noise = [2.0, 1.0, 2.1, 0.7, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5]
     for loss in itertools.cycle(noise):
         x.grad = torch.ones(6, 4) + 0.1 * torch.randn(6, 4)
         optimizer.step(loss=loss)

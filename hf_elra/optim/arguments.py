@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,9 +18,10 @@ def settings_of(arguments: dict[str, Any], *left_out: str) -> dict[str, Any]:
 def need_number(settings: dict[str, Any], name: str, valid: Callable[[Any], bool], meaning: str) -> None:
     """Raise a ConfigurationError if a setting is no finite number or not ``valid``; ``meaning`` says what would be."""
     value = settings[name]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and valid(value)):
-        raise ConfigurationError(f"{name}={value!r} must be {meaning}.")
+        kind = "" if is_number else f" (it is a {type(value).__name__})"
+        raise ConfigurationError(f"{name}={value!r} must be {meaning}{kind}.")
 
 
 def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
@@ -48,7 +50,7 @@ def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
 def check_common(settings: dict[str, Any], *, scales_weight_decay: bool) -> None:
     """Raise a ConfigurationError for the first of the arguments that all optimizers have which cannot be used."""
     need_number(settings, "lr", lambda v: v > 0, "a number > 0, the first learning rate (try 1e-3)")
-    need_lr_bounds(settings, "(1e-8, 1e6)")
+    need_lr_bounds(settings, "(1e-8, 1)")
     check_weight_decay(settings, scaled=scales_weight_decay)
     need_number(settings, "restart_sigma", lambda v: v > 0, "a number > 0, in standard deviations (5)")
     if settings["initial_restart_ratio"] is not None:

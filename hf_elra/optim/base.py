@@ -22,6 +22,7 @@ from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import check_common, check_weight_decay, need_number
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import (
+    LEAST_SIZE,
     MOST_NON_FINITE,
     RestartGuard,
     StepGuards,
@@ -104,6 +105,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, settings: dict[str, Any]) -> None:
         settings = {**DEFAULTS, **settings}
         check_common(settings, scales_weight_decay=self.scales_weight_decay)
+        if isinstance(params, torch.nn.Module):
+            what = type(params).__name__
+            raise ConfigurationError(f"params must be parameters, not a {what}; pass model.parameters().")
         settings["lr_bounds"], lr = tuple(float(bound) for bound in settings["lr_bounds"]), settings["lr"]
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **OF_THE_LAST_STEP})
@@ -289,7 +293,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """The loss, slopes at both ends of the last step, norms: agreed over processes."""
         scalars = self._numbers_to_change()
         scalars["updates"] += 1
-        measured = Measurement(scalars["updates"], loss, 0.0, scalars["previous_slope"], 0.0, scalars["step_size"])
+        measured = Measurement(
+            scalars["updates"], previous_slope=scalars["previous_slope"], step_size=scalars["step_size"]
+        )
         norm_squared = 0.0
         for weight, group, group_params, group_gradients in zip(
             shares(factors), self.param_groups, params, gradients, strict=True
@@ -360,11 +366,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars, rule, guard = self._numbers_to_change(), parts.rule, parts.restart_guard
         if rule.provisional:
             rule.take_loss(measured)
-        before, slope = scalars["alpha"], measured.previous_slope
+        proven, slope = scalars["alpha"], measured.previous_slope
         lowest = parts.step_guards.lr_bounds[0]
         was_full = step_was_good(scalars, known=slope is not None, lowest=lowest, noisy=guard.noisy)
         alpha = proposal = scalars["alpha"]
-        if alpha < before:
+        if alpha < proven:
             rule.reduced()
         if slope is not None:
             product = scalars["gradient_norm"] * scalars["direction_norm"]
@@ -398,9 +404,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                     self.state[p].pop(key, None)
                     if not self.state[p]:
                         del self.state[p]
-            if parts.rule.provisional:
-                for p in group_params:
-                    self.state[p].setdefault("start", p.detach().clone())
+            for p in group_params if parts.rule.provisional else ():
+                if "start" not in self.state[p]:
+                    self.state[p]["start"] = p.detach().clone()
             self._warn_of_rounding(group_params, group_directions, alpha * factor)
             group["step_size"], group["step_factor"] = alpha * factor, factor
             group["step_decay"] = self._decay(group, alpha * factor) if factor != 0 else 0.0
@@ -489,9 +495,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 start = self.state.pop(p, {}).get("start")
                 if start is not None:
                     p.copy_(start)
-        alpha, why = rule.found(scalars["alpha"], self._root_mean_square(parts))
-        if alpha is not None and alpha > 0:
-            self._set_alpha(self._bounded(parts, alpha))
+        size = self._root_mean_square(parts)
+        alpha, why = rule.found(scalars["alpha"], size or LEAST_SIZE)  # weights may begin at zero
+        if alpha is not None:
+            self._set_alpha(parts.step_guards.bounded(alpha, size))
         if why is not None:
             warn_user(
                 f"{type(self).__name__}: the search for a learning rate {why}, and training goes on with "
@@ -500,7 +507,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             )
         scalars["previous_slope"] = scalars["previous_loss"] = None
         window = self.param_groups[0]["restart_window"]
-        scalars["loss_statistics"] = new_loss_statistics(window, ordinary=rule.losses_at_the_start())
+        scalars["loss_statistics"] = new_loss_statistics(window)
+        parts.restart_guard.expect(scalars["loss_statistics"], rule.losses_at_the_start())
         scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     def _bounded(self, parts: Parts, alpha: float) -> float:
@@ -599,11 +607,12 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
         """
-        given = state_dict["param_groups"][0].get("scalars")
-        if given is None or given.get("parts") != self._numbers()["parts"]:
+        groups = state_dict.get("param_groups") or [{}]
+        given, ours = groups[0].get("scalars", {}).get("parts", "no part of ours"), self._numbers()["parts"]
+        if given != ours:
             raise ConfigurationError(
-                f"state_dict: it was not written by {type(self).__name__}. To go on with another optimizer, load the "
-                "weights alone (from_pretrained) and begin a new run."
+                f"state_dict: it was not written by {type(self).__name__}, which is {ours}, but by one with {given}. "
+                "To go on with another optimizer, load the weights alone (from_pretrained) and begin a new run."
             )
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip((i for g in state_dict["param_groups"] for i in g["params"]), params, strict=False):

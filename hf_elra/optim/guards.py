@@ -4,7 +4,7 @@
 step has to be taken back. :func:`take_back` and :func:`step_was_good` say what that means for α: a step that is taken
 back is tried again *shorter*, with the same α, because one high loss may be the fault of its batch. Only a second
 failure is evidence against α. Where losses have no noise there is no batch to blame, and α itself is reduced, as in the
-paper. Rules live in ``rules/``; tensors are touched only in ``base.py``.
+paper. Nothing here touches a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from hf_elra.optim.rules import Measurement
 RESTART_FORMULAS = ("derived", "paper")
 LONGEST_RETRY, SHORTEST_RETRY = 0.5, 0.1
 """A retry is between a tenth and a half as long as the step that was taken back. After the first one, and where loss or
-gradient is not finite (no parabola can be laid through infinity), it is a tenth."""
+gradient is not finite (no parabola can be laid through infinity), it is a tenth. Where losses have no noise it may be
+shorter."""
 
 RETRIES_OF_A_LEVEL = 3
 """After so many retries whose losses do not come down, the data have changed and not the step (the last retry has at
@@ -45,10 +46,6 @@ ROUNDING = 1e-6
 """... and beyond this share of the loss itself, which is some roundings of float32; of a loss below 1 it is this much,
 where losses are those of batches. Many a loss near 0 is the sum of terms near 1 which cancel each other, as that of a
 policy gradient is."""
-
-ORDINARY_RISE = 0.02
-"""Standard deviation of losses, as a share of their mean, that is assumed where only a few of them are known: five
-times as much is the tenth of the paper's first rule."""
 
 LEAST_SIZE = 0.01
 """Root mean square of weights below which they count as so large for the relative crop: those that begin at zero have
@@ -136,28 +133,19 @@ class StepGuards:
         return max(min(alpha, high), low)
 
 
-def new_loss_statistics(window: int | None = None, *, ordinary: LossStatistics | None = None) -> dict[str, Any]:
+def new_loss_statistics(window: int | None = None) -> dict[str, Any]:
     """The plain, serialisable memory of a :class:`RestartGuard` with this ``window``.
 
     Of one structure from the first update to the last: torch's distributed checkpoints merge a saved state leaf by leaf
     into that of a new optimizer. ``recent`` is count, mean and variance of a falling average; ``row`` count, mean and
     squared deviations of the losses of steps that were taken back in a row; ``suspect`` a loss that was taken for too
     high and enters the statistics once it turns out that α was not the cause.
-
-    Args:
-        window: of the guard.
-        ordinary: losses that are known already at the point where training begins, at least two. A tenth of their mean
-            is never too high, as few losses tell their spread badly.
     """
     losses = None if window is None else [None] * window
-    statistics: dict[str, Any] = {
+    return {
         "initial_loss": None, "window": losses, "cycle": [0, 0.0, 0.0], "last_cycle": [None, None],
         "recent": [0, 0.0, 0.0], "row": [0, 0.0, 0.0], "suspect": None,
     }  # fmt: skip
-    if ordinary is not None and ordinary.count > 1:
-        variance = ordinary.squared_deviations / (ordinary.count - 1)
-        statistics["recent"] = [ENOUGH_LOSSES, ordinary.mean, max(variance, (ORDINARY_RISE * ordinary.mean) ** 2)]
-    return statistics
 
 
 @dataclass(frozen=True)
@@ -205,6 +193,17 @@ class RestartGuard:
         if self.initial_ratio is None or initial is None or initial == 0:
             return math.inf, initial
         return initial + (self.initial_ratio - 1) * abs(initial), initial
+
+    def expect(self, statistics: dict[str, Any], known: LossStatistics) -> None:
+        """Let the first losses be judged by the spread of some that are ``known``, not by the first one alone.
+
+        The first rule's limit becomes their mean + σ's multiple, where that is more than the tenth above their mean.
+        """
+        if self.initial_ratio is None or known.count < 2:
+            return
+        share, std = self.initial_ratio - 1, math.sqrt(known.squared_deviations / (known.count - 1))
+        limit = known.mean + max(self.sigma * std, share * abs(known.mean))
+        statistics["initial_loss"] = limit / (1 + share if limit > 0 else 1 - share)
 
     def base(self, statistics: dict[str, Any], previous_loss: float | None) -> float | None:
         """Return the loss that a rise is measured from.

@@ -23,7 +23,7 @@ from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.rules.kesten_gain import KestenGain
 
 MOMENTUM_OF_THE_SEARCH = 0.9
-"""Where there is none otherwise."""
+"""Where there is none otherwise, while α is found and for as long again."""
 
 
 class ELRASpectral(LossAwareOptimizer):
@@ -52,10 +52,11 @@ class ELRASpectral(LossAwareOptimizer):
             of a language model; see :func:`~hf_elra.optim.directions.embeddings_of`. Default: none.
         experts (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.experts_of`. Default: none.
-        search (int): updates of the search, which are taken back; 0 for none, which trusts ``lr``. A search that is not
-            sure goes on to at most twice as many updates: from a tenth of α where slopes are mostly noise, or until α
-            has been both too small and too large. If slopes are noise to the end, α is a hundredth of the matrices'
-            root mean square, and a warning says so, as it does where it ends at its floor, a thousandth. Default: 10.
+        search (int): updates of the search, at least 3, which are taken back; 0 for none, which trusts ``lr``. A search
+            that is not sure goes on to at most twice as many updates: from a tenth of α where slopes are mostly noise,
+            or until α has been both too small and too large. If slopes are noise to the end, α is a hundredth of the
+            matrices' root mean square, and a warning says so, as it does where it ends at its floor, a thousandth.
+            Default: 10.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -67,8 +68,8 @@ class ELRASpectral(LossAwareOptimizer):
     Raises:
         ConfigurationError: an argument cannot be used, or parameters are sharded (DTensor), whose polar factors are not
             those of their shards; the message names it, its value and the remedy.
-        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite with α at
-            its lower bound.
+        RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
+            updates.
 
     State per parameter: the averaged gradient (with momentum), the last direction, and during the search the point
     where it began. Numbers are decided on the host, which waits for the device several times an update.
@@ -123,8 +124,10 @@ class ELRASpectral(LossAwareOptimizer):
         """Polar factors, the gain that falls, and α below a share of the size of the matrices."""
         s = self.param_groups[0]
         rule = KestenGain(s["search"], holds=s["momentum"] == 0)
+        rule.state = s["scalars"].get("rule", rule.state)
+        finds = rule.is_finding(s["scalars"]["updates"] + 1)
         return Parts(
-            self.direction(self.momentum()),
+            self.direction(float(s["momentum"] or (MOMENTUM_OF_THE_SEARCH if finds else 0.0))),
             rule,
             StepGuards(lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"]),
             RestartGuard(s["restart_sigma"], s["initial_restart_ratio"]),
@@ -133,13 +136,6 @@ class ELRASpectral(LossAwareOptimizer):
     def direction(self, momentum: float) -> Direction:
         """Polar factors of averages with this momentum; a subclass may choose another one."""
         return Spectral(momentum)
-
-    def momentum(self) -> float:
-        """The momentum of the next update: there is one while α is found, and for as long again."""
-        s = self.param_groups[0]
-        found, update = s["scalars"].get("rule", {}).get("searched"), s["scalars"]["updates"] + 1
-        is_finding = found is None or update <= 2 * found
-        return float(s["momentum"] or (MOMENTUM_OF_THE_SEARCH if is_finding else 0.0))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
@@ -171,5 +167,6 @@ def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that cannot be used."""
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
-    need("search", lambda v: v >= 0 and v == int(v), "a whole number >= 0, in updates (10)")
+    meaning = "a whole number of updates, 0 or at least 3 (10)"
+    need("search", lambda v: isinstance(v, int) and (v == 0 or v >= 3), meaning)
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")

@@ -159,7 +159,7 @@ class Logs:
         self._levels = None
         if not self._trainer.is_world_process_zero():
             return
-        remedy = "--optim_args max_relative_step=0.01 (0.03 otherwise), or a larger batch"
+        remedy = "--optim_args max_step_norm=0.1 (2 otherwise), or a larger batch"
         if isinstance(self._trainer.elra_optimizer, ELRASpectral):
             remedy = "--optim elra, or a larger batch"
         logger.warning(

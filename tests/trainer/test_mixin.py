@@ -513,9 +513,7 @@ def test_steps_of_a_search_that_are_taken_back_are_no_news(tmp_path, caplog_warn
     assert warnings_of(caplog_warnings) == []
 
 
-@pytest.mark.parametrize(
-    ("optim", "remedy"), [("elra", "max_relative_step=0.01"), ("elra_spectral", "--optim elra, or")]
-)
+@pytest.mark.parametrize(("optim", "remedy"), [("elra", "max_step_norm=0.1"), ("elra_spectral", "--optim elra, or")])
 def test_losses_that_rise_again_are_told_once(tmp_path, caplog_warnings, optim, remedy):
     """Each by too little to be taken back, as with a preference loss; what the search saw does not count."""
 

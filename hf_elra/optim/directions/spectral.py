@@ -183,7 +183,8 @@ def _peaks(gradient: Tensor, embedding: bool) -> Tensor:
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model whose rows belong to tokens: embeddings, and a language model's output layer."""
     modules: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    modules.append(getattr(model, "get_output_embeddings", lambda: None)())
+    inner = getattr(model, "module", model)  # as DistributedDataParallel wraps it
+    modules.append(getattr(inner, "get_output_embeddings", lambda: None)())
     found = [getattr(module, "weight", None) for module in modules]
     return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
 

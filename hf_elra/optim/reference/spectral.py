@@ -217,6 +217,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.forget_points()
         self.forget_losses()
         early = self.halves[0]
-        if len(early) > 1:  # what is ordinary where training begins is known already
-            self.recent_count, self.recent_mean = 10, statistics.fmean(early)
-            self.recent_variance = max(statistics.variance(early), (0.02 * self.recent_mean) ** 2)
+        if len(early) > 1 and self.initial_restart_ratio is not None:  # what is ordinary there is known already
+            share, mean = self.initial_restart_ratio - 1, statistics.fmean(early)
+            limit = mean + max(self.restart_sigma * statistics.stdev(early), share * abs(mean))
+            self.initial_loss = limit / (1 + share if limit > 0 else 1 - share)

@@ -10,14 +10,14 @@ from hf_elra.optim.rules import Measurement, Rule
 
 
 def bb1(measured: Measurement) -> float:
-    """The long step ⟨s,s⟩/⟨s,y⟩, of the step that was taken: eq. (4) without κ; infinite on negative curvature."""
+    """The long step ⟨s,s⟩/⟨s,y⟩ over the step that was taken: eq. (4) without κ; infinite on negative curvature."""
     slope = cast(float, measured.previous_slope)
     curvature = slope - measured.current_slope
     return slope / curvature if curvature > 0 else math.inf
 
 
 def bb2(measured: Measurement) -> float:
-    """The short step ⟨s,y⟩/⟨y,y⟩, of the step that was taken; infinite on negative curvature.
+    """The short step ⟨s,y⟩/⟨y,y⟩ over the step that was taken; infinite on negative curvature.
 
     Only for u = G, where ⟨y,y⟩ = ‖G_t‖² - 2⟨G_t,G_{t-1}⟩ + ‖G_{t-1}‖² needs no further product. Far better than bb1 on
     noise-free problems; on mini-batches ‖G_t‖² counts the noise and the step collapses.

@@ -125,7 +125,7 @@ class KestenGain(Rule):
         self.state[half] = [statistics.count, statistics.mean, statistics.squared_deviations]
         early, late = LossStatistics(*self.state["early"]), LossStatistics(*self.state["late"])
         if min(early.count, late.count) >= self.RUN:
-            error = math.hypot(*(half.std / math.sqrt(half.count - 1) for half in (early, late)))
+            error = math.hypot(*(losses.std / math.sqrt(losses.count - 1) for losses in (early, late)))
             self.state["clear"] |= int(early.mean - late.mean > self.FALLS * error)
 
     def _extend_run(self, ratio: float) -> None:

@@ -508,7 +508,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars["previous_slope"] = scalars["previous_loss"] = None
         window = self.param_groups[0]["restart_window"]
         scalars["loss_statistics"] = new_loss_statistics(window)
-        parts.restart_guard.expect(scalars["loss_statistics"], rule.losses_at_the_start())
         scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     def _bounded(self, parts: Parts, alpha: float) -> float:

@@ -194,17 +194,6 @@ class RestartGuard:
             return math.inf, initial
         return initial + (self.initial_ratio - 1) * abs(initial), initial
 
-    def expect(self, statistics: dict[str, Any], known: LossStatistics) -> None:
-        """Let the first losses be judged by the spread of some that are ``known``, not by the first one alone.
-
-        The first rule's limit becomes their mean + σ's multiple, where that is more than the tenth above their mean.
-        """
-        if self.initial_ratio is None or known.count < 2:
-            return
-        share, std = self.initial_ratio - 1, math.sqrt(known.squared_deviations / (known.count - 1))
-        limit = known.mean + max(self.sigma * std, share * abs(known.mean))
-        statistics["initial_loss"] = limit / (1 + share if limit > 0 else 1 - share)
-
     def base(self, statistics: dict[str, Any], previous_loss: float | None) -> float | None:
         """Return the loss that a rise is measured from.
 

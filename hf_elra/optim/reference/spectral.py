@@ -216,8 +216,3 @@ class ReferenceSpectral(ReferenceRestarts):
             self.alpha = self.bounded(0.001 * self.size())
         self.forget_points()
         self.forget_losses()
-        early = self.halves[0]
-        if len(early) > 1 and self.initial_restart_ratio is not None:  # what is ordinary there is known already
-            share, mean = self.initial_restart_ratio - 1, statistics.fmean(early)
-            limit = mean + max(self.restart_sigma * statistics.stdev(early), share * abs(mean))
-            self.initial_loss = limit / (1 + share if limit > 0 else 1 - share)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_elra.control.statistics import LossStatistics
-
 
 @dataclass
 class Measurement:
@@ -87,10 +85,6 @@ class Rule:
     def reconsider(self, update: int, alpha: float) -> float | None:
         """At the end of a provisional update: end the search, or begin it anew from the α that is returned."""
         return None
-
-    def losses_at_the_start(self) -> LossStatistics:
-        """Losses of a search at points near to where it began, by which the first ones after it are judged."""
-        return LossStatistics()
 
     def found(self, alpha: float, size: float) -> tuple[float | None, str | None]:
         """Once a search has ended, return the α to take in place of ``alpha``, and why; None for what was found.

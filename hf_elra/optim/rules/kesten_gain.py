@@ -172,10 +172,6 @@ class KestenGain(Rule):
             return alpha / 10
         return None
 
-    def losses_at_the_start(self) -> LossStatistics:
-        """Those of the first half."""
-        return LossStatistics(*self.state["early"])
-
     def found(self, alpha: float, size: float) -> tuple[float | None, str | None]:
         """Only the falling gain counts from now on; a default where nothing was found."""
         self.state["gain"] = 0.0

@@ -126,6 +126,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Name the parts of an update, as the settings in ``param_groups[0]`` want them; to be implemented."""
         raise NotImplementedError(f"{type(self).__name__} must say what its parts are")
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of this update."""
+        return self.param_groups[0]
+
     # ---- what a user reads ----
 
     @property
@@ -313,8 +317,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             measured.gradient_norm_squared, measured.current_slope, measured.slope, norm_squared, measured.size, *losses
         )
         measured.gradient_norm_squared, measured.loss = square, losses[0] if losses else None
-        measured.direction_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
-        scalars["gradient_norm"] = math.sqrt(square) if square >= 0 else math.nan
+        measured.direction_norm = math.sqrt(norm_squared)
+        scalars["gradient_norm"] = math.sqrt(square)
         scalars["weight_square"] = measured.size
         return measured
 
@@ -366,11 +370,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars, rule, guard = self._numbers_to_change(), parts.rule, parts.restart_guard
         if rule.provisional:
             rule.take_loss(measured)
-        proven, slope = scalars["alpha"], measured.previous_slope
+        before, slope = scalars["alpha"], measured.previous_slope
         lowest = parts.step_guards.lr_bounds[0]
         was_full = step_was_good(scalars, known=slope is not None, lowest=lowest, noisy=guard.noisy)
         alpha = proposal = scalars["alpha"]
-        if alpha < proven:
+        if alpha < before:
             rule.reduced()
         if slope is not None:
             product = scalars["gradient_norm"] * scalars["direction_norm"]
@@ -426,7 +430,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         The floor under the step norm does not apply here: it would undo the restart.
         """
         scalars = self._numbers_to_change()
+        before = scalars["alpha"]
         take_back(scalars, retry, lowest=parts.step_guards.lr_bounds[0], noisy=parts.restart_guard.noisy)
+        if scalars["alpha"] < before:
+            parts.rule.reduced()
         self._set_alpha(scalars["alpha"])
         if scalars["previous_slope"] is None:  # no step behind us
             return
@@ -506,8 +513,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "surer; search=0 trusts lr."
             )
         scalars["previous_slope"] = scalars["previous_loss"] = None
-        window = self.param_groups[0]["restart_window"]
-        scalars["loss_statistics"] = new_loss_statistics(window)
+        scalars["loss_statistics"] = new_loss_statistics(self.param_groups[0]["restart_window"])
         scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
 
     def _bounded(self, parts: Parts, alpha: float) -> float:

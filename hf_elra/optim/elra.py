@@ -140,7 +140,7 @@ class ELRA(UpdatesOnDevice):
         settings = settings_of(locals())
         _check_settings(settings)
         super().__init__(params, settings)
-        if step_rule == "bb2" and not self.parts().direction.is_gradient:
+        if step_rule == "bb2" and not self.direction().is_gradient:
             raise ConfigurationError("step_rule='bb2' is only for steps along the gradient; use step_rule='bb1'.")
 
     def direction(self) -> Direction:

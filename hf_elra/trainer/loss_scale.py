@@ -83,7 +83,9 @@ class SumOfFinite:
 
     def add(self, loss: Tensor, weight: Any = 1.0) -> None:
         """Add a part, scaled already; ``weight`` is its part of the whole, in any unit. Does not wait for a GPU."""
-        finite, weight = loss.isfinite(), torch.as_tensor(weight, dtype=torch.float32, device=loss.device)
+        finite = loss.isfinite()
+        if not isinstance(weight, Tensor):  # filled in on the device: a copy from the host would wait for it
+            weight = torch.full_like(loss, weight, dtype=torch.float32)
         self._sum = self._sum + torch.where(finite, loss, 0.0)
         self._whole = self._whole + weight
         self._finite = self._finite + torch.where(finite, weight, 0.0)

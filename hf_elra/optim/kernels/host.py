@@ -54,10 +54,6 @@ class UpdatesOnDevice(LossAwareOptimizer):
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
             kernels.push(self.param_groups[0]["scalars"], kernels.numbers.device)
 
-    def settings(self) -> dict[str, Any]:
-        """The settings of this update."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its settings are")
-
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,9 +4,25 @@ from hf_elra.optim.averaging import WeightAverage
 from hf_elra.optim.base import LossAwareOptimizer
 from hf_elra.optim.directions.spectral import embeddings_of, experts_of
 from hf_elra.optim.elra import ELRA
+from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
 from hf_elra.optim.spectral import ELRASpectral
 
-OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {"elra": ELRA, "elra_spectral": ELRASpectral}
+OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
+    "elra": ELRA,
+    "elra_spectral": ELRASpectral,
+    "elra_c2min": ELRAC2Min,
+    "elra_p2min": ELRAP2Min,
+}
 """Optimizers by the names that ``--optim`` knows: a new one is a line here."""
 
-__all__ = ["ELRA", "OPTIMIZERS", "ELRASpectral", "LossAwareOptimizer", "WeightAverage", "embeddings_of", "experts_of"]
+__all__ = [
+    "ELRA",
+    "OPTIMIZERS",
+    "ELRAC2Min",
+    "ELRAP2Min",
+    "ELRASpectral",
+    "LossAwareOptimizer",
+    "WeightAverage",
+    "embeddings_of",
+    "experts_of",
+]

@@ -63,6 +63,24 @@ def check_common(settings: dict[str, Any], *, scales_weight_decay: bool) -> None
     need_flag(settings, "stochastic_rounding")
 
 
+def check_relative_crop(settings: dict[str, Any]) -> None:
+    """Raise a ConfigurationError if ``max_relative_step`` cannot be used."""
+    if settings["max_relative_step"] is not None:
+        meaning = "a number > 0, a share of the parameters' norm, or None for no cropping"
+        need_number(settings, "max_relative_step", lambda v: v > 0, meaning)
+
+
+def need_betas(settings: dict[str, Any]) -> None:
+    """Raise a ConfigurationError if ``betas`` are not two shares."""
+    betas = settings["betas"]
+    if not (
+        isinstance(betas, (tuple, list))
+        and len(betas) == 2
+        and all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in betas)
+    ):
+        raise ConfigurationError(f"betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
+
+
 def need_choice(settings: dict[str, Any], name: str, valid: Iterable[str]) -> None:
     """Raise a ConfigurationError if a setting is none of the ``valid`` words."""
     valid, value = tuple(valid), settings[name]

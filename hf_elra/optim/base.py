@@ -92,9 +92,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     gradient_decay: float = 1.0
     """m_0/m of the next update (ELRA, section 3.4), by which its step is shorter; to be set before every update, no
     part of the state. Gradients themselves stay as they are, since slopes are measured with them."""
-    line_loss: Callable[[float, list[list[Tensor]]], float] | None = None
+    line_loss: Callable[..., float] | None = None
     """Returns the loss at x - s·u, told s and u (group by group, of the parameters that have a gradient); a Trainer
-    sets it for optimizers with :attr:`needs_line_loss`."""
+    sets it for optimizers with :attr:`needs_line_loss`. Where the rule asks for other batches than that of this update,
+    it is told ``batches``, of how many of the next updates."""
+    updates_per_epoch: int | None = None
+    """For rules that count in epochs; a Trainer sets it, no part of the state."""
+    samples_per_update: int | None = None
+    """For rules that count samples; a Trainer sets it, no part of the state."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
@@ -277,6 +282,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         retry = self._judge(parts, measured)
         if retry is not None:
             self._take_back(parts, retry, factors)
+        elif measured.previous_slope is not None and (again := parts.rule.again(measured)) is not None:
+            self._step_again(parts, again, factors)
         else:
             directions = self._choose_direction(parts, measured, params, gradients, factors)
             if self.needs_line_loss:
@@ -379,13 +386,20 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if slope is not None:
             product = scalars["gradient_norm"] * scalars["direction_norm"]
             scalars["cosine"] = measured.current_slope / product if product > 0 else 0.0
-            if was_full:  # a retry is too short for the rule: α stays
-                proposal = rule.propose(measured, alpha)
-                if not rule.provisional:
-                    proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
+            measured.cosine = scalars["cosine"]
+        if rule.looks_ahead:
+            proposal = self._propose(parts, measured, alpha)
+        elif slope is not None and was_full:  # a retry is too short for the rule: α stays
+            proposal = self._propose(parts, measured, alpha)
+            if not rule.provisional:
+                proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
         is_first = slope is None and not scalars["moved"]
         norm, size, number = measured.direction_norm, measured.size, measured.number
         return parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
+
+    def _propose(self, parts: Parts, measured: Measurement, alpha: float) -> float:
+        """Return the rule's α_t; a subclass may let it decide by more than the last step."""
+        return parts.rule.propose(measured, alpha)
 
     def _move(
         self,
@@ -435,9 +449,21 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if scalars["alpha"] < before:
             parts.rule.reduced()
         self._set_alpha(scalars["alpha"])
-        if scalars["previous_slope"] is None:  # no step behind us
-            return
-        step_size = scalars["alpha"] * scalars["length"]
+        if scalars["previous_slope"] is not None:  # there is a step behind us
+            self._retrace(scalars["alpha"] * scalars["length"], factors)
+
+    def _step_again(self, parts: Parts, alpha: float, factors: list[float]) -> None:
+        """Go back to x_{t-1} and take the last step with another α, as a rule wants it that searches along the line."""
+        scalars = self._numbers_to_change()
+        number = self._number_sized(parts, [list(group["params"]) for group in self.param_groups])
+        norm, square = scalars["direction_norm"], scalars["weight_square"]
+        self._set_alpha(parts.step_guards.apply(alpha, alpha, norm, square, number))
+        scalars["length"] = 1.0
+        self._retrace(scalars["alpha"], factors)
+
+    def _retrace(self, step_size: float, factors: list[float]) -> None:
+        """Go back to x_{t-1}, and step from there along the old direction with another α, ``step_size``."""
+        scalars = self._numbers_to_change()
         for group, factor in zip(self.param_groups, factors, strict=True):
             kept = 1.0
             if self.scales_weight_decay:
@@ -466,16 +492,16 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         directions: list[list[Tensor]],
         weights: list[float],
         evaluate: Callable[[], Tensor | float] | None,
-    ) -> Callable[[float], float]:
+    ) -> Callable[..., float]:
         """Return what tells the loss at x - s·u; parameters are afterwards what they were."""
         along = [
             group if weight == 1 else [weight * u for u in group]
             for group, weight in zip(directions, weights, strict=True)
         ]
 
-        def loss_at(s: float) -> float:
+        def loss_at(s: float, **which: int) -> float:
             if evaluate is None:
-                return cast(Callable[[float, list[list[Tensor]]], float], self.line_loss)(s, along)
+                return cast(Callable[..., float], self.line_loss)(s, along, **which)
             flat = [p for group in params for p in group]
             kept = [p.detach().clone() for p in flat]
             try:
@@ -622,7 +648,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip((i for g in state_dict["param_groups"] for i in g["params"]), params, strict=False):
             for name, kept in state_dict["state"].get(number, {}).items():
-                if isinstance(kept, Tensor) and kept.shape != p.shape:
+                if name != "step" and isinstance(kept, Tensor) and kept.shape != p.shape:
                     raise ConfigurationError(
                         f"state_dict: {name} of parameter {number} has shape {tuple(kept.shape)}, but that parameter "
                         f"has {tuple(p.shape)}; it is the state of another model."

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
+from hf_elra.optim.arguments import check_relative_crop, need_choice, need_flag, need_number, settings_of
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import RESTART_FORMULAS, RestartGuard, StepGuards
@@ -211,12 +211,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
                 f"min_step_norm={settings['min_step_norm']!r} is above max_step_norm={settings['max_step_norm']!r}; "
                 "lower the one or raise the other."
             )
-    if settings["max_relative_step"] is not None:
-        need(
-            "max_relative_step",
-            lambda v: v > 0,
-            "a number > 0, a share of the parameters' norm, or None for no cropping",
-        )
+    check_relative_crop(settings)
     need_flag(settings, "capturable")
     for name in ("foreach", "fused"):
         need_flag(settings, name, or_none=True)

@@ -290,6 +290,12 @@ class RestartGuard:
         return max(shorter, SHORTEST_RETRY) if self.noisy else shorter
 
 
+def guards_of(settings: dict[str, Any]) -> tuple[StepGuards, RestartGuard]:
+    """The guards of optimizers whose papers have none: bounds on α, a crop where one is asked for, soft restarts."""
+    step_guards = StepGuards(lr_bounds=settings["lr_bounds"], max_relative_step=settings["max_relative_step"])
+    return step_guards, RestartGuard(settings["restart_sigma"], settings["initial_restart_ratio"])
+
+
 def new_setbacks() -> dict[str, Any]:
     """What :func:`take_back` and :func:`step_was_good` remember, plain numbers for a checkpoint.
 

@@ -1,4 +1,8 @@
-"""The list of all optimizers that ``test_contract.py`` puts through its tests: a new optimizer is a new entry."""
+"""The list of all optimizers that ``test_contract.py`` puts through its tests: a new optimizer is a new entry.
+
+A case that is made of the same parts as another one, but for a rule or a direction, is ``brief``: it runs a short list
+(saved and resumed states, what is not finite, wrong types), as the full list takes some ten seconds a case.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_elra import ELRA, ELRASpectral
+from hf_elra.optim import ELRAC2Min, ELRAP2Min
 from hf_elra.optim.reference.elra import ReferenceELRA
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 
@@ -29,6 +34,7 @@ class Case:
         takes_shards: whether parameters may be DTensors.
         twin: makes its twin in float64 of points and arguments; None for none.
         wrong: further arguments that are refused, and what the error says.
+        brief: it runs the short list alone.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Case:
     takes_shards: bool = True
     twin: Callable[..., Any] | None = None
     wrong: tuple[tuple[dict[str, Any], str], ...] = ()
+    brief: bool = False
 
     def make(self, params: Any, **more: Any) -> Any:
         """A new optimizer."""
@@ -111,4 +118,6 @@ CASES = (
          "momentum=0", takes_shards=False, twin=ReferenceSpectral),
     Case("elra_spectral, no search", ELRASpectral, "elra_spectral", {"search": 0, "lr": 1e-2}, "search=0",
          takes_shards=False, twin=ReferenceSpectral),
+    Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
+    Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),
 )  # fmt: skip

@@ -16,7 +16,7 @@ EVENTS = {8: "spike", 14: "nan_loss", 19: "nan_gradient"}
 def two_processes():
     """Every case in DDP, where one process alone meets trouble; and on shards."""
     dist.init_process_group("gloo")
-    return {case.name: {"differing": differing(case), "shards": on_shards(case)} for case in CASES}
+    return {case.name: {"differing": differing(case), "shards": on_shards(case)} for case in CASES if not case.brief}
 
 
 def differing(case):

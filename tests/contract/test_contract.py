@@ -25,9 +25,23 @@ from tests.contract.processes import two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*search for a learning rate:UserWarning")
 
-every = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+FULL = [case for case in CASES if not case.brief]
+every = pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
+each = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])  # also those of the short list
 with_twin = pytest.mark.parametrize("case", [c for c in CASES if c.twin], ids=[c.name for c in CASES if c.twin])
-in_a_trainer = pytest.mark.parametrize("case", [c for c in CASES if c.optim], ids=[c.name for c in CASES if c.optim])
+in_a_trainer = pytest.mark.parametrize("case", [c for c in FULL if c.optim], ids=[c.name for c in FULL if c.optim])
+each_in_a_trainer = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.optim], ids=[c.name for c in CASES if c.optim]
+)
+
+
+def each_with(names, values, brief):
+    """Every case with all of ``values``, those of the short list with ``brief`` alone."""
+    lot = [(case, *value) for case in CASES for value in ([brief] if case.brief else values)]
+    ids = ["-".join([case.name, *(str(v).removeprefix("torch.") for v in value)]) for case, *value in lot]
+    return pytest.mark.parametrize(("case", *names), lot, ids=ids)
+
+
 PER_GROUP = {"lr", "weight_decay"}
 LAST_STEP = {"previous_direction", "previous_point"}
 """State that says how the last step is taken back."""
@@ -130,7 +144,7 @@ def test_a_value_that_cannot_be_used_is_named(case, given, message):
         case.make(one(), **given)
 
 
-@every
+@each
 def test_a_value_of_a_wrong_type_is_named(case):
     for name in list(inspect.signature(case.optimizer).parameters)[1:]:
         with pytest.raises(ConfigurationError, match=name):
@@ -201,9 +215,9 @@ def test_it_walks_with_its_twin(case, seed):
 # ---- state ----
 
 
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at", [5, 24, 29])
+@each_with(
+    ("dtype", "at"), list(itertools.product([torch.float32, torch.bfloat16], [5, 24, 29])), brief=(torch.float32, 24)
+)
 def test_a_saved_state_goes_on_bit_for_bit(case, dtype, at):
     """In a search if there is one, after two retries, and after a NaN."""
     model = network(dtype)
@@ -252,9 +266,10 @@ def test_the_state_of_another_optimizer_or_model_is_refused(case):
 # ---- trouble ----
 
 
-@every
-@pytest.mark.parametrize(
-    "event", [f"{bad} {what}" for bad in ("nan", "inf", "-inf") for what in ("loss", "gradient", "gradients")]
+@each_with(
+    ("event",),
+    [(f"{bad} {what}",) for bad in ("nan", "inf", "-inf") for what in ("loss", "gradient", "gradients")],
+    brief=("nan gradient",),
 )
 def test_what_is_not_finite_reaches_neither_weights_nor_state(case, event):
     for when in (0, 4, 15):
@@ -516,7 +531,7 @@ def test_shards_are_trained_or_refused(case):
     assert told == "finite" if case.takes_shards else "DTensor" in told
 
 
-@in_a_trainer
+@each_in_a_trainer
 def test_a_resumed_training_goes_on_bit_for_bit(case, tmp_path):
     """From the first checkpoint that there is; a search puts those off that are due in it."""
     given = dict(optim=case.optim, optim_args=case.optim_args, max_steps=22, save_strategy="steps", save_steps=7)

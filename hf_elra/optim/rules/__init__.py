@@ -26,7 +26,9 @@ class Measurement:
             asks for it.
         slope: ⟨G_t, u_t⟩ at the beginning of the step to come.
         direction_norm: ‖u_t‖.
-        line_loss: for rules that look before they step: returns the loss at x - s·u_t, told s.
+        cosine: between G_t and u_{t-1}; 0 without a step to learn from.
+        line_loss: for rules that look before they step: returns the loss at x - s·u_t, told s, over this update's
+            batch; in a Trainer with ``batches=k`` over those of the next k updates.
     """
 
     update: int
@@ -39,7 +41,8 @@ class Measurement:
     number: int = 0
     slope: float = 0.0
     direction_norm: float = 0.0
-    line_loss: Callable[[float], float] | None = None
+    cosine: float = 0.0
+    line_loss: Callable[..., float] | None = None
 
 
 class Rule:
@@ -48,6 +51,9 @@ class Rule:
     Attributes:
         state: plain numbers, of one structure from the first update to the last.
     """
+
+    looks_ahead = False
+    """Whether α comes from the step to come, and is proposed for every one of them; else from the step behind."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = self.new_state()
@@ -69,6 +75,13 @@ class Rule:
             alpha: α_{t-1}.
         """
         return alpha
+
+    def again(self, measured: Measurement) -> float | None:
+        """Return α for the last step once more from where it began, while a search along its line goes on.
+
+        Called where the last step was not taken back; what it measured is then forgotten.
+        """
+        return None
 
     def reduced(self) -> None:
         """The guards have reduced α, as steps failed again and again."""

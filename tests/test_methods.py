@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_elra.optim import ELRAC2Min, ELRAP2Min
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim import (
+    NTLR,
+    NTLRSGD,
+    ELRAC2Min,
+    ELRAP2Min,
+    HypergradientAdamW,
+    HypergradientSGD,
+    NTLRAdamW,
+)
+from hf_elra.optim.rules import Measurement
+from hf_elra.optim.rules.newton import Newton
+from tests.conftest import trainer
 
 
 def quadratic(curvatures, start):
@@ -70,11 +82,145 @@ def test_averages_are_those_of_the_paper():
     torch.testing.assert_close(x.detach(), before - optimizer.alpha * u)
 
 
+# ---- NTLR ----
+
+
+def test_newton_with_gamma_1_goes_to_the_minimum_of_the_line():
+    x, loss_of = quadratic([4.0, 4.0], [3.0, -2.0])
+    optimizer = NTLRSGD([x], lr=1e-2, gamma=1.0, every=1)
+    walk(optimizer, x, loss_of, 2)
+    assert optimizer.alpha == pytest.approx(1 / 4)
+    assert x.abs().max() < 1e-12
+
+
+def test_every_k_updates_by_mean_directions():
+    """Eq. 8, from points alone: D_k is the way of K updates over K·α."""
+    x, loss_of = quadratic([1.0, 3.0], [1.0, 2.0])
+    optimizer, points, rates = NTLRSGD([x], lr=0.05, gamma=0.33, every=3, momentum=0.5), [], []
+    for _ in range(8):
+        points.append(x.detach().clone())
+        update(optimizer, x, loss_of)
+        rates.append(optimizer.alpha)
+    assert rates[:7] == [0.05] * 7  # a window begins after the first step; two of them are compared
+    first, second = (points[1] - points[4]) / 0.15, (points[4] - points[7]) / 0.15
+    factor = 1 + 0.33 * (first @ second) / (first @ (first - second))
+    assert rates[7] == pytest.approx(0.05 * factor.item())
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "factor"),
+    [(1.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1 - 1e-9, 100.0), (1.0, -1e9, 0.67), (1.0, 0.5, 1.33), (-1.0, -2.0, 1.0)],
+)
+def test_newtons_factor_is_guarded_as_the_paper_says(n, d, factor):
+    """A denominator that is not positive keeps the rate; the factor is at most 100, and never below 1 - γ."""
+    assert Newton(0.33).propose(Measurement(2, previous_slope=n, current_slope=d), 1.0) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01),
+    lambda p: torch.optim.Adadelta(p, lr=0.1),
+], ids=["SGD", "AdamW", "Adadelta"])  # fmt: skip
+def test_around_another_optimizer_its_path_is_the_same_while_the_rate_stays(make):
+    """And the state that it was saved with goes on, in another object too."""
+    ends = []
+    for wraps, resumes in ((False, False), (True, False), (True, True)):
+        x, loss_of = quadratic([1.0, 3.0], [1.0, 2.0])
+        optimizer = NTLR(make([x]), every=100) if wraps else make([x])
+        for number in range(12):
+            if resumes and number == 6:
+                saved = optimizer.state_dict()
+                optimizer = NTLR(make([x]), every=100)
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step(**({"loss": loss_of().item()} if wraps else {}))
+        ends.append(x.detach())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(ends[2], ends[1])
+
+
+def test_a_scheduler_on_the_inner_optimizer_is_refused():
+    x, _ = quadratic([1.0], [1.0])
+    inner = torch.optim.SGD([x], lr=0.1)
+    wrapped = NTLR(inner, every=2)
+    torch.optim.lr_scheduler.StepLR(inner, 1)
+    with pytest.raises(ConfigurationError, match="inner=SGD has a scheduler"):
+        NTLR(inner)
+    x.grad = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ConfigurationError, match="inner=SGD has a scheduler"):
+        wrapped.step(loss=1.0)
+    for wrong in (torch.optim.LBFGS([x]), NTLRSGD([x]), 3):
+        with pytest.raises(ConfigurationError, match="inner=.* must be an optimizer"):
+            NTLR(wrong)
+
+
+def test_directions_are_those_of_torch():
+    """At a rate that stays: SGD with momentum, and AdamW with decoupled weight decay."""
+    pairs = [
+        (lambda p: NTLRSGD(p, lr=0.1, momentum=0.9, every=100), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        (
+            lambda p: NTLRAdamW(p, lr=0.1, weight_decay=0.1, every=100),
+            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+        ),
+    ]
+    for ours, stock in pairs:
+        ends = []
+        for make in (ours, stock):
+            x, loss_of = quadratic([1.0, 3.0], [1.0, 2.0])
+            optimizer = make([x])
+            for _ in range(10):
+                optimizer.zero_grad()
+                loss = loss_of()
+                loss.backward()
+                optimizer.step(**({"loss": loss.item()} if make is ours else {}))
+            ends.append(x.detach())
+        torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-10)
+
+
+def test_k_is_a_share_of_an_epoch(tmp_path):
+    """64 rows, 2 an update: 32 updates an epoch. A bare loop tells how many there are."""
+    run = trainer(tmp_path, optim="ntlr_sgd", optim_args="share=0.25", per_device_train_batch_size=2, max_steps=3)
+    run.train()
+    assert run.elra_optimizer.every == 8
+    bare = NTLRSGD([nn.Parameter(torch.ones(1))], share=0.1)
+    assert bare.every == 100
+    bare.updates_per_epoch = 50
+    assert bare.every == 5
+
+
+# ---- hypergradients ----
+
+
+def test_additive_hypergradients():
+    """α_1 = α_0 + η·⟨G_1, G_0⟩, on a quadratic."""
+    x, loss_of = quadratic([2.0], [3.0])
+    optimizer = HypergradientSGD([x], lr=0.1, hyper_lr=1e-3)
+    walk(optimizer, x, loss_of, 2)
+    assert optimizer.alpha == pytest.approx(0.1 + 1e-3 * 6.0 * 6.0 * (1 - 0.1 * 2))
+
+
+def test_multiplicative_hypergradients_by_the_update_and_every_k():
+    x, loss_of = quadratic([2.0], [3.0])
+    optimizer = HypergradientSGD([x], lr=0.01, formula="multiplicative", hyper_lr=0.1)
+    walk(optimizer, x, loss_of, 3)
+    assert optimizer.alpha == pytest.approx(0.01 * 1.1**2)
+    x, loss_of = quadratic([2.0], [3.0])
+    optimizer = HypergradientSGD([x], lr=0.01, formula="multiplicative", hyper_lr=0.1, every=2)
+    walk(optimizer, x, loss_of, 8)  # one dimension: parallel; windows are compared after updates 6 and 8
+    assert optimizer.alpha == pytest.approx(0.01 * 1.1**2)
+
+
 # ---- all of them ----
 
 CONVERGES = {
     "elra_c2min": lambda x: ELRAC2Min([x], max_relative_step=None),
     "elra_p2min": lambda x: ELRAP2Min([x], max_relative_step=None),
+    "ntlr": lambda x: NTLR(torch.optim.RMSprop([x], lr=1e-2), every=10),
+    "ntlr_sgd": lambda x: NTLRSGD([x], lr=1e-3, every=5),
+    "ntlr_adamw": lambda x: NTLRAdamW([x], lr=1e-2, every=10),
+    "hypergradient_sgd": lambda x: HypergradientSGD([x], lr=1e-3, hyper_lr=1e-5),
+    "hypergradient_adamw": lambda x: HypergradientAdamW([x], lr=1e-2, formula="multiplicative"),
 }
 """How each is made for a problem without noise."""
 

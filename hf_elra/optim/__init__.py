@@ -5,6 +5,8 @@ from hf_elra.optim.base import LossAwareOptimizer
 from hf_elra.optim.directions.spectral import embeddings_of, experts_of
 from hf_elra.optim.elra import ELRA
 from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
+from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
+from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
 from hf_elra.optim.spectral import ELRASpectral
 
 OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
@@ -12,16 +14,25 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
     "elra_spectral": ELRASpectral,
     "elra_c2min": ELRAC2Min,
     "elra_p2min": ELRAP2Min,
+    "ntlr_sgd": NTLRSGD,
+    "ntlr_adamw": NTLRAdamW,
+    "hypergradient_sgd": HypergradientSGD,
+    "hypergradient_adamw": HypergradientAdamW,
 }
 """Optimizers by the names that ``--optim`` knows: a new one is a line here."""
 
 __all__ = [
     "ELRA",
+    "NTLR",
+    "NTLRSGD",
     "OPTIMIZERS",
     "ELRAC2Min",
     "ELRAP2Min",
     "ELRASpectral",
+    "HypergradientAdamW",
+    "HypergradientSGD",
     "LossAwareOptimizer",
+    "NTLRAdamW",
     "WeightAverage",
     "embeddings_of",
     "experts_of",

@@ -322,9 +322,18 @@ class Accounting:
             optimizer.observe_loss(of_process)  # the optimizer itself takes the mean
             if processes > 1:
                 optimizer.process_group = torch.distributed.group.WORLD
+            self._tell_sizes(optimizer)
         trainer.elra_callback.count(samples if drawn is None else drawn, tokens, loss)
         self._loss, self._samples, self._tokens = SumOfFinite(), 0, 0
         return loss
+
+    def _tell_sizes(self, optimizer: Any) -> None:
+        """Tell an optimizer how many samples an update has, and how many updates an epoch."""
+        trainer = self._trainer
+        number = trainer.args.gradient_accumulation_steps if self._size.control is None else self.accumulation
+        optimizer.samples_per_update = self._samples_of(trainer._train_batch_size) * max(1, round(number))
+        rows = number_of_rows(trainer.train_dataset)
+        optimizer.updates_per_epoch = None if rows is None else max(1, rows // optimizer.samples_per_update)
 
     # ---- after it ----
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRASpectral, LossAwareOptimizer
+from hf_elra.optim import ELRA, LossAwareOptimizer
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
@@ -86,7 +86,7 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
         trainer.args,
         deepspeed=trainer.is_deepspeed_enabled,
         fsdp_version=fsdp_version(trainer),
-        ours="elra_spectral" if issubclass(ours, ELRASpectral) else "ELRA",
+        ours="ELRA" if issubclass(ours, ELRA) else name_of(ours),
     )
     if trainer.is_fsdp_enabled and not ours.takes_shards:
         raise ConfigurationError(
@@ -94,6 +94,11 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
             "optim=elra."
         )
     return replaced
+
+
+def name_of(ours: type[LossAwareOptimizer]) -> str:
+    """The name of an optimizer on ``--optim``, or of its class."""
+    return next((name for name, known in OPTIMIZERS.items() if known is ours), ours.__name__)
 
 
 def suiting_control(trainer: Any, ours: type[LossAwareOptimizer] | None) -> str:

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from hf_elra.control import BatchDecision, LossLevels
-from hf_elra.optim import ELRASpectral
+from hf_elra.optim import ELRA
 from hf_elra.trainer.accounting import LOSSES_ON_DEVICE, Accounting, finite_values
 from hf_elra.trainer.micro_batches import MicroBatches
 from hf_elra.trainer.trials import Trials
@@ -159,9 +159,9 @@ class Logs:
         self._levels = None
         if not self._trainer.is_world_process_zero():
             return
-        remedy = "--optim_args max_step_norm=0.1 (2 otherwise), or a larger batch"
-        if isinstance(self._trainer.elra_optimizer, ELRASpectral):
-            remedy = "--optim elra, or a larger batch"
+        remedy = "--optim elra, or a larger batch"
+        if isinstance(self._trainer.elra_optimizer, ELRA):
+            remedy = "--optim_args max_step_norm=0.1 (2 otherwise), or a larger batch"
         logger.warning(
             "Update %d: the loss has risen again, to a mean of %.4g over %d updates, which was %.4g at its lowest. "
             "Unless the data have become harder, the steps are too long here, at a learning rate of %.2g; try %s.",

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from hf_elra import ELRA, ELRASpectral
-from hf_elra.optim import ELRAC2Min, ELRAP2Min
+from hf_elra.optim import (
+    NTLR,
+    NTLRSGD,
+    ELRAC2Min,
+    ELRAP2Min,
+    HypergradientAdamW,
+    HypergradientSGD,
+    NTLRAdamW,
+)
 from hf_elra.optim.reference.elra import ReferenceELRA
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 
@@ -35,6 +43,7 @@ class Case:
         twin: makes its twin in float64 of points and arguments; None for none.
         wrong: further arguments that are refused, and what the error says.
         brief: it runs the short list alone.
+        grows: whether α grows where slopes never fall.
     """
 
     name: str
@@ -47,9 +56,12 @@ class Case:
     twin: Callable[..., Any] | None = None
     wrong: tuple[tuple[dict[str, Any], str], ...] = ()
     brief: bool = False
+    grows: bool = True
 
     def make(self, params: Any, **more: Any) -> Any:
         """A new optimizer."""
+        if self.optimizer is NTLR:
+            params, more = torch.optim.RMSprop(params, lr=more.pop("lr", 1e-2)), {**more}
         return self.optimizer(params, **{**self.arguments, **more})
 
 
@@ -76,6 +88,8 @@ class FlatTwin:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
+OFTEN = {"every": 3, "soft_restart": True}
+OFTEN_IN_A_TRAINER = "every=3,soft_restart=true"
 WRONG_OF_ALL = (
     ({"lr": 0}, r"lr=0 must be a number > 0"),
     ({"lr": math.nan}, r"lr=nan must be a number > 0"),
@@ -120,4 +134,19 @@ CASES = (
          takes_shards=False, twin=ReferenceSpectral),
     Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
     Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),
+    Case("ntlr", NTLR, None, OFTEN, brief=True),
+    Case("ntlr_sgd", NTLRSGD, "ntlr_sgd", {**OFTEN, "momentum": 0.9}, f"momentum=0.9,{OFTEN_IN_A_TRAINER}", brief=True),
+    Case("ntlr_adamw", NTLRAdamW, "ntlr_adamw", {**OFTEN, "lr": 1e-2, "every": 8}, OFTEN_IN_A_TRAINER, grows=False,
+         wrong=(
+        ({"gamma": 0}, "gamma=0 must be"), ({"every": 0}, "every=0 must be"), ({"share": 2}, "share=2 must be"),
+        ({"betas": (0.9, 1.0)}, "betas=.* must be two numbers"), ({"eps": 0}, "eps=0 must be"),
+    )),
+    Case("hypergradient_sgd", HypergradientSGD, "hypergradient_sgd", {"lr": 1e-2, "soft_restart": True},
+         "soft_restart=true", brief=True, wrong=(
+        ({"formula": "add"}, "formula=.add. must be one of .additive."),
+        ({"hyper_lr": -1}, "hyper_lr=-1 must be a number > 0"),
+        ({"hyper_lr": 1, "formula": "multiplicative"}, r"hyper_lr=1 must be a number in \(0, 1\)"),
+    )),
+    Case("hypergradient_adamw", HypergradientAdamW, "hypergradient_adamw",
+         {**OFTEN, "formula": "multiplicative"}, f"formula=multiplicative,{OFTEN_IN_A_TRAINER}", brief=True),
 )  # fmt: skip

@@ -15,6 +15,9 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.optim import (
     NTLR,
     NTLRSGD,
+    PAL,
+    SLS,
+    SPS,
     ELRAC2Min,
     ELRAP2Min,
     HypergradientAdamW,
@@ -211,11 +214,96 @@ def test_multiplicative_hypergradients_by_the_update_and_every_k():
     assert optimizer.alpha == pytest.approx(0.01 * 1.1**2)
 
 
+# ---- SPS, SLS, PAL ----
+
+
+def test_polyaks_step_and_its_growth():
+    """On ½·c·x², f/(½·‖G‖²) is 1/c: the minimum in one step. Later α may only grow slowly."""
+    x, loss_of = quadratic([4.0], [3.0])
+    optimizer = SPS([x])
+    walk(optimizer, x, loss_of, 1)
+    assert optimizer.alpha == pytest.approx(1 / 4)
+    assert x.abs().item() < 1e-12
+    x, loss_of = quadratic([0.01], [3.0])
+    optimizer = SPS([x], growth=2.0)
+    optimizer.updates_per_epoch = 10
+    update(optimizer, x, loss_of)
+    assert optimizer.alpha == 1.0  # 100 would be the minimum
+    walk(optimizer, x, loss_of, 10)
+    assert optimizer.alpha == pytest.approx(2.0)
+
+
+def test_a_loss_below_f_star_leaves_polyaks_step_as_it_is():
+    x, loss_of = quadratic([4.0], [3.0])
+    optimizer = SPS([x], f_star=1.0)
+    update(optimizer, x, loss_of)
+    before = optimizer.alpha
+    x.grad = torch.ones_like(x)
+    optimizer.step(loss=0.5)
+    assert optimizer.alpha == before
+
+
+def test_armijos_condition():
+    """On ½·c·x², s·c ≤ 2·(1 - share): the first of 1, 0.9, 0.81, … that is short enough."""
+    x, loss_of = quadratic([4.0], [3.0])
+    optimizer = SLS([x], c=0.1)
+    walk(optimizer, x, loss_of, 1)
+    most = 2 * (1 - 0.1) / 4
+    tries = [0.9**number for number in range(100)]
+    assert optimizer.alpha == pytest.approx(next(s for s in tries if s <= most))
+
+
+@pytest.mark.parametrize("name", ["sls", "pal"])
+def test_who_looks_along_the_line_has_to_be_told_how(name):
+    x, _ = quadratic([4.0], [3.0])
+    optimizer = {"sls": SLS, "pal": PAL}[name]([x])
+    x.grad = torch.ones_like(x)
+    with pytest.raises(ConfigurationError, match=r"step\(loss=loss, evaluate=function\)"):
+        optimizer.step(loss=1.0)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "start", "length"), [(4.0, 0.5, 0.5), (4.0, 3.0, 1.0), (-4.0, 0.5, 0.1)],
+    ids=["to the minimum", "at most so far", "where there is none, to where it was measured"],
+)  # fmt: skip
+def test_pal_goes_to_the_minimum_of_its_parabola(curvature, start, length):
+    x, loss_of = quadratic([curvature], [start])
+    optimizer = PAL([x], adaptation=1.0, max_step=1.0)
+    before = x.detach().clone()
+    walk(optimizer, x, loss_of, 1)
+    assert (x.detach() - before).abs().item() == pytest.approx(length)
+
+
+def test_pal_does_not_step_where_the_line_goes_up():
+    """As where momentum still points the old way."""
+    x, loss_of = quadratic([4.0], [-0.5])
+    optimizer = PAL([x], momentum=0.9)
+    optimizer.state[x]["momentum"] = torch.full_like(x, 100.0)
+    before = x.detach().clone()
+    update(optimizer, x, loss_of)
+    torch.testing.assert_close(x.detach(), before)
+
+
+@pytest.mark.parametrize("name", ["sps", "sls", "pal"])
+def test_looking_ahead_in_a_trainer(tmp_path, name):
+    """With losses along the line of the update's own micro-batches; passes are counted."""
+    run = trainer(tmp_path, optim=name, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    counts = run.elra.trials.counts
+    assert counts.backwards == 8
+    assert counts.forwards == 8 if name == "sps" else counts.forwards >= 16
+
+
 # ---- all of them ----
 
 CONVERGES = {
     "elra_c2min": lambda x: ELRAC2Min([x], max_relative_step=None),
     "elra_p2min": lambda x: ELRAP2Min([x], max_relative_step=None),
+    "sps": lambda x: SPS([x]),
+    "sls": lambda x: SLS([x]),
+    "pal": lambda x: PAL([x]),
     "ntlr": lambda x: NTLR(torch.optim.RMSprop([x], lr=1e-2), every=10),
     "ntlr_sgd": lambda x: NTLRSGD([x], lr=1e-3, every=5),
     "ntlr_adamw": lambda x: NTLRAdamW([x], lr=1e-2, every=10),

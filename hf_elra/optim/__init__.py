@@ -7,7 +7,10 @@ from hf_elra.optim.elra import ELRA
 from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
 from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
 from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
+from hf_elra.optim.pal import PAL
+from hf_elra.optim.sls import SLS
 from hf_elra.optim.spectral import ELRASpectral
+from hf_elra.optim.sps import SPS
 
 OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
     "elra": ELRA,
@@ -18,6 +21,9 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
     "ntlr_adamw": NTLRAdamW,
     "hypergradient_sgd": HypergradientSGD,
     "hypergradient_adamw": HypergradientAdamW,
+    "sps": SPS,
+    "pal": PAL,
+    "sls": SLS,
 }
 """Optimizers by the names that ``--optim`` knows: a new one is a line here."""
 
@@ -26,6 +32,9 @@ __all__ = [
     "NTLR",
     "NTLRSGD",
     "OPTIMIZERS",
+    "PAL",
+    "SLS",
+    "SPS",
     "ELRAC2Min",
     "ELRAP2Min",
     "ELRASpectral",

@@ -35,7 +35,14 @@ from hf_elra.optim.guards import (
 )
 from hf_elra.optim.memory import DirectionMemory, Part
 from hf_elra.optim.rules import Measurement, Rule
-from hf_elra.optim.tensors import accumulates_in, dot, lost_in_rounding, mean_over_processes, squares_and_products
+from hf_elra.optim.tensors import (
+    accumulates_in,
+    dot,
+    local,
+    lost_in_rounding,
+    mean_over_processes,
+    squares_and_products,
+)
 
 COUNTED = ("restarts", "non_finite", "skipped", "accepted_levels", "consecutive_restarts")
 PER_GROUP = ("lr", "weight_decay")
@@ -502,11 +509,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         def loss_at(s: float, **which: int) -> float:
             if evaluate is None:
                 return cast(Callable[..., float], self.line_loss)(s, along, **which)
-            flat = [p for group in params for p in group]
+            flat = [local(p) for group in params for p in group]
             kept = [p.detach().clone() for p in flat]
             try:
-                torch._foreach_add_(flat, [u for group in along for u in group], alpha=-s)
-                return float(evaluate())
+                torch._foreach_add_(flat, [local(u) for group in along for u in group], alpha=-s)
+                return self._agreed(float(evaluate()))[0]
             finally:
                 torch._foreach_copy_(flat, kept)
 

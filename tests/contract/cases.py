@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_elra import ELRA, ELRASpectral
 from hf_elra.optim import (
     NTLR,
     NTLRSGD,
+    PAL,
+    SLS,
+    SPS,
     ELRAC2Min,
     ELRAP2Min,
     HypergradientAdamW,
@@ -63,6 +67,21 @@ class Case:
         if self.optimizer is NTLR:
             params, more = torch.optim.RMSprop(params, lr=more.pop("lr", 1e-2)), {**more}
         return self.optimizer(params, **{**self.arguments, **more})
+
+
+def step(optimizer: Any, **told: Any) -> None:
+    """Make an update; one that looks along the line sees a parabola, which falls with the gradient."""
+    if optimizer.needs_line_loss:
+        lines = [(p, p.detach().clone(), p.grad) for group in optimizer.param_groups for p in group["params"]]
+        lines = [(p, x, g) for p, x, g in lines if g is not None and not g.is_sparse]
+        loss = float(torch.as_tensor(told.get("loss", 0.0)).detach())
+
+        def evaluate() -> float:
+            rises = [((p.detach() - x) * (g + (p.detach() - x))).double().sum() for p, x, g in lines]
+            return loss + sum(float(rise.full_tensor() if isinstance(rise, DTensor) else rise) for rise in rises)
+
+        told["evaluate"] = evaluate
+    optimizer.step(**told)
 
 
 class FlatTwin:
@@ -134,6 +153,15 @@ CASES = (
          takes_shards=False, twin=ReferenceSpectral),
     Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
     Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),
+    Case("pal", PAL, "pal", {"soft_restart": True}, "soft_restart=true", grows=False, wrong=(
+        ({"measuring_step": 0}, "measuring_step=0 must"), ({"max_step": -1}, "max_step=-1 must"),
+    )),
+    Case("sls", SLS, "sls", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
+        ({"backtracking": 1}, "backtracking=1 must"), ({"c": 1}, "c=1 must"),
+    )),
+    Case("sps", SPS, "sps", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
+        ({"growth": 0.5}, "growth=0.5 must"), ({"c": 0}, "c=0 must"), ({"f_star": math.nan}, "f_star=nan must"),
+    )),
     Case("ntlr", NTLR, None, OFTEN, brief=True),
     Case("ntlr_sgd", NTLRSGD, "ntlr_sgd", {**OFTEN, "momentum": 0.9}, f"momentum=0.9,{OFTEN_IN_A_TRAINER}", brief=True),
     Case("ntlr_adamw", NTLRAdamW, "ntlr_adamw", {**OFTEN, "lr": 1e-2, "every": 8}, OFTEN_IN_A_TRAINER, grows=False,

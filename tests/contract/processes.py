@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_elra import ConfigurationError
 from lib.many_processes import answer, flat_weights, network, same_everywhere
-from tests.contract.cases import CASES
+from tests.contract.cases import CASES, step
 
 EVENTS = {8: "spike", 14: "nan_loss", 19: "nan_gradient"}
 
@@ -35,7 +35,7 @@ def differing(case):
         event, told = EVENTS.get(number) if dist.get_rank() == 1 else None, loss.item()
         if event == "nan_gradient":
             model[0].bias.grad[1] = float("nan")
-        optimizer.step(loss=told * 1e4 if event == "spike" else float("nan") if event == "nan_loss" else told)
+        step(optimizer, loss=told * 1e4 if event == "spike" else float("nan") if event == "nan_loss" else told)
         found += not same_everywhere(flat_weights(model))
     assert optimizer.restarts >= 3
     return found
@@ -51,7 +51,7 @@ def on_shards(case):
             optimizer.zero_grad()
             loss = model(torch.ones(3, 6, dtype=torch.float64)).square().mean()
             loss.backward()
-            optimizer.step(loss=loss.detach())
+            step(optimizer, loss=loss.detach())
     except ConfigurationError as error:
         return str(error)
     return "finite" if flat_weights(model).isfinite().all() else "not finite"

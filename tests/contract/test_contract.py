@@ -20,7 +20,7 @@ from hf_elra.errors import ConfigurationError
 from hf_elra.optim import OPTIMIZERS, LossAwareOptimizer
 from lib.many_processes import together
 from tests.conftest import llama, trainer, weights
-from tests.contract.cases import CASES
+from tests.contract.cases import CASES, step
 from tests.contract.processes import two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*search for a learning rate:UserWarning")
@@ -107,7 +107,7 @@ def happen(event, optimizer, loss):
     elif event.endswith(" gradients"):
         for gradient in gradients:
             gradient.fill_(float(event.removesuffix(" gradients")))
-    optimizer.step(loss=loss)
+    step(optimizer, loss=loss)
 
 
 TROUBLE = {2: "spike", 17: "nan loss", 22: "spike", 23: "spike", 28: "nan gradient", 31: "no information"}
@@ -169,7 +169,7 @@ def test_parameters_that_cannot_be_trained_are_refused(case):
     optimizer = case.make(embedding.parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
-        optimizer.step(loss=1.0)
+        step(optimizer, loss=1.0)
 
 
 @every
@@ -179,7 +179,7 @@ def test_it_warns_once_where_it_needs_the_loss(case, recwarn):
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 6)).sum().backward()
-        optimizer.step()
+        step(optimizer)
     assert sum("was not told the loss" in str(warning.message) for warning in recwarn) == case.needs_loss
     assert weights(model).isfinite().all()
 
@@ -194,11 +194,11 @@ def test_it_walks_with_its_twin(case, seed):
     params = list(model.parameters())
     optimizer = case.make([{"params": params[:1]}, {"params": params[1:]}])
     twin = case.twin([p.detach() for p in params], **case.arguments)
-    step = optimizer.step
+    stock_step = optimizer.step
 
     def both(loss):
         gradients = [p.grad.clone() for p in params]
-        step(loss=loss)
+        stock_step(loss=loss)
         twin.step(loss, gradients)
         assert (optimizer.restarts, optimizer.metrics["skipped"]) == (twin.restarts, twin.skipped)
         assert optimizer.alpha == pytest.approx(twin.alpha, rel=1e-6)
@@ -351,10 +351,10 @@ def test_the_retry_is_shorter_but_still_a_step(case, loss):
     (x,) = one()
     optimizer, start = case.make([x], weight_decay=0.0), x.detach().clone()
     x.grad = 1e-3 * torch.eye(2)
-    optimizer.step(loss=1.0)
+    step(optimizer, loss=1.0)
     taken = x.detach() - start
     x.grad = torch.ones(2, 2)
-    optimizer.step(loss=loss)
+    step(optimizer, loss=loss)
     again = x.detach() - start
     share = (again.norm() / taken.norm()).item()
     assert optimizer.restarts == 1
@@ -370,7 +370,7 @@ def test_a_step_is_cropped_to_a_share_of_the_weights(case):
     for _ in range(40):
         length = x.norm().item()
         x.grad = torch.ones(4, 4)
-        optimizer.step(loss=1.0)
+        step(optimizer, loss=1.0)
         assert optimizer.metrics["step_norm"] < 0.0201 * length
     if case.grows:
         assert optimizer.metrics["step_norm"] == pytest.approx(0.02 * length, rel=1e-3)
@@ -390,7 +390,7 @@ def test_frozen_unused_empty_and_scalar_parameters(case):
         optimizer.zero_grad()
         loss = scalar**2 + (turned**2).sum() + empty.sum()
         loss.backward()
-        optimizer.step(loss=loss)
+        step(optimizer, loss=loss)
         losses.append(loss.item())
     assert torch.equal(unused, torch.ones(3))
     assert torch.equal(frozen, torch.ones(2))
@@ -413,7 +413,7 @@ def test_a_parameter_without_a_gradient_for_one_update_stays_and_so_does_its_sta
         optimizer.zero_grad()
         model(torch.ones(2, 6)).square().mean().backward()
         p.grad = None
-        optimizer.step(loss=loss)
+        step(optimizer, loss=loss)
         assert torch.equal(p, before)
         now = state_of_p()
         assert now.keys() >= state.keys()
@@ -503,7 +503,7 @@ def test_in_a_compiled_training_step(case, caplog):
     def training_step(model, optimizer, inputs):
         loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
         loss.backward()
-        optimizer.step(loss=loss.detach())
+        step(optimizer, loss=loss.detach())
         optimizer.zero_grad()
 
     ends = []

@@ -4,6 +4,7 @@ What every optimizer must do is in ``contract/``; here is what makes each method
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import (
+    GOLS,
+    LABPALNSGD,
+    LABPALSGD,
     NTLR,
     NTLRSGD,
     PAL,
@@ -26,6 +30,7 @@ from hf_elra.optim import (
 )
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.newton import Newton
+from hf_elra.trainer.batch_control import labpal_schedule
 from tests.conftest import trainer
 
 
@@ -296,6 +301,94 @@ def test_looking_ahead_in_a_trainer(tmp_path, name):
     assert counts.forwards == 8 if name == "sps" else counts.forwards >= 16
 
 
+# ---- LABPAL ----
+
+
+@pytest.mark.parametrize(("curvature", "factor"), [("formula", 1.0), ("released", 2.0)])
+def test_labpal_measures_the_minimum_of_its_line(curvature, factor):
+    """1/c, times 1.8; and keeps it. The released code's curvature is half of it."""
+    x, loss_of = quadratic([4.0], [0.5])
+    optimizer = LABPALSGD([x], curvature=curvature, every=3, adaptation=1.8, max_step=9.0)
+    for _ in range(3):
+        update(optimizer, x, loss_of)
+        assert optimizer.alpha == pytest.approx(factor * 1.8 / 4, rel=1e-6)
+
+
+def test_labpal_nsgd_keeps_the_length_of_the_step():
+    x, loss_of = quadratic([4.0], [0.5])
+    optimizer, points = LABPALNSGD([x], every=3, adaptation=0.5), []
+    for _ in range(4):
+        points.append(x.item())
+        update(optimizer, x, loss_of)
+    steps = [abs(a - b) for a, b in pairwise(points)]
+    assert steps == pytest.approx([0.25] * 3)
+    assert abs(points[3] - x.item()) == pytest.approx(0.125)  # measured anew, at a distance of 0.25
+
+
+def test_labpal_keeps_what_it_has_where_there_is_no_minimum():
+    x, loss_of = quadratic([-4.0], [0.5])
+    optimizer = LABPALSGD([x], lr=0.01, every=3)
+    update(optimizer, x, loss_of)
+    assert optimizer.alpha == 0.01
+
+
+def test_labpal_looks_at_batches_to_come_in_a_trainer(tmp_path):
+    """1,280 samples of updates of 16: 80 batches, at three points; here an epoch has but 3 left."""
+    run = trainer(tmp_path, optim="labpal_sgd", max_steps=2, elra_batch_control="off", per_device_train_batch_size=16)
+    asked = []
+    line_loss = run.elra.line_losses.line_loss
+    run.elra.line_losses.line_loss = lambda s, u, **which: asked.append((s, which)) or line_loss(s, u, **which)
+    run.train()
+    assert len(asked) == 3
+    assert all(which == {"batches": 80} for _, which in asked)
+    counts = run.elra.trials.counts
+    assert (counts.forwards, counts.backwards) == (2 + 3 * 3, 2)
+
+
+@pytest.mark.parametrize(("batch", "rows", "schedule"), [
+    (128, 40_000, "0.0:1,0.5:2,0.75:4"),
+    (32, 60_000, "0.0:6,0.5:12,0.75:24"),
+    (128, 15_000, "0.0:1,0.5:1,0.75:1"),
+    (64, None, "0.0:2,0.5:4,0.75:8"),
+])  # fmt: skip
+def test_labpals_batch_follows_the_noise_factor(batch, rows, schedule):
+    assert labpal_schedule(batch, rows) == schedule
+
+
+def test_a_trainer_takes_labpals_schedule_where_none_is_given(tmp_path):
+    given = dict(optim="labpal_nsgd", per_device_train_batch_size=4)
+    assert trainer(tmp_path, **given).elra.size.control.schedule.steps == ((0.0, 1), (0.5, 1), (0.75, 1))
+    own = trainer(tmp_path, **given, elra_batch_control="schedule", elra_batch_schedule="0:3")
+    assert own.elra.size.control.schedule.steps == ((0.0, 3),)
+    assert trainer(tmp_path, **given, elra_batch_control="off").elra.size.control.mode == "off"
+
+
+# ---- GOLS-I ----
+
+
+def test_gols_doubles_until_the_slope_turns():
+    """On ½·4·x²: falling at α < 1/4, so that 1/64 is doubled to 1/2, where it rises; that is where it stays."""
+    x, loss_of = quadratic([4.0], [1.0])
+    optimizer, rates = GOLS([x], lr=1 / 64), []
+    for _ in range(6):
+        update(optimizer, x, loss_of)
+        rates.append(optimizer.alpha)
+    # At 1/4 the slope is zero, which does not fall: the search ends there.
+    assert rates[:5] == [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4]
+    assert x.abs().item() < 1e-12
+
+
+def test_gols_halves_until_the_slope_falls():
+    x, loss_of = quadratic([4.0], [0.1])
+    optimizer, points = GOLS([x], lr=1.0), []
+    for _ in range(5):
+        update(optimizer, x, loss_of)
+        points.append(round(x.item(), 6))
+    # 0.1·(1 - 4α): 1 rises by 3 times the first slope, 1/2 by as much as it, 1/4 by none, 1/8 falls: the search ends.
+    assert points[:4] == [-0.3, -0.1, 0.0, 0.05]
+    assert optimizer.alpha == 1 / 8
+
+
 # ---- all of them ----
 
 CONVERGES = {
@@ -304,6 +397,9 @@ CONVERGES = {
     "sps": lambda x: SPS([x]),
     "sls": lambda x: SLS([x]),
     "pal": lambda x: PAL([x]),
+    "labpal_sgd": lambda x: LABPALSGD([x], every=1, adaptation=1.0),
+    "labpal_nsgd": lambda x: LABPALNSGD([x], every=2, adaptation=1.0),
+    "gols": lambda x: GOLS([x]),
     "ntlr": lambda x: NTLR(torch.optim.RMSprop([x], lr=1e-2), every=10),
     "ntlr_sgd": lambda x: NTLRSGD([x], lr=1e-3, every=5),
     "ntlr_adamw": lambda x: NTLRAdamW([x], lr=1e-2, every=10),

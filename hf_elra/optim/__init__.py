@@ -5,7 +5,9 @@ from hf_elra.optim.base import LossAwareOptimizer
 from hf_elra.optim.directions.spectral import embeddings_of, experts_of
 from hf_elra.optim.elra import ELRA
 from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
+from hf_elra.optim.gols import GOLS
 from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
+from hf_elra.optim.labpal import LABPALNSGD, LABPALSGD
 from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
 from hf_elra.optim.pal import PAL
 from hf_elra.optim.sls import SLS
@@ -24,11 +26,17 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
     "sps": SPS,
     "pal": PAL,
     "sls": SLS,
+    "labpal_sgd": LABPALSGD,
+    "labpal_nsgd": LABPALNSGD,
+    "gols": GOLS,
 }
 """Optimizers by the names that ``--optim`` knows: a new one is a line here."""
 
 __all__ = [
     "ELRA",
+    "GOLS",
+    "LABPALNSGD",
+    "LABPALSGD",
     "NTLR",
     "NTLRSGD",
     "OPTIMIZERS",

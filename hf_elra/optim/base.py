@@ -312,7 +312,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars = self._numbers_to_change()
         scalars["updates"] += 1
         measured = Measurement(
-            scalars["updates"], previous_slope=scalars["previous_slope"], step_size=scalars["step_size"]
+            scalars["updates"],
+            previous_slope=scalars["previous_slope"],
+            previous_norm=scalars["direction_norm"] or 0.0,
+            step_size=scalars["step_size"],
         )
         norm_squared = 0.0
         for weight, group, group_params, group_gradients in zip(
@@ -465,7 +468,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         number = self._number_sized(parts, [list(group["params"]) for group in self.param_groups])
         norm, square = scalars["direction_norm"], scalars["weight_square"]
         self._set_alpha(parts.step_guards.apply(alpha, alpha, norm, square, number))
-        scalars["length"] = 1.0
+        scalars.update(length=1.0, consecutive_restarts=0)
         self._retrace(scalars["alpha"], factors)
 
     def _retrace(self, step_size: float, factors: list[float]) -> None:

@@ -26,7 +26,7 @@ from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.optim import ELRA, OPTIMIZERS, ELRASpectral
+from hf_elra.optim import ELRA, LABPALNSGD, LABPALSGD, OPTIMIZERS, ELRASpectral
 from hf_elra.optim.directions.spectral import KINDS
 from hf_elra.trainer.rows import number_of_rows
 
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 BATCH_CONTROLS = ("off", "elra", "noise", "linear", "schedule")
 MEANS = ("off", "cycle", "run")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
+LABPAL_SCHEDULE = ((0.0, 1), (0.5, 2), (0.75, 4))
+"""LABPAL's batch over training, in multiples of the noise factor ε = (128/B)·(N/40,000), N samples in batches of B, and
+at least one batch (M. Mutschler and A. Zell, 2021, algorithm 1 and eq. 6)."""
 
 
 @dataclass
@@ -85,7 +88,8 @@ class ElraSettings:
             (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
             an update on; ``linear``: it grows by its first size every 200 updates; ``schedule``: as
             ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``linear`` with elra_spectral where that has no
-            momentum; ``off`` with all others and with Trainers that make batches of their own (TRL's GRPO).
+            momentum; ``schedule`` with LABPAL, which has one of its own (:data:`LABPAL_SCHEDULE`); ``off`` with all
+            others and with Trainers that make batches of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
         elra_batch_conditions (str, optional): which of the paper's conditions count, ``rise,noise,stall``: the mean
             loss rose by more than σ/10, σ is over half the mean, no better mean in three cycles. Default: all.
@@ -285,6 +289,8 @@ def control_of(optimizer_class: type, momentum: float | None = None) -> str:
     """
     if issubclass(optimizer_class, ELRA):
         return "elra"
+    if issubclass(optimizer_class, (LABPALSGD, LABPALNSGD)):
+        return "schedule"
     return "linear" if issubclass(optimizer_class, ELRASpectral) and momentum == 0 else "off"
 
 

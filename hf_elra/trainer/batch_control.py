@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from hf_elra.control import ControlCycle, batch_size
 from hf_elra.control.batch_size import CONDITIONS, BatchSchedule, BatchSizeController
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.trainer.arguments import BATCH_CONTROLS, ElraSettings
+from hf_elra.trainer.arguments import BATCH_CONTROLS, LABPAL_SCHEDULE, ElraSettings
 from hf_elra.trainer.rows import number_of_rows, samples_per_micro_batch
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,8 @@ def build_batch_control(
         raise ConfigurationError(
             f"{', '.join(given)} cannot be used with DeepSpeed, which does its own accumulation; leave it out."
         )
+    if control == "schedule" and schedule is None and default == "schedule":
+        schedule = labpal_schedule(first * base, number_of_rows(train_dataset))
     if control == "schedule" and schedule is None:
         raise ConfigurationError("elra_batch_control='schedule' needs --elra_batch_schedule, e.g. 0:1,0.5:2,0.75:4.")
     if measures_noise:
@@ -166,6 +168,12 @@ def build_batch_control(
         measures_noise,
         wanted,
     )
+
+
+def labpal_schedule(batch: int, rows: int | None) -> str:
+    """LABPAL's batch over training, for data of ``rows`` samples in batches of ``batch``; None: as many as CIFAR's."""
+    noise = 128 / batch * (40_000 if rows is None else rows) / 40_000
+    return ",".join(f"{at}:{max(int(factor * noise), 1)}" for at, factor in LABPAL_SCHEDULE)
 
 
 def control_for(trainer: Any, settings: ElraSettings, wanted: str) -> BatchControl | None:

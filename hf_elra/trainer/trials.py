@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.snapshot import nothing_changes, random_numbers_of
+from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.rows import rows_of
 from hf_elra.trainer.upstream import data_are_at_their_end
 
@@ -221,7 +222,8 @@ class LineLosses:
                 assert self._put_random_numbers_back is not None
                 self._put_random_numbers_back()
                 losses.append(self._micro_batches.forward(self._stock_step, self._model, passes, num_items))
-        loss = torch.stack([loss.detach().float() for loss in losses]).mean()
+        wide = accumulates_in(losses[0].device)  # points on a line lie near each other, and so do their losses
+        loss = torch.stack([loss.detach().to(wide) for loss in losses]).mean()
         if self._trainer.accelerator.num_processes > 1:
             loss = self._trainer.accelerator.reduce(loss, reduction="mean")
         return float(loss)

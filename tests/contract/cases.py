@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_elra import ELRA, ELRASpectral
 from hf_elra.optim import (
+    GOLS,
+    LABPALNSGD,
+    LABPALSGD,
     NTLR,
     NTLRSGD,
     PAL,
@@ -161,6 +164,16 @@ CASES = (
     )),
     Case("sps", SPS, "sps", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
         ({"growth": 0.5}, "growth=0.5 must"), ({"c": 0}, "c=0 must"), ({"f_star": math.nan}, "f_star=nan must"),
+    )),
+    Case("labpal_sgd", LABPALSGD, "labpal_sgd", {"soft_restart": True, "every": 5},
+         "soft_restart=true,every=10,approximation_samples=16", brief=True, wrong=(
+        ({"every": 0}, "every=0 must"), ({"curvature": "code"}, "curvature='code' must be one of"),
+        ({"approximation_samples": 1.5}, "approximation_samples=1.5 must be a whole number"),
+    )),
+    Case("labpal_nsgd", LABPALNSGD, "labpal_nsgd", {"soft_restart": True, "every": 5},
+         "soft_restart=true,every=10,approximation_samples=16", brief=True),
+    Case("gols", GOLS, "gols", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
+        ({"eta": 1}, "eta=1 must"), ({"c2": 0}, "c2=0 must"),
     )),
     Case("ntlr", NTLR, None, OFTEN, brief=True),
     Case("ntlr_sgd", NTLRSGD, "ntlr_sgd", {**OFTEN, "momentum": 0.9}, f"momentum=0.9,{OFTEN_IN_A_TRAINER}", brief=True),

@@ -21,6 +21,7 @@ class Measurement:
         gradient_norm_squared: ‖G_t‖².
         previous_slope: ⟨G_{t-1}, u_{t-1}⟩ at the beginning of the last step; None without a step to learn from.
         current_slope: ⟨G_t, u_{t-1}⟩ at its end.
+        previous_norm: ‖u_{t-1}‖.
         step_size: how far along u_{t-1} it went: α_{t-1} times the largest factor of a scheduler.
         size, number: sum of the squares of the weights whose size limits a step, and how many they are; 0 where nothing
             asks for it.
@@ -41,6 +42,7 @@ class Measurement:
     number: int = 0
     slope: float = 0.0
     direction_norm: float = 0.0
+    previous_norm: float = 0.0
     cosine: float = 0.0
     line_loss: Callable[..., float] | None = None
 

@@ -24,6 +24,7 @@ from hf_elra.optim import (
     SPS,
     ELRAC2Min,
     ELRAP2Min,
+    Guarded,
     HypergradientAdamW,
     HypergradientSGD,
     NTLRAdamW,
@@ -31,7 +32,7 @@ from hf_elra.optim import (
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.newton import Newton
 from hf_elra.trainer.batch_control import labpal_schedule
-from tests.conftest import trainer
+from tests.conftest import trainer, weights
 
 
 def quadratic(curvatures, start):
@@ -195,6 +196,61 @@ def test_k_is_a_share_of_an_epoch(tmp_path):
     assert bare.every == 100
     bare.updates_per_epoch = 50
     assert bare.every == 5
+
+
+# ---- guards around stock optimizers ----
+
+
+def test_adam_forgets_the_gradient_of_a_step_that_is_taken_back():
+    """Its averages are what they were, and the step is tried again shorter from where it began."""
+    x, loss_of = quadratic([1.0, 3.0], [1.0, 2.0])
+    optimizer = Guarded(torch.optim.AdamW([x], lr=0.1))
+    walk(optimizer, x, loss_of, 5)
+    before = x.detach().clone()
+    update(optimizer, x, loss_of)
+    taken = x.detach() - before
+    kept = {name: value.clone() for name, value in optimizer.inner.state[x].items()}
+    x.grad = torch.full_like(x, 1e3)
+    optimizer.step(loss=1e6)
+    assert optimizer.restarts == 1
+    assert all(torch.equal(optimizer.inner.state[x][name], value) for name, value in kept.items())
+    share = (x.detach() - before).norm() / taken.norm()
+    assert 0.09 < share < 0.51
+    assert optimizer.alpha == 0.1
+
+
+def test_a_crop_shortens_one_step_alone():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = Guarded(torch.optim.SGD([x], lr=0.5), max_step_norm=0.1)
+    for gradient, step in ((0.1, 0.05), (100.0, 0.1), (0.1, 0.05)):
+        x.grad = torch.full_like(x, gradient)
+        before = x.item()
+        optimizer.step(loss=1.0)
+        assert before - x.item() == pytest.approx(step, rel=1e-4)
+
+
+def test_guards_around_a_stock_optimizer_in_a_trainer(tmp_path):
+    """Same path as without them while nothing happens, with the stock schedule and clipping; resumed bit for bit."""
+    ends = []
+    for number, flags in enumerate([{}, {"elra_soft_restart": True, "elra_max_step_norm": 10.0}]):
+        given = dict(optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2,
+                     max_grad_norm=0.5, max_steps=8, save_strategy="steps", save_steps=4, elra_batch_control="off",
+                     weight_decay=0.1, **flags)  # fmt: skip
+        run = trainer(tmp_path / str(number), **given)
+        run.train()
+        ends.append(weights(run.model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-6)
+    assert isinstance(run.elra_optimizer, Guarded)
+    assert run.elra_optimizer.metrics["restarts"] == 0
+    again = trainer(tmp_path / "again", **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-4"))
+    assert torch.equal(weights(again.model), ends[1])
+
+
+def test_soft_restarts_are_a_flag_for_methods_whose_papers_have_none(tmp_path):
+    assert trainer(tmp_path, optim="sps", elra_soft_restart=True).create_optimizer().param_groups[0]["soft_restart"]
+    with pytest.raises(ConfigurationError, match="elra_max_step_norm=1 cannot be used with optim=sps"):
+        trainer(tmp_path, optim="sps", elra_max_step_norm=1.0)
 
 
 # ---- hypergradients ----

@@ -6,6 +6,7 @@ from hf_elra.optim.directions.spectral import embeddings_of, experts_of
 from hf_elra.optim.elra import ELRA
 from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
 from hf_elra.optim.gols import GOLS
+from hf_elra.optim.guarded import Guarded
 from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
 from hf_elra.optim.labpal import LABPALNSGD, LABPALSGD
 from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
@@ -46,6 +47,7 @@ __all__ = [
     "ELRAC2Min",
     "ELRAP2Min",
     "ELRASpectral",
+    "Guarded",
     "HypergradientAdamW",
     "HypergradientSGD",
     "LossAwareOptimizer",

@@ -1,7 +1,8 @@
 """Rules that are asked only every K updates, of the mean direction of these updates beside that of the K before them.
 
 Slopes of single batches are mostly noise; what K steps add up to is less so. The rule is told both as if they were the
-slopes at the ends of one step (``Measurement``). What the rule then does is in ``rules/``.
+slopes at the ends of one step (``Measurement``). What the rule then does is in ``rules/``. That a crop of one step does
+not last to the next question is seen to here, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,31 @@ WHERE_NO_EPOCH_IS_KNOWN = 100
 """Updates from one question to the next where nobody has said how many an epoch has."""
 
 
-class AsksEveryK(LossAwareOptimizer):
+class KeepsAlpha(LossAwareOptimizer):
+    """Keeps α as it was before a crop, for rules that leave it as it is: one long direction shortens one step alone."""
+
+    def __init__(self, params: Any, settings: dict[str, Any]) -> None:
+        super().__init__(params, settings)
+        self.param_groups[0]["scalars"]["kept_alpha"] = 0.0
+
+    def _choose_alpha(self, parts: Parts, measured: Measurement) -> float:
+        alpha, scalars = super()._choose_alpha(parts, measured), self._numbers_to_change()
+        if scalars["quiet"] == 0:  # it was reduced just now
+            scalars["kept_alpha"] = 0.0
+        return alpha
+
+    def _propose(self, parts: Parts, measured: Measurement, alpha: float) -> float:
+        scalars = self._numbers_to_change()
+        kept = alpha if scalars["quiet"] == 0 else max(alpha, scalars["kept_alpha"])
+        scalars["kept_alpha"] = self._propose_from(parts, measured, kept)
+        return float(scalars["kept_alpha"])
+
+    def _propose_from(self, parts: Parts, measured: Measurement, alpha: float) -> float:
+        """Return the rule's α, where ``alpha`` is that before a crop."""
+        return parts.rule.propose(measured, alpha)
+
+
+class AsksEveryK(KeepsAlpha):
     """Asks its rule every K updates (NTLR, section 2, "Technical Considerations").
 
     With w_k the points between stretches of K updates, D_k = (w_{k-1} - w_k)/Σα over the steps between them. The rule
@@ -59,10 +84,10 @@ class AsksEveryK(LossAwareOptimizer):
             window["length"] += measured.step_size
         return super()._choose_alpha(parts, measured)
 
-    def _propose(self, parts: Parts, measured: Measurement, alpha: float) -> float:
+    def _propose_from(self, parts: Parts, measured: Measurement, alpha: float) -> float:
         every, window = self.every, self._numbers_to_change()["window"]
         if every == 1:
-            return super()._propose(parts, measured, alpha)
+            return parts.rule.propose(measured, alpha)
         if window["begun"] and window["updates"] < every:
             return alpha
         square, product, before = self._close_window(window["length"])
@@ -74,7 +99,7 @@ class AsksEveryK(LossAwareOptimizer):
         told = dataclasses.replace(
             measured, previous_slope=before, current_slope=product, cosine=product / norms if norms > 0 else 0.0
         )
-        return super()._propose(parts, told, alpha)
+        return parts.rule.propose(told, alpha)
 
     def _close_window(self, length: float) -> tuple[float, float, float]:
         """Begin a new window at the present point; return ‖D_k‖², ⟨D_k, D_{k-1}⟩ and ‖D_{k-1}‖² of the old one."""

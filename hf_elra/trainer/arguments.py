@@ -80,6 +80,11 @@ class ElraSettings:
     Args:
         elra_min_step_norm (float, optional): floor under the step norm α‖G‖. Default: 0.1 for language models (paper,
             section 3.1), else 0.
+        elra_soft_restart (bool, optional): take steps back that led to a too high loss (section 3.2), with any
+            optimizer; with Adam its averages are then those of the steps that stand. Default: as the optimizer has it,
+            which is False for stock ones.
+        elra_max_step_norm (float, optional): crop steps above this length (section 3.5), with stock optimizers and
+            ELRA. Default: as the optimizer has it, none for stock ones.
         elra_control_cycle (str): the stretch of training whose losses judge the next one's: ``45000sp`` (samples),
             ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``1ep``; ``45000sp`` for data of
             unknown length.
@@ -125,6 +130,12 @@ class ElraSettings:
     elra_min_step_norm: float | None = field(
         default=None,
         metadata={"help": "Floor under ELRA's step norm. Default: 0.1 for language models, else 0."},
+    )
+    elra_soft_restart: bool | None = field(
+        default=None, metadata={"help": "Take steps back that led to a too high loss, with any optimizer."}
+    )
+    elra_max_step_norm: float | None = field(
+        default=None, metadata={"help": "Crop steps above this length, with stock optimizers and ELRA."}
     )
     elra_control_cycle: str | None = field(
         default=None,
@@ -203,6 +214,11 @@ class ElraSettings:
         if optimizer_class is not None and issubclass(optimizer_class, ELRASpectral):
             return "run"
         return "cycle" if self.elra_boost else "off"
+
+    @property
+    def guards_stock_steps(self) -> bool:
+        """Whether the steps of a stock optimizer are to be cropped or taken back."""
+        return bool(self.elra_soft_restart) or self.elra_max_step_norm is not None
 
     def changed(self) -> list[str]:
         """Return the names of the settings that are not at their defaults."""
@@ -297,7 +313,7 @@ def control_of(optimizer_class: type, momentum: float | None = None) -> str:
 def wants_mixin(args: Any) -> bool:
     """Return whether a flag asks for something that the stock Trainer does not do, whatever the optimizer."""
     names = ["elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens"]
-    names += ["elra_boost", "elra_boost_mean", "elra_log_noise_scale"]
+    names += ["elra_soft_restart", "elra_max_step_norm", "elra_boost", "elra_boost_mean", "elra_log_noise_scale"]
     values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
     return any(value not in (None, False, "off") for value in values)
 
@@ -452,6 +468,15 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
         raise ConfigurationError(
             f"elra_min_step_norm={min_step_norm:g} is a setting of optim=elra; {name} needs no floor. Leave it out."
         )
+    if settings.elra_soft_restart is not None:
+        arguments["soft_restart"] = settings.elra_soft_restart
+    if settings.elra_max_step_norm is not None:
+        if "max_step_norm" not in inspect.signature(optimizer_class).parameters:
+            raise ConfigurationError(
+                f"elra_max_step_norm={settings.elra_max_step_norm:g} cannot be used with optim={name}; pass "
+                "--optim_args max_relative_step=0.03, a share of the norm of the parameters."
+            )
+        arguments["max_step_norm"] = settings.elra_max_step_norm
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
     # Its constructor knows what is valid.
     constructor: Any = optimizer_class

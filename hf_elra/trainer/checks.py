@@ -13,13 +13,14 @@ from torch import nn
 from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA, LossAwareOptimizer
+from hf_elra.optim import ELRA, Guarded, LossAwareOptimizer
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
     control_of,
     optimizer_name,
     parse_optim_args,
+    refuse_unusable,
     replaced_defaults,
 )
 from hf_elra.trainer.checkpoints import last_whole_checkpoint
@@ -49,7 +50,14 @@ def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
         found = type(there)
     elif given is not None:
         found = given[0]
-    return found if isinstance(found, type) and issubclass(found, LossAwareOptimizer) else None
+    if isinstance(found, type) and issubclass(found, LossAwareOptimizer):
+        return found
+    return Guarded if ElraSettings.of(trainer.args, only_checked=True).guards_stock_steps else None
+
+
+def guarded(optimizer: Any, settings: ElraSettings) -> Guarded:
+    """A stock optimizer with the guards that ``settings`` ask for."""
+    return Guarded(optimizer, soft_restart=bool(settings.elra_soft_restart), max_step_norm=settings.elra_max_step_norm)
 
 
 def decided_by(trainer: Any) -> tuple[list[Any], list[Any]]:
@@ -82,6 +90,11 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
             name = optimizer_name(trainer.args)
             logger.warning("%s has no effect with optim=%s.", ", ".join(without_effect), name)
         return {}
+    if ours is Guarded:  # what suits a stock optimizer suits it still
+        refuse_unusable(
+            fp16=trainer.args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=fsdp_version(trainer)
+        )
+        return {}
     replaced = replaced_defaults(
         trainer.args,
         deepspeed=trainer.is_deepspeed_enabled,
@@ -103,7 +116,7 @@ def name_of(ours: type[LossAwareOptimizer]) -> str:
 
 def suiting_control(trainer: Any, ours: type[LossAwareOptimizer] | None) -> str:
     """The batch control that suits a Trainer's optimizer."""
-    if ours is None:
+    if ours is None or ours is Guarded:
         return "off"
     if trainer.optimizer is not None and trainer.model_init is None:
         settings = trainer.optimizer.param_groups[0]

@@ -173,6 +173,8 @@ class ElraTrainerMixin(_Base):
             made = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = given  # the next model has embeddings of its own
+        if self.elra_settings.guards_stock_steps and self.elra_optimizer is None:
+            self.optimizer = made = checks.guarded(made, self.elra_settings)
         checks.check_made(self, made)
         return made
 

@@ -27,6 +27,7 @@ from hf_elra.optim import (
     SPS,
     ELRAC2Min,
     ELRAP2Min,
+    Guarded,
     HypergradientAdamW,
     HypergradientSGD,
     NTLRAdamW,
@@ -67,8 +68,8 @@ class Case:
 
     def make(self, params: Any, **more: Any) -> Any:
         """A new optimizer."""
-        if self.optimizer is NTLR:
-            params, more = torch.optim.RMSprop(params, lr=more.pop("lr", 1e-2)), {**more}
+        if self.optimizer in (NTLR, Guarded):
+            params = torch.optim.RMSprop(params, lr=more.pop("lr", 1e-2))
         return self.optimizer(params, **{**self.arguments, **more})
 
 
@@ -174,6 +175,9 @@ CASES = (
          "soft_restart=true,every=10,approximation_samples=16", brief=True),
     Case("gols", GOLS, "gols", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
         ({"eta": 1}, "eta=1 must"), ({"c2": 0}, "c2=0 must"),
+    )),
+    Case("guarded", Guarded, None, brief=True, wrong=(
+        ({"max_step_norm": 0}, "max_step_norm=0 must"), ({"max_relative_step": -1}, "max_relative_step=-1 must"),
     )),
     Case("ntlr", NTLR, None, OFTEN, brief=True),
     Case("ntlr_sgd", NTLRSGD, "ntlr_sgd", {**OFTEN, "momentum": 0.9}, f"momentum=0.9,{OFTEN_IN_A_TRAINER}", brief=True),

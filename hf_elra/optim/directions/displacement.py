@@ -30,7 +30,8 @@ class Displacement(Direction):
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
         """Let the other optimizer make its step, and go back."""
-        alpha = groups[0]["scalars"]["alpha"]
+        scalars = groups[0]["scalars"]
+        alpha = max(scalars["alpha"], scalars.get("kept_alpha", 0.0))  # not the one of a crop
         refuse_scheduler(self.inner)
         before = [[p.detach().clone() for p in group] for group in params]
         for theirs in self.inner.param_groups:

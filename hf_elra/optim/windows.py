@@ -22,6 +22,11 @@ from hf_elra.optim.tensors import squares_and_products
 WHERE_NO_EPOCH_IS_KNOWN = 100
 """Updates from one question to the next where nobody has said how many an epoch has."""
 
+LEAST = 20
+"""Updates from one question to the next where they are a share of an epoch, at least: within the memory of a momentum of
+0.9, some ten updates, directions agree whatever α is, and it grows without end. The shortest K of NTLR's experiments is
+23."""
+
 
 class KeepsAlpha(LossAwareOptimizer):
     """Keeps α as it was before a crop, for rules that leave it as it is: one long direction shortens one step alone."""
@@ -75,7 +80,7 @@ class AsksEveryK(KeepsAlpha):
             return int(settings["every"])
         if self.updates_per_epoch is None:
             return WHERE_NO_EPOCH_IS_KNOWN
-        return max(1, round(settings["share"] * self.updates_per_epoch))
+        return max(LEAST, round(settings["share"] * self.updates_per_epoch))
 
     def _choose_alpha(self, parts: Parts, measured: Measurement) -> float:
         window = self._numbers()["window"]

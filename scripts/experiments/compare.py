@@ -1,0 +1,308 @@
+"""Every method at its defaults on one problem after another, with costs that are counted: the one table.
+
+    python scripts/experiments/compare.py --output docs/results/compare/digits.jsonl --problems digits
+    python scripts/experiments/compare.py --table docs/results/compare/*.jsonl
+
+A run is one method on one problem from one seed, at its default rate and at α_0 of 1e-4, 1e-2 and 1. It ends with the
+samples of the problem's budget. Batches stay as they are: only optimizers are compared. Counted are forward passes
+(those along a line too), backward passes and samples; a forward-equivalent is a forward pass of one batch, and a
+backward pass counts two. Every run is a JSON line; the first line is command, machine and versions. Runs that are in
+the file already are left out, so that an interrupted comparison goes on. Methods whose package is missing are left out,
+and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_elra.optim import LABPALNSGD, LABPALSGD
+from hf_elra.recipes.image_data import load_images
+from hf_elra.report.environment import environment
+from hf_elra.report.table import markdown_table
+from lib.methods import METHODS
+
+RATES = (None, 1e-4, 1e-2, 1.0)
+LABPAL_SAMPLES = 1280
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images to classify by a network with one hidden layer.
+
+    Attributes:
+        source: of ``load_images``.
+        hidden: units of the hidden layer.
+        batch: samples of an update.
+        epochs: the budget.
+        target: accuracy whose samples are counted.
+    """
+
+    source: str
+    hidden: int
+    batch: int
+    epochs: int
+    target: float
+
+
+PROBLEMS = {
+    "digits": Problem("digits", 32, 32, 15, 0.88),
+    "mnist": Problem("mnist", 100, 128, 2, 0.95),
+    "fashion_mnist": Problem("fashion_mnist", 100, 128, 2, 0.83),
+}
+LOOKS_PER_EPOCH = 4
+
+
+@dataclass
+class Costs:
+    """Of a run so far."""
+
+    forwards: int = 0
+    backwards: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def forward_equivalents(self) -> int:
+        """A backward pass counts two."""
+        return self.forwards + 2 * self.backwards
+
+
+@dataclass
+class Data:
+    """Images as vectors, on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, source: str) -> Data:
+        """Load and normalise."""
+        splits = load_images(source)
+        parts = []
+        for images in (splits.train, splits.test):
+            batch = images.__getitems__(range(len(images)))  # type: ignore[arg-type]
+            parts += [batch["pixel_values"].flatten(1), batch["labels"]]
+        return cls(*parts)
+
+
+def batches(number: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Rows of one whole batch after another, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (rows for rows in torch.randperm(number, generator=generator).split(size) if len(rows) == size)
+
+
+class LookAhead:
+    """Batches that can be looked at before they are taken."""
+
+    def __init__(self, source: Iterator[Tensor]) -> None:
+        self.source, self.waiting = source, list[Tensor]()
+
+    def take(self) -> Tensor:
+        """The next batch."""
+        return self.waiting.pop(0) if self.waiting else next(self.source)
+
+    def peek(self, number: int) -> list[Tensor]:
+        """The next batches, which stay there."""
+        self.waiting += [next(self.source) for _ in range(number - len(self.waiting))]
+        return self.waiting[:number]
+
+
+def run(problem: Problem, data: Data, method: str, rate: float | None, seed: int) -> dict[str, Any]:
+    """Train once; return what was measured."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(data.images.shape[1], problem.hidden), nn.ReLU(), nn.Linear(problem.hidden, 10))
+    optimizer = METHODS[method].make(model, problem.batch, rate)
+    per_epoch = len(data.images) // problem.batch
+    optimizer.updates_per_epoch, optimizer.samples_per_update = per_epoch, problem.batch
+    rows, costs, curve = LookAhead(batches(len(data.images), problem.batch, seed)), Costs(), []
+    look_every, failed = max(1, per_epoch // LOOKS_PER_EPOCH), None
+
+    def loss_of(rows: Tensor) -> Tensor:
+        costs.forwards += 1
+        return nn.functional.cross_entropy(model(data.images[rows]), data.labels[rows])
+
+    for update in range(1, problem.epochs * per_epoch + 1):
+        start, now = time.perf_counter(), rows.take()
+        optimizer.zero_grad()
+        loss = loss_of(now)
+        loss.backward()
+        costs.backwards += 1
+        costs.samples += problem.batch
+        try:
+            step(optimizer, loss, evaluation(optimizer, loss_of, now, rows, problem.batch))
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            failed = f"{type(error).__name__}: {error}"[:200]
+        if hasattr(optimizer, "end_cycle") and update % per_epoch == 0:
+            optimizer.end_cycle()
+        costs.seconds += time.perf_counter() - start
+        if failed or update % look_every == 0:
+            curve.append([costs.samples, costs.forward_equivalents, *looked_at(model, optimizer, data)])
+        if failed or not math.isfinite(curve[-1][2] if curve else 0.0):
+            break
+    metrics = optimizer.metrics if hasattr(optimizer, "observe_loss") else {}
+    reached = next((row for row in curve if row[3] >= problem.target), None)
+    return {
+        "loss": curve[-1][2], "accuracy": 0.0 if failed else curve[-1][3],
+        "best_accuracy": max(row[3] for row in curve), "samples_to_target": reached and reached[0],
+        "forward_equivalents_to_target": reached and reached[1], "updates": costs.backwards,
+        "forwards": costs.forwards, "backwards": costs.backwards, "samples": costs.samples,
+        "seconds": round(costs.seconds, 3), "restarts": metrics.get("restarts"), "alpha": metrics.get("alpha"),
+        "failed": failed, "curve": [[a, b, round(c, 5), round(d, 5)] for a, b, c, d in curve],
+    }  # fmt: skip
+
+
+def evaluation(
+    optimizer: Any, loss_of: Callable[[Tensor], Tensor], now: Tensor, rows: LookAhead, batch: int
+) -> Callable[[], float] | None:
+    """What tells the loss along the line: of this batch, or for LABPAL of those to come."""
+    if not getattr(optimizer, "needs_line_loss", False):
+        return None
+    if isinstance(optimizer, (LABPALSGD, LABPALNSGD)):
+        number = math.ceil(LABPAL_SAMPLES / batch)
+        return lambda: statistics.fmean(loss_of(lot).double().item() for lot in rows.peek(number))
+    return lambda: loss_of(now).item()
+
+
+def step(optimizer: Any, loss: Tensor, evaluate: Callable[[], float] | None) -> None:
+    """Tell the optimizer what it wants to know."""
+    if hasattr(optimizer, "observe_loss"):
+        optimizer.step(loss=loss.detach(), **({} if evaluate is None else {"evaluate": evaluate}))
+    elif type(optimizer).__name__ == "ElraOptimizer":
+        optimizer.step(loss.item())
+    else:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        optimizer.step()
+
+
+def looked_at(model: nn.Module, optimizer: Any, data: Data) -> tuple[float, float]:
+    """Loss and accuracy on the test images; of schedule-free optimizers at their averages."""
+    switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if switches:
+        optimizer.eval()
+    with torch.no_grad():
+        scores = model(data.test_images)
+        loss = nn.functional.cross_entropy(scores, data.test_labels).item()
+        accuracy = (scores.argmax(1) == data.test_labels).double().mean().item()
+    if switches:
+        optimizer.train()
+    return loss, accuracy
+
+
+# ---- the comparison ----
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Make all runs that are not in the file yet."""
+    torch.set_num_threads(1)
+    output = Path(given.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    done = {(line["problem"], line["method"], line["rate"], line["seed"]) for line in lines if "method" in line}
+    missing: set[str] = set()
+    with output.open("a") as file:
+        if not lines:
+            packages = ("lion-pytorch", "prodigyopt", "schedulefree", "elra")
+            head = {"command": shlex.join(["python", *sys.argv]), **environment("cpu", *packages)}
+            file.write(json.dumps(head) + "\n")
+        for name in given.problems:
+            problem = PROBLEMS[name]
+            source = problem.source if name == "digits" else str(Path(given.data) / problem.source)
+            data = Data.load(source)
+            for seed in range(given.seeds):
+                for method in given.methods:
+                    rates = RATES if METHODS[method].has_rate else RATES[:1]
+                    for rate in rates:
+                        if (name, method, rate, seed) in done or method in missing:
+                            continue
+                        try:
+                            with contextlib.redirect_stdout(None):  # one of the peers talks
+                                result = run(problem, data, method, rate, seed)
+                        except ImportError:
+                            missing.add(method)
+                            print(f"left out: {method} (pip install {METHODS[method].package})", file=sys.stderr)
+                            continue
+                        line = {"problem": name, "method": method, "rate": rate, "seed": seed, **result}
+                        file.write(json.dumps(line) + "\n")
+                        file.flush()
+
+
+# ---- the table ----
+
+
+def table(files: list[str]) -> str:
+    """One row a method and problem, over the seeds."""
+    lines = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+    runs = [line for line in lines if "method" in line]
+    texts = []
+    for problem in dict.fromkeys(line["problem"] for line in runs):
+        rows = []
+        for method in METHODS:
+            mine = [line for line in runs if (line["problem"], line["method"]) == (problem, method)]
+            if mine:
+                rows.append(row_of(method, mine))
+        rows.sort(key=lambda row: -float(row[1].split()[0]))
+        head = ["method", "accuracy at defaults", "worst over α_0", "samples to target", "forward-equivalents to it",
+                "passes an update", "seeds"]  # fmt: skip
+        target = PROBLEMS[problem].target
+        texts.append(f"## {problem}, target {target:.0%}\n\n{markdown_table(head, rows)}")
+    return "\n\n".join(texts)
+
+
+def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
+    """What the table says of a method."""
+    default = [run for run in runs if run["rate"] is None]
+    swept = [run for run in runs if run["rate"] is not None]
+    accuracies = [100 * run["accuracy"] for run in default]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    by_rate = {
+        rate: statistics.fmean(100 * run["accuracy"] for run in swept if run["rate"] == rate)
+        for rate in {run["rate"] for run in swept}
+    }
+    worst = f"{min(by_rate.values()):.1f}" if by_rate else "no α_0"
+    reached = [run for run in default if run["samples_to_target"] is not None]
+    all_reached = len(reached) == len(default)
+    samples = f"{statistics.median(run['samples_to_target'] for run in reached):,.0f}" if all_reached else "not by all"
+    costs = f"{statistics.median(run['forward_equivalents_to_target'] for run in reached):,.0f}" if all_reached else ""
+    per_update = statistics.fmean((run["forwards"] + 2 * run["backwards"]) / run["updates"] for run in default)
+    return [f"`{method}`", f"{statistics.fmean(accuracies):.1f}{spread}", worst, samples, costs, f"{per_update:.1f}",
+            str(len(default))]  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", help="file for the runs, one JSON line each")
+    parser.add_argument("--table", nargs="+", help="print the table of these files instead")
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="data", help="folder with mnist/ and fashion_mnist/, as idx files")
+    given = parser.parse_args()
+    if given.table:
+        print(table(given.table))
+    elif given.output:
+        compare(given)
+    else:
+        parser.error("give --output or --table")
+
+
+if __name__ == "__main__":
+    main()

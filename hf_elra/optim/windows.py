@@ -23,9 +23,9 @@ WHERE_NO_EPOCH_IS_KNOWN = 100
 """Updates from one question to the next where nobody has said how many an epoch has."""
 
 LEAST = 20
-"""Updates from one question to the next where they are a share of an epoch, at least: within the memory of a momentum of
-0.9, some ten updates, directions agree whatever α is, and it grows without end. The shortest K of NTLR's experiments is
-23."""
+"""Updates from one question to the next where they are a share of an epoch, at least: within the memory of a momentum
+of 0.9, some ten updates, directions agree whatever α is, and it grows without end. The shortest K of NTLR's experiments
+is 23."""
 
 
 class KeepsAlpha(LossAwareOptimizer):

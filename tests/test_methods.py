@@ -20,6 +20,7 @@ from hf_elra.optim import (
     NTLR,
     NTLRSGD,
     PAL,
+    PLS,
     SLS,
     SPS,
     ELRAC2Min,
@@ -31,6 +32,7 @@ from hf_elra.optim import (
 )
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.newton import Newton
+from hf_elra.optim.rules.probabilistic import SplineProcess, within
 from hf_elra.trainer.batch_control import labpal_schedule
 from tests.conftest import trainer, weights
 
@@ -447,6 +449,42 @@ def test_gols_halves_until_the_slope_falls():
     assert optimizer.alpha == 1 / 8
 
 
+# ---- PLS ----
+
+
+def test_the_probability_of_two_conditions():
+    """Independent, far away, and wholly dependent ones."""
+    assert within(0.0, 0.5, [[1.0, 0.0], [0.0, 1.0]], 1.0) == pytest.approx(0.5 * 0.38292, abs=1e-3)
+    assert within(9.0, 0.5, [[1.0, 0.0], [0.0, 1.0]], 1e9) == pytest.approx(0.69146, abs=1e-3)
+    assert within(0.0, 0.0, [[1.0, 1.0], [1.0, 1.0]], 1e9) == pytest.approx(0.5, abs=5e-3)
+    assert within(-1.0, 0.5, [[0.0, 0.0], [0.0, 0.0]], 1.0) == 0.0
+    assert within(1.0, 0.5, [[0.0, 0.0], [0.0, 0.0]], 1.0) == 1.0
+
+
+def test_without_noise_the_process_goes_through_what_was_observed():
+    """And is a cubic in between: that of the observations, wherever they come from one."""
+    times, cubic = [0.0, 1.0, 3.0], lambda t: 1 - t + 0.25 * t**2 + 0.05 * t**3
+    slopes = [-1 + 0.5 * t + 0.15 * t**2 for t in times]
+    process = SplineProcess(times, [cubic(t) for t in times], slopes, 0.0, 0.0)
+    at = torch.tensor([0.0, 0.4, 1.0, 2.2, 3.0], dtype=torch.float64)
+    mean, deviation = process.losses(at)
+    torch.testing.assert_close(mean, cubic(at), rtol=0, atol=1e-3)
+    assert deviation[[0, 2, 4]].max() < 1e-3 < deviation[3]
+    # Minimum at 1.3: far before it the slope is too steep, far beyond it the loss is too high.
+    assert process.probability(1.3) > 0.5
+    assert process.probability(0.2) < 0.1
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.2, 5.0])
+def test_pls_finds_a_step_near_the_minimum_of_the_line(start):
+    """Of 1/4, whatever α it begins with."""
+    x, loss_of = quadratic([4.0], [10.0])
+    optimizer = PLS([x], lr=start)
+    losses = walk(optimizer, x, loss_of, 40)
+    assert min(losses[-5:]) < 1e-6 * losses[0]
+    assert max(losses[-5:]) < 1e-4 * losses[0]
+
+
 # ---- all of them ----
 
 CONVERGES = {
@@ -458,6 +496,7 @@ CONVERGES = {
     "labpal_sgd": lambda x: LABPALSGD([x], every=1, adaptation=1.0),
     "labpal_nsgd": lambda x: LABPALNSGD([x], every=2, adaptation=1.0),
     "gols": lambda x: GOLS([x]),
+    "pls": lambda x: PLS([x]),
     "ntlr": lambda x: NTLR(torch.optim.RMSprop([x], lr=1e-2), every=10),
     "ntlr_sgd": lambda x: NTLRSGD([x], lr=1e-3, every=5),
     "ntlr_adamw": lambda x: NTLRAdamW([x], lr=1e-2, every=10),

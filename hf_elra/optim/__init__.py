@@ -11,6 +11,7 @@ from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
 from hf_elra.optim.labpal import LABPALNSGD, LABPALSGD
 from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
 from hf_elra.optim.pal import PAL
+from hf_elra.optim.pls import PLS
 from hf_elra.optim.sls import SLS
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.optim.sps import SPS
@@ -30,6 +31,7 @@ OPTIMIZERS: dict[str, type[LossAwareOptimizer]] = {
     "labpal_sgd": LABPALSGD,
     "labpal_nsgd": LABPALNSGD,
     "gols": GOLS,
+    "pls": PLS,
 }
 """Optimizers by the names that ``--optim`` knows: a new one is a line here."""
 
@@ -42,6 +44,7 @@ __all__ = [
     "NTLRSGD",
     "OPTIMIZERS",
     "PAL",
+    "PLS",
     "SLS",
     "SPS",
     "ELRAC2Min",

@@ -9,6 +9,7 @@ and updates of tensors are in ``tensors.py``, checks of arguments in ``arguments
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -199,6 +200,27 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             self._observed_loss = float(loss)
         else:
             raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
+
+    @property
+    def asks_before_backward(self) -> bool:
+        """Whether :meth:`takes_back` can be asked at no cost, as losses are looked at on the host anyway."""
+        return bool(self.param_groups[0]["soft_restart"]) and self.process_group is None
+
+    def takes_back(self, loss: float) -> bool:
+        """Whether an update with this finite loss takes the last step back, whatever its gradients are.
+
+        Nothing is changed. If so, gradients need not be computed: ``step(loss=loss)`` without any takes it back.
+        """
+        scalars, parts = self._numbers(), self._current_parts()
+        slope = scalars["previous_slope"]
+        if not math.isfinite(loss) or slope is None or not self.param_groups[0]["soft_restart"]:
+            return False
+        guard, before = parts.restart_guard, scalars["previous_loss"]
+        decrease = scalars["step_size"] * slope
+        if not guard.is_too_high(scalars["loss_statistics"], loss, decrease=decrease, previous_loss=before):
+            return False
+        retries = scalars["consecutive_restarts"]
+        return not guard.is_a_new_level(copy.deepcopy(scalars["loss_statistics"]), loss, retries=retries)
 
     def end_cycle(self) -> None:
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""

@@ -23,6 +23,7 @@ from hf_elra.optim.snapshot import nothing_changes
 from hf_elra.optim.tensors import accumulates_in
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.arguments import is_causal_language_model
+from hf_elra.trainer.backward import Backward
 from hf_elra.trainer.loss_scale import LossScale, SumOfFinite
 from hf_elra.trainer.merging import LABEL_PADDING, CannotMerge, merge_micro_batches, plan_passes
 from hf_elra.trainer.rows import number_of_rows, rows_of
@@ -60,6 +61,7 @@ class MicroBatches:
         self._accounting = accounting
         self._loss_scale = loss_scale
         self._trials = trials
+        self._backward = Backward(trainer)
         self.in_last_update: int | None = None
         self.per_pass = 1.0
         self._pass_limit: float = math.inf  # elements
@@ -189,9 +191,13 @@ class MicroBatches:
         trainer = self._trainer
         if self._size.control is None and not trainer.elra_active:
             loss: Tensor = stock_step(model, inputs, num_items)
+        elif not backward:
+            loss = self._loss_scale.step(stock_step, model, inputs, num_items, passes or 1)
         else:
             passes = passes or trainer.current_gradient_accumulation_steps
-            loss = self._loss_scale.step(stock_step, model, inputs, num_items, passes)
+            with self._backward.only_if_the_step_stands(passes):
+                loss = self._loss_scale.step(stock_step, model, inputs, num_items, passes)
+            backward = not self._backward.was_left_out
         self._trials.counts.add(backward=backward)
         return loss
 

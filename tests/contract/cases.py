@@ -23,6 +23,7 @@ from hf_elra.optim import (
     NTLR,
     NTLRSGD,
     PAL,
+    PLS,
     SLS,
     SPS,
     ELRAC2Min,
@@ -176,6 +177,7 @@ CASES = (
     Case("gols", GOLS, "gols", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
         ({"eta": 1}, "eta=1 must"), ({"c2": 0}, "c2=0 must"),
     )),
+    Case("pls", PLS, "pls", {"soft_restart": True}, "soft_restart=true", brief=True),
     Case("guarded", Guarded, None, brief=True, wrong=(
         ({"max_step_norm": 0}, "max_step_norm=0 must"), ({"max_relative_step": -1}, "max_relative_step=-1 must"),
     )),

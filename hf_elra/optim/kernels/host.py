@@ -88,6 +88,11 @@ class UpdatesOnDevice(LossAwareOptimizer):
 
     # ---- what a training loop calls ----
 
+    @property
+    def asks_before_backward(self) -> bool:
+        """Not where numbers are on the device, as asking would wait for it."""
+        return super().asks_before_backward and self._kernels is None
+
     def end_cycle(self) -> None:
         """As of every loss-aware optimizer; a captured CUDA graph sees it too."""
         super().end_cycle()

@@ -80,11 +80,6 @@ class ElraSettings:
     Args:
         elra_min_step_norm (float, optional): floor under the step norm α‖G‖. Default: 0.1 for language models (paper,
             section 3.1), else 0.
-        elra_soft_restart (bool, optional): take steps back that led to a too high loss (section 3.2), with any
-            optimizer; with Adam its averages are then those of the steps that stand. Default: as the optimizer has it,
-            which is False for stock ones.
-        elra_max_step_norm (float, optional): crop steps above this length (section 3.5), with stock optimizers and
-            ELRA. Default: as the optimizer has it, none for stock ones.
         elra_control_cycle (str): the stretch of training whose losses judge the next one's: ``45000sp`` (samples),
             ``45000tok`` (tokens), ``0.25ep`` (epochs), ``100ba`` (updates). Default: ``1ep``; ``45000sp`` for data of
             unknown length.
@@ -125,17 +120,16 @@ class ElraSettings:
         elra_boost_every (int, optional): every how many updates a point is taken into that mean, beside the last one
             of a cycle. Default: so many that a cycle has about 50 points; 10 where its length is not known; every
             one of a whole run.
+        elra_soft_restart (bool, optional): take steps back that led to a too high loss (section 3.2), with any
+            optimizer; with Adam its averages are then those of the steps that stand. Default: as the optimizer has it,
+            which is False for stock ones.
+        elra_max_step_norm (float, optional): crop steps above this length (section 3.5), with stock optimizers and
+            ELRA. Default: as the optimizer has it, none for stock ones.
     """
 
     elra_min_step_norm: float | None = field(
         default=None,
         metadata={"help": "Floor under ELRA's step norm. Default: 0.1 for language models, else 0."},
-    )
-    elra_soft_restart: bool | None = field(
-        default=None, metadata={"help": "Take steps back that led to a too high loss, with any optimizer."}
-    )
-    elra_max_step_norm: float | None = field(
-        default=None, metadata={"help": "Crop steps above this length, with stock optimizers and ELRA."}
     )
     elra_control_cycle: str | None = field(
         default=None,
@@ -181,6 +175,12 @@ class ElraSettings:
     )
     elra_boost_every: int | None = field(
         default=None, metadata={"help": "Updates from one point of that mean to the next."}
+    )
+    elra_soft_restart: bool | None = field(
+        default=None, metadata={"help": "Take steps back that led to a too high loss, with any optimizer."}
+    )
+    elra_max_step_norm: float | None = field(
+        default=None, metadata={"help": "Crop steps above this length, with stock optimizers and ELRA."}
     )
 
     @classmethod

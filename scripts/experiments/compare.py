@@ -228,7 +228,7 @@ def compare(given: argparse.Namespace) -> None:
             data = Data.load(source)
             for seed in range(given.seeds):
                 for method in given.methods:
-                    rates = RATES if METHODS[method].has_rate else RATES[:1]
+                    rates = given.rates if METHODS[method].has_rate else RATES[:1]
                     for rate in rates:
                         if (name, method, rate, seed) in done or method in missing:
                             continue
@@ -286,6 +286,10 @@ def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
             str(len(default))]  # fmt: skip
 
 
+def _rate(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,6 +297,7 @@ def main() -> None:
     parser.add_argument("--table", nargs="+", help="print the table of these files instead")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=_rate, default=RATES, help="α_0; none for the default of each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="data", help="folder with mnist/ and fashion_mnist/, as idx files")
     given = parser.parse_args()

@@ -1,6 +1,7 @@
 """Every method at its defaults on one problem after another, with costs that are counted: the one table.
 
     python scripts/experiments/compare.py --output docs/results/compare/digits.jsonl --problems digits
+    python scripts/experiments/compare.py --output docs/results/compare/two_d.jsonl --problems two_d
     python scripts/experiments/compare.py --table docs/results/compare/*.jsonl
 
 A run is one method on one problem from one seed, at its default rate and at α_0 of 1e-4, 1e-2 and 1. It ends with the
@@ -8,13 +9,15 @@ samples of the problem's budget. Batches stay as they are: only optimizers are c
 (those along a line too), backward passes and samples; a forward-equivalent is a forward pass of one batch, and a
 backward pass counts two. Every run is a JSON line; the first line is command, machine and versions. Runs that are in
 the file already are left out, so that an interrupted comparison goes on. Methods whose package is missing are left out,
-and named.
+and named. ``two_d`` are the problems of ELRA's section 4.1, without noise: counted are updates until the loss is below
+the problem's value, at most 500; a seed moves the start by 1e-3.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import shlex
@@ -33,6 +36,7 @@ from hf_elra.optim import LABPALNSGD, LABPALSGD
 from hf_elra.recipes.image_data import load_images
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
+from lib import problems_2d
 from lib.methods import METHODS
 
 RATES = (None, 1e-4, 1e-2, 1.0)
@@ -206,6 +210,52 @@ def looked_at(model: nn.Module, optimizer: Any, data: Data) -> tuple[float, floa
     return loss, accuracy
 
 
+# ---- without noise ----
+
+TWO_D = "two_d"
+MOST_UPDATES = 500
+
+
+class Point(nn.Module):
+    """A point in the plane, as a model."""
+
+    def __init__(self, start: tuple[float, float], seed: int) -> None:
+        super().__init__()
+        moved = 1e-3 * torch.randn(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.x = nn.Parameter(torch.tensor(start, dtype=torch.float64) + (moved if seed else 0))
+
+
+def walk(problem: problems_2d.Problem, method: str, rate: float | None, seed: int) -> dict[str, Any]:
+    """Walk until the loss is below the problem's value."""
+    model = Point(problem.start, seed)
+    optimizer, costs = METHODS[method].make(model, 1, rate), Costs()
+    optimizer.updates_per_epoch = optimizer.samples_per_update = 1
+    failed, reached = None, None
+
+    def loss_of() -> Tensor:
+        costs.forwards += 1
+        return problem.function(model.x)
+
+    for update in range(MOST_UPDATES):
+        optimizer.zero_grad()
+        loss = loss_of()
+        if loss.item() < problem.below:
+            reached = update
+            break
+        loss.backward()
+        costs.backwards += 1
+        looks = getattr(optimizer, "needs_line_loss", False)
+        try:
+            step(optimizer, loss, (lambda: loss_of().item()) if looks else None)
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            failed = f"{type(error).__name__}: {error}"[:200]
+            break
+        if not model.x.isfinite().all():
+            failed = "not finite"
+            break
+    return {"updates": reached, "forwards": costs.forwards, "backwards": costs.backwards, "failed": failed}
+
+
 # ---- the comparison ----
 
 
@@ -223,25 +273,33 @@ def compare(given: argparse.Namespace) -> None:
             head = {"command": shlex.join(["python", *sys.argv]), **environment("cpu", *packages)}
             file.write(json.dumps(head) + "\n")
         for name in given.problems:
-            problem = PROBLEMS[name]
-            source = problem.source if name == "digits" else str(Path(given.data) / problem.source)
-            data = Data.load(source)
+            makes = runs_of(name, given.data)
             for seed in range(given.seeds):
                 for method in given.methods:
                     rates = given.rates if METHODS[method].has_rate else RATES[:1]
                     for rate in rates:
-                        if (name, method, rate, seed) in done or method in missing:
-                            continue
-                        try:
-                            with contextlib.redirect_stdout(None):  # one of the peers talks
-                                result = run(problem, data, method, rate, seed)
-                        except ImportError:
-                            missing.add(method)
-                            print(f"left out: {method} (pip install {METHODS[method].package})", file=sys.stderr)
-                            continue
-                        line = {"problem": name, "method": method, "rate": rate, "seed": seed, **result}
-                        file.write(json.dumps(line) + "\n")
-                        file.flush()
+                        for which, make in makes.items():
+                            if (which, method, rate, seed) in done or method in missing:
+                                continue
+                            try:
+                                with contextlib.redirect_stdout(None):  # one of the peers talks
+                                    result = make(method, rate, seed)
+                            except ImportError:
+                                missing.add(method)
+                                print(f"left out: {method} (pip install {METHODS[method].package})", file=sys.stderr)
+                                continue
+                            line = {"problem": which, "method": method, "rate": rate, "seed": seed, **result}
+                            file.write(json.dumps(line) + "\n")
+                            file.flush()
+
+
+def runs_of(name: str, folder: str) -> dict[str, Callable[[str, float | None, int], dict[str, Any]]]:
+    """What makes a run on each problem that a name stands for."""
+    if name == TWO_D:
+        return {problem.name: functools.partial(walk, problem) for problem in problems_2d.PROBLEMS}
+    problem = PROBLEMS[name]
+    data = Data.load(problem.source if name == "digits" else str(Path(folder) / problem.source))
+    return {name: functools.partial(run, problem, data)}
 
 
 # ---- the table ----
@@ -251,7 +309,8 @@ def table(files: list[str]) -> str:
     """One row a method and problem, over the seeds."""
     lines = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     runs = [line for line in lines if "method" in line]
-    texts = []
+    texts = [table_2d(runs)] if any("samples" not in line for line in runs) else []
+    runs = [line for line in runs if "samples" in line]
     for problem in dict.fromkeys(line["problem"] for line in runs):
         rows = []
         for method in METHODS:
@@ -264,6 +323,21 @@ def table(files: list[str]) -> str:
         target = PROBLEMS[problem].target
         texts.append(f"## {problem}, target {target:.0%}\n\n{markdown_table(head, rows)}")
     return "\n\n".join(texts)
+
+
+def table_2d(runs: list[dict[str, Any]]) -> str:
+    """Median updates of the problems without noise, at defaults."""
+    names = [problem.name for problem in problems_2d.PROBLEMS]
+    rows = []
+    for method in METHODS:
+        row = [f"`{method}`"]
+        for name in names:
+            mine = [run for run in runs if (run["problem"], run["method"], run["rate"]) == (name, method, None)]
+            counts = [math.inf if run["updates"] is None else run["updates"] for run in mine]
+            median = statistics.median(counts) if counts else math.nan
+            row.append(f"{median:.0f}" if math.isfinite(median) else "" if math.isnan(median) else "none")
+        rows.append(row)
+    return f"## without noise, updates (median over seeds)\n\n{markdown_table(['method', *names], rows)}"
 
 
 def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -295,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="file for the runs, one JSON line each")
     parser.add_argument("--table", nargs="+", help="print the table of these files instead")
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="+", choices=[TWO_D, *PROBLEMS], default=[TWO_D, *PROBLEMS])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=_rate, default=RATES, help="α_0; none for the default of each")
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,0 +1,69 @@
+"""scripts/experiments/compare.py: what it counts, that it goes on, what its table says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import compare
+
+SMALL = replace(compare.PROBLEMS["digits"], epochs=1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return compare.Data.load("digits")
+
+
+def test_passes_are_counted(data):
+    """Those along a line too: one for PAL, and 40 batches at three points for LABPAL's measurement."""
+    counted = {}
+    for method in ("adamw", "elra", "pal", "labpal_sgd"):
+        result = compare.run(SMALL, data, method, None, 0)
+        counted[method] = result["forwards"]
+        assert result["backwards"] == result["updates"] == 44
+        assert result["samples"] == 44 * 32
+        assert result["failed"] is None
+    assert counted == {"adamw": 44, "elra": 44, "pal": 88, "labpal_sgd": 44 + 3 * 40}
+
+
+def test_batches_that_are_looked_at_are_trained_on():
+    rows = compare.LookAhead(compare.batches(10, 3, 0))
+    waiting = [lot.tolist() for lot in rows.peek(4)]
+    assert [rows.take().tolist() for _ in range(4)] == waiting
+    seen = [row for lot in waiting[:3] for row in lot]
+    assert len(seen) == len(set(seen)) == 9
+
+
+def test_it_goes_on_and_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(compare.PROBLEMS, "digits", SMALL)
+    words = ["compare.py", "--output", str(tmp_path / "runs.jsonl"), "--problems", "digits", "--methods", "sgd", "sps",
+             "--rates", "none", "0.01"]  # fmt: skip
+    for seeds in ("1", "2"):
+        monkeypatch.setattr("sys.argv", [*words, "--seeds", seeds])
+        compare.main()
+    head, *lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert head["machine"]
+    runs = [(line["method"], line["rate"], line["seed"]) for line in lines]
+    assert runs == [("sgd", None, 0), ("sgd", 0.01, 0), ("sps", None, 0), ("sgd", None, 1), ("sgd", 0.01, 1),
+                    ("sps", None, 1)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["compare.py", "--table", str(tmp_path / "runs.jsonl")])
+    compare.main()
+    text = capsys.readouterr().out
+    assert "`sps`" in text
+    assert "no α_0" in text
+    assert "not by all" in text  # one epoch is not enough
+
+
+def test_without_noise(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "runs.jsonl"
+    monkeypatch.setattr("sys.argv", ["compare.py", "--output", str(file), "--problems", "two_d", "--methods", "elra",
+                                     "pal", "--rates", "none", "--seeds", "1"])  # fmt: skip
+    compare.main()
+    lines = [json.loads(line) for line in file.read_text().splitlines()][1:]
+    assert len(lines) == 10
+    saddle = next(line for line in lines if line["method"] == "elra" and line["problem"].startswith("saddle"))
+    assert saddle["updates"] == saddle["backwards"] == saddle["forwards"] - 1 > 0
+    monkeypatch.setattr("sys.argv", ["compare.py", "--table", str(file)])
+    compare.main()
+    assert f"{saddle['updates']}" in capsys.readouterr().out

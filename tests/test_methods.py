@@ -257,6 +257,13 @@ def test_soft_restarts_are_a_flag_for_methods_whose_papers_have_none(tmp_path):
         trainer(tmp_path, optim="sps", elra_max_step_norm=1.0)
 
 
+def test_no_shards_around_another_optimizer(tmp_path):
+    run = trainer(tmp_path, optim="adamw_torch", elra_soft_restart=True)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ConfigurationError, match="fsdp cannot be used with Guarded"):
+        run.prepare_elra()
+
+
 # ---- hypergradients ----
 
 

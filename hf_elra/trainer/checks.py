@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA, Guarded, LossAwareOptimizer
+from hf_elra.optim.around import Around
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
     ElraSettings,
@@ -90,6 +91,11 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
             name = optimizer_name(trainer.args)
             logger.warning("%s has no effect with optim=%s.", ", ".join(without_effect), name)
         return {}
+    if trainer.is_fsdp_enabled and issubclass(ours, Around):
+        raise ConfigurationError(
+            f"fsdp cannot be used with {ours.__name__}, as the optimizer inside it would keep the parameters from "
+            "before they were sharded. Use DDP, or an optimizer by name (optim=ntlr_adamw)."
+        )
     if ours is Guarded:  # what suits a stock optimizer suits it still
         refuse_unusable(
             fp16=trainer.args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=fsdp_version(trainer)

@@ -34,7 +34,7 @@ from hf_elra.optim.guards import (
     take_back,
     way_back,
 )
-from hf_elra.optim.memory import DirectionMemory, Part
+from hf_elra.optim.memory import DirectionMemory, GradientMemory, Part
 from hf_elra.optim.rules import Measurement, Rule
 from hf_elra.optim.tensors import (
     accumulates_in,
@@ -226,6 +226,13 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
         RestartGuard.end_cycle(self._numbers_to_change()["loss_statistics"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
+        if not set_to_none:
+            for group in self.param_groups:
+                self._memory.release_gradients(self._part(group, group["params"]))
+        super().zero_grad(set_to_none)
+
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -311,7 +318,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         retry = self._judge(parts, measured)
         if retry is not None:
             self._take_back(parts, retry, factors)
-        elif measured.previous_slope is not None and (again := parts.rule.again(measured)) is not None:
+        elif (again := self._again(parts, measured)) is not None:
             self._step_again(parts, again, factors)
         else:
             directions = self._choose_direction(parts, measured, params, gradients, factors)
@@ -420,7 +427,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             scalars["cosine"] = measured.current_slope / product if product > 0 else 0.0
             measured.cosine = scalars["cosine"]
         if rule.looks_ahead:
-            proposal = self._propose(parts, measured, alpha)
+            back = 0.0 if slope is None else way_back(scalars, slope, measured.current_slope)
+            proposal = self._propose(parts, measured, max(alpha, back))
         elif slope is not None and was_full:  # a retry is too short for the rule: α stays
             proposal = self._propose(parts, measured, alpha)
             if not rule.provisional:
@@ -483,6 +491,13 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         self._set_alpha(scalars["alpha"])
         if scalars["previous_slope"] is not None:  # there is a step behind us
             self._retrace(scalars["alpha"] * scalars["length"], factors)
+
+    def _again(self, parts: Parts, measured: Measurement) -> float | None:
+        """Return α for the last step once more, as a rule wants it that searches along the line; else None."""
+        scalars = self._numbers()
+        if measured.previous_slope is None:
+            return None
+        return parts.rule.again(measured, scalars["alpha"] * scalars["length"])
 
     def _step_again(self, parts: Parts, alpha: float, factors: list[float]) -> None:
         """Go back to x_{t-1} and take the last step with another α, as a rule wants it that searches along the line."""
@@ -603,8 +618,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     def _memory(self) -> DirectionMemory:
         """The memory of the last step; made when it is first needed, as neither copying nor unpickling an optimizer
         makes one."""
-        if self._made_memory is None:
-            self._made_memory = DirectionMemory()
+        if self._made_memory is None:  # of a gradient, whose tensor somebody else may write to, with care
+            self._made_memory = GradientMemory() if self.parts().direction.is_gradient else DirectionMemory()
         return cast(DirectionMemory, self._made_memory)
 
     def _part(self, group: dict[str, Any], params: Sequence[Tensor], *, to_write: bool = False) -> Part:

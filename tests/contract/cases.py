@@ -156,7 +156,8 @@ CASES = (
          "momentum=0", takes_shards=False, twin=ReferenceSpectral),
     Case("elra_spectral, no search", ELRASpectral, "elra_spectral", {"search": 0, "lr": 1e-2}, "search=0",
          takes_shards=False, twin=ReferenceSpectral),
-    Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
+    Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, brief=True,
+         wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
     Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),
     Case("pal", PAL, "pal", {"soft_restart": True}, "soft_restart=true", grows=False, wrong=(
         ({"measuring_step": 0}, "measuring_step=0 must"), ({"max_step": -1}, "max_step=-1 must"),
@@ -164,7 +165,7 @@ CASES = (
     Case("sls", SLS, "sls", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
         ({"backtracking": 1}, "backtracking=1 must"), ({"c": 1}, "c=1 must"),
     )),
-    Case("sps", SPS, "sps", {"soft_restart": True}, "soft_restart=true", brief=True, wrong=(
+    Case("sps", SPS, "sps", {"soft_restart": True}, "soft_restart=true", grows=False, wrong=(
         ({"growth": 0.5}, "growth=0.5 must"), ({"c": 0}, "c=0 must"), ({"f_star": math.nan}, "f_star=nan must"),
     )),
     Case("labpal_sgd", LABPALSGD, "labpal_sgd", {"soft_restart": True, "every": 5},

@@ -98,13 +98,6 @@ class UpdatesOnDevice(LossAwareOptimizer):
         super().end_cycle()
         self._renew_numbers_on_device()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
-        if not set_to_none:
-            for group in self.param_groups:
-                self._memory.release_gradients(self._part(group, group["params"]))
-        super().zero_grad(set_to_none)
-
     # ---- tensors ----
 
     @property

@@ -78,10 +78,14 @@ class Rule:
         """
         return alpha
 
-    def again(self, measured: Measurement) -> float | None:
+    def again(self, measured: Measurement, alpha: float) -> float | None:
         """Return α for the last step once more from where it began, while a search along its line goes on.
 
         Called where the last step was not taken back; what it measured is then forgotten.
+
+        Args:
+            measured: what is known of this update.
+            alpha: of the last step.
         """
         return None
 

@@ -39,11 +39,9 @@ class GradientOnly(Rule):
         self.state["phase"] = TRIES
         return max(min(alpha, self._largest(measured.direction_norm)), SMALLEST)
 
-    def again(self, measured: Measurement) -> float | None:
+    def again(self, measured: Measurement, alpha: float) -> float | None:
         """α of the next try; None where the search is over."""
-        alpha, before, now, largest = (
-            measured.step_size, measured.previous_slope, measured.current_slope, self._largest(measured.previous_norm)
-        )  # fmt: skip
+        before, now = measured.previous_slope, measured.current_slope
         assert before is not None
         falls = now > 0
         if self.state["phase"] == TRIES:
@@ -53,7 +51,7 @@ class GradientOnly(Rule):
         elif falls != (self.state["phase"] == GROWS):
             return None
         further = alpha * self.eta if self.state["phase"] == GROWS else alpha / self.eta
-        return further if SMALLEST <= further <= largest else None
+        return further if SMALLEST <= further <= self._largest(measured.previous_norm) else None
 
     @staticmethod
     def _largest(norm: float) -> float:

@@ -126,9 +126,8 @@ class Probabilistic(Rule):
         """Begin a line."""
         state = self.state
         if state["count"] > 1:  # a line has ended
-            found = measured.step_size
-            state["mean"] = found if state["mean"] is None else 0.95 * state["mean"] + 0.05 * found
-            alpha = LONGER * found
+            state["mean"] = alpha if state["mean"] is None else 0.95 * state["mean"] + 0.05 * alpha
+            alpha *= LONGER
             if not state["mean"] / FAR < alpha < FAR * state["mean"]:
                 alpha = state["mean"]
         known = measured.loss is not None and measured.slope > 0
@@ -138,13 +137,13 @@ class Probabilistic(Rule):
             state["last"] = measured.loss
         return alpha
 
-    def again(self, measured: Measurement) -> float | None:
+    def again(self, measured: Measurement, alpha: float) -> float | None:
         """α of the next try; None where the search is over."""
         state, loss = self.state, measured.loss
-        if loss is None or state["count"] == 0 or measured.step_size == 0:
+        if loss is None or state["count"] == 0 or alpha == 0:
             return None
         scale = state["unit"] * state["slope"]
-        time = measured.step_size / state["unit"]
+        time = alpha / state["unit"]
         told = (loss - state["loss"]) / scale, -measured.current_slope / state["slope"]
         if not all(math.isfinite(value) and abs(value) < 1e12 for value in (time, *told)):
             return None

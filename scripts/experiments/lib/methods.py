@@ -13,7 +13,7 @@ from hf_elra.optim import OPTIMIZERS
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the first and last layer and for vectors."""
+    """torch.optim.Muon for hidden matrices (all matrices where none is hidden), torch.optim.AdamW for the rest."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         params = [p for p in model.parameters() if p.requires_grad]
@@ -22,7 +22,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         chosen = {id(p) for p in hidden}
         rest = [p for p in params if id(p) not in chosen]
         super().__init__(params, {})
-        self.inner = [torch.optim.Muon(hidden, lr=lr), *([torch.optim.AdamW(rest, lr=lr)] if rest else [])]
+        kinds = ((torch.optim.Muon, hidden), (torch.optim.AdamW, rest))
+        self.inner: list[torch.optim.Optimizer] = [kind(own, lr=lr) for kind, own in kinds if own]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Both steps."""

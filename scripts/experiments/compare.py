@@ -350,7 +350,7 @@ def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
         rate: statistics.fmean(100 * run["accuracy"] for run in swept if run["rate"] == rate)
         for rate in {run["rate"] for run in swept}
     }
-    worst = f"{min(by_rate.values()):.1f}" if by_rate else "no α_0"
+    worst = f"{min(by_rate.values()):.1f}" if by_rate else "" if METHODS[method].has_rate else "no α_0"
     reached = [run for run in default if run["samples_to_target"] is not None]
     all_reached = len(reached) == len(default)
     samples = f"{statistics.median(run['samples_to_target'] for run in reached):,.0f}" if all_reached else "not by all"

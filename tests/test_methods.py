@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_elra import ElraTrainer
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import (
     GOLS,
@@ -34,7 +35,7 @@ from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.newton import Newton
 from hf_elra.optim.rules.probabilistic import SplineProcess, within
 from hf_elra.trainer.batch_control import labpal_schedule
-from tests.conftest import trainer, weights
+from tests.conftest import arguments, llama, token_rows, trainer, weights
 
 
 def quadratic(curvatures, start):
@@ -200,6 +201,26 @@ def test_k_is_a_share_of_an_epoch(tmp_path):
     assert bare.every == 50
     bare.updates_per_epoch = 30
     assert bare.every == 20
+
+
+def test_around_another_optimizer_in_a_trainer(tmp_path):
+    """Passed in as it is; a resumed run goes on with the state of both."""
+
+    def make(folder):
+        model = llama()
+        optimizer = NTLR(torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), every=2)
+        given = arguments(folder, max_steps=10, save_strategy="steps", save_steps=5)
+        return ElraTrainer(model, given, train_dataset=token_rows(), optimizers=(optimizer, None))
+
+    run = make(tmp_path)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert run.elra_optimizer.alpha != 1e-2
+    again = make(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert torch.equal(weights(again.model), weights(run.model))
+    assert again.elra_optimizer.alpha == run.elra_optimizer.alpha
 
 
 # ---- guards around stock optimizers ----

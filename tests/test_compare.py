@@ -12,7 +12,7 @@ SMALL = replace(compare.PROBLEMS["digits"], epochs=1)
 
 @pytest.fixture(scope="module")
 def data():
-    return compare.Data.load("digits")
+    return compare.Images.load("digits")
 
 
 def test_passes_are_counted(data):

@@ -45,11 +45,11 @@ LABPAL_SAMPLES = 1280
 
 @dataclass(frozen=True)
 class Problem:
-    """Images to classify by a network with one hidden layer.
+    """Images to classify by a network with one hidden layer, or text to go on with by a small Llama.
 
     Attributes:
-        source: of ``load_images``.
-        hidden: units of the hidden layer.
+        source: of ``load_images``, or a text file.
+        hidden: units of a hidden layer.
         batch: samples of an update.
         epochs: the budget.
         target: accuracy whose samples are counted.
@@ -66,6 +66,7 @@ PROBLEMS = {
     "digits": Problem("digits", 32, 32, 15, 0.88),
     "mnist": Problem("mnist", 100, 128, 2, 0.95),
     "fashion_mnist": Problem("fashion_mnist", 100, 128, 2, 0.83),
+    "llama": Problem("tinyshakespeare/input.txt", 64, 16, 1, 0.3),
 }
 LOOKS_PER_EPOCH = 4
 
@@ -86,7 +87,7 @@ class Costs:
 
 
 @dataclass
-class Data:
+class Images:
     """Images as vectors, on the CPU."""
 
     images: Tensor
@@ -95,7 +96,7 @@ class Data:
     test_labels: Tensor
 
     @classmethod
-    def load(cls, source: str) -> Data:
+    def load(cls, source: str) -> Images:
         """Load and normalise."""
         splits = load_images(source)
         parts = []
@@ -103,6 +104,65 @@ class Data:
             batch = images.__getitems__(range(len(images)))  # type: ignore[arg-type]
             parts += [batch["pixel_values"].flatten(1), batch["labels"]]
         return cls(*parts)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def network(self, hidden: int) -> nn.Module:
+        """One hidden layer."""
+        return nn.Sequential(nn.Linear(self.images.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 10))
+
+    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """The mean over these rows."""
+        return nn.functional.cross_entropy(model(self.images[rows]), self.labels[rows])
+
+    def test(self, model: nn.Module) -> tuple[float, float]:
+        """Loss and accuracy on the test images."""
+        scores = model(self.test_images)
+        loss = nn.functional.cross_entropy(scores, self.test_labels).item()
+        return loss, (scores.argmax(1) == self.test_labels).double().mean().item()
+
+
+@dataclass
+class Text:
+    """Rows of characters of a text; the last ones are for testing."""
+
+    rows: Tensor
+    test_rows: Tensor
+    characters: int
+
+    LENGTH, ROWS, TEST_ROWS = 64, 4800, 400
+
+    @classmethod
+    def load(cls, source: str) -> Text:
+        """As many rows as are wanted."""
+        text = Path(source).read_text()
+        known = {character: number for number, character in enumerate(sorted(set(text)))}
+        numbers = torch.tensor([known[character] for character in text])
+        rows = numbers[: len(numbers) // cls.LENGTH * cls.LENGTH].view(-1, cls.LENGTH)
+        return cls(rows[: cls.ROWS], rows[-cls.TEST_ROWS :], len(known))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def network(self, hidden: int) -> nn.Module:
+        """Two layers."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=self.characters, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=self.LENGTH, tie_word_embeddings=True,
+        ))  # fmt: skip
+
+    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """The mean over the characters of these rows."""
+        loss: Tensor = model(input_ids=self.rows[rows], labels=self.rows[rows]).loss
+        return loss
+
+    def test(self, model: nn.Module) -> tuple[float, float]:
+        """Loss, and the share of characters that are foreseen."""
+        told = model(input_ids=self.test_rows, labels=self.test_rows)
+        return told.loss.item(), (told.logits[:, :-1].argmax(-1) == self.test_rows[:, 1:]).double().mean().item()
 
 
 def batches(number: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -128,19 +188,19 @@ class LookAhead:
         return self.waiting[:number]
 
 
-def run(problem: Problem, data: Data, method: str, rate: float | None, seed: int) -> dict[str, Any]:
+def run(problem: Problem, data: Images | Text, method: str, rate: float | None, seed: int) -> dict[str, Any]:
     """Train once; return what was measured."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(data.images.shape[1], problem.hidden), nn.ReLU(), nn.Linear(problem.hidden, 10))
+    model = data.network(problem.hidden)
     optimizer = METHODS[method].make(model, problem.batch, rate)
-    per_epoch = len(data.images) // problem.batch
+    per_epoch = len(data) // problem.batch
     optimizer.updates_per_epoch, optimizer.samples_per_update = per_epoch, problem.batch
-    rows, costs, curve = LookAhead(batches(len(data.images), problem.batch, seed)), Costs(), []
+    rows, costs, curve = LookAhead(batches(len(data), problem.batch, seed)), Costs(), []
     look_every, failed = max(1, per_epoch // LOOKS_PER_EPOCH), None
 
     def loss_of(rows: Tensor) -> Tensor:
         costs.forwards += 1
-        return nn.functional.cross_entropy(model(data.images[rows]), data.labels[rows])
+        return data.loss(model, rows)
 
     for update in range(1, problem.epochs * per_epoch + 1):
         start, now = time.perf_counter(), rows.take()
@@ -196,18 +256,16 @@ def step(optimizer: Any, loss: Tensor, evaluate: Callable[[], float] | None) -> 
         optimizer.step()
 
 
-def looked_at(model: nn.Module, optimizer: Any, data: Data) -> tuple[float, float]:
-    """Loss and accuracy on the test images; of schedule-free optimizers at their averages."""
+def looked_at(model: nn.Module, optimizer: Any, data: Images | Text) -> tuple[float, float]:
+    """Loss and accuracy of the test rows; of schedule-free optimizers at their averages."""
     switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
     if switches:
         optimizer.eval()
     with torch.no_grad():
-        scores = model(data.test_images)
-        loss = nn.functional.cross_entropy(scores, data.test_labels).item()
-        accuracy = (scores.argmax(1) == data.test_labels).double().mean().item()
+        found = data.test(model)
     if switches:
         optimizer.train()
-    return loss, accuracy
+    return found
 
 
 # ---- without noise ----
@@ -298,7 +356,8 @@ def runs_of(name: str, folder: str) -> dict[str, Callable[[str, float | None, in
     if name == TWO_D:
         return {problem.name: functools.partial(walk, problem) for problem in problems_2d.PROBLEMS}
     problem = PROBLEMS[name]
-    data = Data.load(problem.source if name == "digits" else str(Path(folder) / problem.source))
+    source = problem.source if name == "digits" else str(Path(folder) / problem.source)
+    data = Text.load(source) if name == "llama" else Images.load(source)
     return {name: functools.partial(run, problem, data)}
 
 
@@ -373,7 +432,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=_rate, default=RATES, help="α_0; none for the default of each")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="data", help="folder with mnist/ and fashion_mnist/, as idx files")
+    parser.add_argument(
+        "--data", default="data", help="folder with mnist/, fashion_mnist/ (idx files), tinyshakespeare/"
+    )
     given = parser.parse_args()
     if given.table:
         print(table(given.table))

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_elra.optim import OPTIMIZERS
+from hf_elra.optim import OPTIMIZERS, embeddings_of
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for hidden matrices (all matrices where none is hidden), torch.optim.AdamW for the rest."""
+    """torch.optim.Muon for all matrices but embeddings, torch.optim.AdamW for the rest."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         params = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in params if p.dim() == 2]
-        hidden = matrices[1:-1] or matrices
+        marked = {id(p) for p in embeddings_of(model)}
+        hidden = [p for p in params if p.dim() == 2 and id(p) not in marked]
         chosen = {id(p) for p in hidden}
         rest = [p for p in params if id(p) not in chosen]
         super().__init__(params, {})
@@ -47,7 +47,15 @@ class Method:
 
 
 def _ours(name: str) -> Callable[..., Any]:
-    return lambda model, batch, rate: OPTIMIZERS[name](model.parameters(), **({} if rate is None else {"lr": rate}))
+    def make(model: nn.Module, batch: int, rate: float | None) -> Any:
+        given: dict[str, Any] = {} if rate is None else {"lr": rate}
+        if name == "elra_spectral":
+            given["embeddings"] = embeddings_of(model)
+        if name == "elra" and embeddings_of(model):  # as a Trainer has it for language models
+            given["min_step_norm"] = 0.1
+        return OPTIMIZERS[name](model.parameters(), **given)
+
+    return make
 
 
 def _stock(kind: Any, default: float, **more: Any) -> Callable[..., Any]:

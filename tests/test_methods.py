@@ -162,6 +162,10 @@ def test_a_scheduler_on_the_inner_optimizer_is_refused():
     x.grad = torch.ones(1, dtype=torch.float64)
     with pytest.raises(ConfigurationError, match="inner=SGD has a scheduler"):
         wrapped.step(loss=1.0)
+    schedule_free = torch.optim.SGD([x], lr=0.1)
+    schedule_free.train = schedule_free.eval = lambda: None
+    with pytest.raises(ConfigurationError, match="inner=SGD trains other parameters than it evaluates"):
+        NTLR(schedule_free)
     for wrong in (torch.optim.LBFGS([x]), NTLRSGD([x]), 3):
         with pytest.raises(ConfigurationError, match="inner=.* must be an optimizer"):
             NTLR(wrong)

@@ -30,6 +30,11 @@ class Around(LossAwareOptimizer):
                 f"inner={type(inner).__name__} must be an optimizer such as torch.optim.SGD(model.parameters(), "
                 "lr=0.1), whose step needs neither the loss nor a closure."
             )
+        if hasattr(inner, "train") and hasattr(inner, "eval"):
+            raise ConfigurationError(
+                f"inner={type(inner).__name__} trains other parameters than it evaluates, so that the way from one to "
+                "the next is not its step; use it without anything around it."
+            )
         refuse_scheduler(inner)
         groups = [{"params": group["params"], "lr": float(group["lr"])} for group in inner.param_groups]
         lr = max(group["lr"] for group in groups)

@@ -1,6 +1,7 @@
 # make train   set up a virtual environment and train a BabyLlama (resumes an interrupted run)
 # make test    set it up and run the tests
 # make lint    ruff and mypy
+# make docs    build the site into build/site; look at it with: python3 -m http.server -d build/site
 # make gpu-bundle   what scripts/gpu_check.py needs on a machine without a network (docs/gpu_check.md)
 # make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
@@ -15,7 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: train test lint gpu-bundle audit setup clean
+.PHONY: train test lint docs gpu-bundle audit setup clean
 
 train: setup
 	$(PY) scripts/train_babyllama.py --resume --overwrite $(ARGS)
@@ -27,6 +28,9 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 gpu-bundle: setup
 	$(PY) scripts/gpu_bundle.py --output gpu-bundle $(ARGS)
@@ -54,6 +58,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		|| $(PY) -m pip install -q "torch==$(TORCH)"; \
 	fi
 	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[test,lint]"
+	@touch $@
+
+$(STAMP)-docs: $(STAMP)
+	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 clean:

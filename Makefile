@@ -29,8 +29,9 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Not with --quiet, which would hide warnings from --strict.
 docs: $(STAMP)-docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 gpu-bundle: setup
 	$(PY) scripts/gpu_bundle.py --output gpu-bundle $(ARGS)

@@ -86,11 +86,14 @@ def _value(tree: ast.Module, name: str) -> Any:
 
 
 def on_config(config: Any) -> None:
-    """Fail before anything is built where a public name has no page or no docstring."""
+    """Fail before anything is built where a public name has no page; put pages of optimizers into the menu."""
     if lines := missing():
         from mkdocs.exceptions import PluginError
 
         raise PluginError("\n".join(lines))
+    (optimizers,) = [entry["Optimizers"] for entry in config["nav"] if "Optimizers" in entry]
+    listed = {page for entry in optimizers for page in entry.values()}
+    optimizers += [page for page in pages() if page.startswith("optimizers/") and page not in listed]
 
 
 def on_page_content(content: str, **given: Any) -> str:

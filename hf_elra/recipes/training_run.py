@@ -138,7 +138,7 @@ class TrainingRun:
         return metrics
 
     def check_finite(self, loss: float) -> None:
-        """Raise :class:`Diverged` if the final loss is not finite, so that scripts that wait for the run learn of it."""
+        """Raise :class:`Diverged` if the final loss is not finite, so that scripts waiting for the run learn of it."""
         if not math.isfinite(loss):
             raise Diverged(
                 f"the run diverged: its validation loss is {loss}. Lower --learning_rate, or choose --optim elra or "

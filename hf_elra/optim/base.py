@@ -90,11 +90,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     process_group: dist.ProcessGroup | None = None
     """Processes whose losses and scalar products are averaged; not part of the state."""
     gradient_decay: float = 1.0
-    """m_0/m (ELRA, section 3.4), the factor that shortens the step of the next update. Set it before every update; it
-    is not part of the state. Gradients are not scaled, since slopes are measured with them."""
+    """m_0/m of the next update (ELRA, section 3.4), by which its step is shorter; to be set before every update, no
+    part of the state. Gradients themselves stay as they are, since slopes are measured with them."""
     line_loss: Callable[[float, list[list[Tensor]]], float] | None = None
-    """A function that returns the loss at x - s·u from s and u, which has the tensors of each group for the parameters
-    with a gradient. A Trainer sets it for optimizers with :attr:`needs_line_loss`."""
+    """Returns the loss at x - s·u, told s and u (group by group, of the parameters that have a gradient); a Trainer
+    sets it for optimizers with :attr:`needs_line_loss`."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False

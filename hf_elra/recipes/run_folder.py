@@ -85,7 +85,7 @@ def check_run_folder(
         )
     if resume and not finished and not changed - set(LENGTH) and checkpoint is not None:
         return checkpoint
-    # The run was interrupted before its first checkpoint: it is begun anew if the folder holds nothing else.
+    # Interrupted before its first checkpoint: nothing in it is worth keeping, if it holds nothing else.
     only_begun = {file.name for file in path.iterdir()} <= {SETTINGS, SETTINGS + PART}
     if overwrite or (only_begun and not resume):
         return None

@@ -13,7 +13,7 @@ from hf_elra.recipes.run_folder import LOG, METRICS, SAMPLE
 from hf_elra.report.table import training_table
 
 ENGLISH = ("python-docs", "roneneldan/TinyStories")
-"""Texts of the presets. Language and licence of other texts are not known here, so their cards name none."""
+"""The presets' texts. Language and licence of another text are not known here, so that cards name none."""
 
 
 def build_model_card(folder: str) -> ModelCard:

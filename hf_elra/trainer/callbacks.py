@@ -148,7 +148,7 @@ class ProgressLine(TrainerCallback):
 
     def _share(self, state: Any) -> float:
         if self.trainer.batch_control is not None:
-            progress = self.trainer.progress  # an incomplete batch at the end is skipped, so this is the end
+            progress = self.trainer.progress  # an incomplete batch at the end is skipped: that is the end
             return (
                 float(progress.fraction()) if progress.updates_left(self.trainer.elra.accounting.accumulation) else 1.0
             )

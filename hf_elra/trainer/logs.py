@@ -1,7 +1,7 @@
 """What the logs of a run say beside the stock numbers, and the warnings about updates that went wrong.
 
-The numbers are those of the optimizer, the sizes of updates, decisions about them, true speeds, and passes forward and
-back. Counting is in ``accounting.py`` and ``trials.py``.
+The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
+back. What is counted is in ``accounting.py`` and ``trials.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTED = {
 OF_STEPS = "restarts", "accepted_levels"
 """Counts that no warning mentions during a search, which has to take steps that are too long."""
 FEW = 3
-"""No warning mentions up to this many updates that were taken back in a row."""
+"""So many updates taken back in a row are nothing to be told of."""
 
 
 class Logs:

@@ -1,7 +1,8 @@
 """What mkdocs does beside its own work (``hooks`` in mkdocs.yml): no public name without a docstring and a page.
 
-The check reads source text alone, so that it needs neither PyTorch nor mkdocs; ``tests/test_docs.py`` makes it too.
-Besides: roles of docstrings become links' text, and folders of raw files get a list of what is in them.
+The check reads source text alone, so that it needs neither PyTorch nor mkdocs; ``tests/test_docs.py`` makes it too. The
+hooks also put the pages of optimizers into the menu, show Sphinx's roles in docstrings as plain names, and write a list
+of files into every folder of raw files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _ROLE = re.compile(r":(?:class|meth|attr|func|data|mod):<code>(~?)([\w.]+)</code
 
 
 def public_names() -> dict[str, str]:
-    """All public names, and the package that each is imported from first."""
+    """Return all public names, and the first package that each can be imported from."""
     found: dict[str, str] = {}
     for package in reversed(PUBLIC):
         found |= dict.fromkeys(_value(_tree(package), "__all__"), package)
@@ -29,14 +30,22 @@ def public_names() -> dict[str, str]:
 
 
 def pages() -> dict[str, str]:
-    """The text of every page, by its path below docs/; the template of a page is none."""
+    """Return the text of every page by its path below docs/, without the template of a page."""
     files = sorted(DOCS.rglob("*.md"))
     return {str(file.relative_to(DOCS)): file.read_text("utf-8") for file in files if not file.name.startswith("_")}
 
 
 def missing() -> list[str]:
-    """What is missing: one line for every public name without a page or without a docstring."""
-    shown = {name.rpartition(".")[2] for text in pages().values() for name in re.findall(r"^::: ([\w.]+)$", text, re.M)}
+    """Return what is missing: one line for every public name without a page or without a docstring.
+
+    A page shows a name with ``::: name``, or, if it is the page of an optimizer, by importing it in its example.
+    """
+    shown = set()
+    for page, text in pages().items():
+        shown |= {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.M)}
+        if page.startswith("optimizers/"):
+            imports = re.findall(r"^from hf_elra[\w.]* import (.*)$", text, re.M)
+            shown |= {name.strip() for names in imports for name in names.split(",")}
     lines = []
     for name, package in sorted(public_names().items()):
         if name not in shown:
@@ -47,7 +56,7 @@ def missing() -> list[str]:
 
 
 def has_docstring(module: str, name: str) -> bool:
-    """Whether a class, a function or a value that a module has or imports is documented where it is defined."""
+    """Return whether a class, function or value that a module has or imports is documented where it is defined."""
     body = _tree(module).body
     for number, node in enumerate(body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
@@ -97,7 +106,7 @@ def on_config(config: Any) -> None:
 
 
 def on_page_content(content: str, **given: Any) -> str:
-    """Docstrings have Sphinx's roles, which mkdocstrings leaves as they are: show the name alone."""
+    """Show the name alone in place of Sphinx's roles, which mkdocstrings leaves as they are."""
     return _ROLE.sub(lambda m: f"<code>{m[2].rpartition('.')[2] if m[1] else m[2]}</code>", content)
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 import transformers
 
 from hf_elra import cli
@@ -68,12 +69,21 @@ def test_a_name_without_page_or_docstring_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [*PYTHON, *DIFFS])
-def test_a_block_for_the_trainer_runs_but_for_the_training(block, tmp_path, monkeypatch):
+def test_a_block_that_is_no_loop_runs_without_training(block, tmp_path, monkeypatch):
     trained = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.Trainer, "train", lambda self: trained.append(self))
     text = PYTHON.get(block) or "\n".join(line[1:] for line in DIFFS[block].splitlines() if not line.startswith("-"))
-    names = {"model": llama(num_hidden_layers=1), "data": token_rows(64), "__name__": "shown"}
+    model, data = llama(num_hidden_layers=1), token_rows(64)
+    tokens = data[0]["input_ids"][None]
+
+    def loss_of_batch():
+        return model(input_ids=tokens, labels=tokens).loss
+
+    names = {
+        "model": model, "data": data, "loader": [data], "torch": torch, "__name__": "shown",
+        "loss_of_batch": loss_of_batch, "loss": loss_of_batch(),
+    }  # fmt: skip
     exec(text, names)
     assert trained == ([names["trainer"]] if "trainer" in names else [])
 

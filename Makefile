@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: train test lint docs gpu-bundle audit setup clean
+.PHONY: train test lint gpu-bundle audit setup clean
 
 train: setup
 	$(PY) scripts/train_babyllama.py --resume --overwrite $(ARGS)
@@ -29,6 +29,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+.PHONY: docs
 # Not with --quiet, which would hide warnings from --strict.
 docs: $(STAMP)-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

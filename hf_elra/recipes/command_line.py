@@ -131,7 +131,7 @@ def default_settings(settings: dict[str, Any], recipe: Any, training: Any, defau
 
 
 def _recorded(training: ElraTrainingArguments) -> list[str]:
-    """Return the names of training arguments to write down, those that this version of Transformers has."""
+    """The names of training arguments to write down, without those that this version of Transformers does not have."""
     names = (*TRAINING, *(f.name for f in fields(ElraSettings)))
     return [name for name in names if hasattr(training, name)]
 

@@ -97,7 +97,7 @@ class ProgressLine(TrainerCallback):
     """Prints one line per log: updates, tokens or images, their speed, loss, what ELRA did, and the time left.
 
     It takes the place of the Trainer's own printing. Every entry of the log history gets ``seconds``, the time since
-    the beginning of the run, with evaluations and without interruptions. Set ``trainer`` once there is one.
+    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one.
 
     Args:
         unit (str): ``"tokens"`` or ``"images"``.

@@ -27,7 +27,7 @@ COUNTED = {
     "accepted_levels": "losses stayed far above their level before, however short the step (so often since the last "
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
-"""By the name of a count that an optimizer may have: what a warning says of it."""
+"""What an optimizer may count, and what it means."""
 OF_STEPS = "restarts", "accepted_levels"
 """Counts that no warning mentions during a search, which has to take steps that are too long."""
 FEW = 3

@@ -42,7 +42,7 @@ def needed_by_recipes(package: str) -> Any:
         if error.name != package:  # it is a package that the wanted one needs
             raise
         raise ConfigurationError(
-            f"the package {package} is missing, which this needs; install it with: pip install 'hf_elra[recipes]'"
+            f"this needs the package {package}, which is missing; install it with: pip install 'hf_elra[recipes]'"
         ) from error
 
 

@@ -37,7 +37,7 @@ class ControlCycle:
         match = _PATTERN.fullmatch(str(text))
         if match is None or match["unit"] not in UNITS:
             raise ConfigurationError(
-                f"{name}={text!r} is no length: write a number and a unit, "
+                f"{name}={text!r} is not a length: write a number and a unit, "
                 "45000sp (samples), 45000tok (tokens), 1ep (epochs) or 100ba (updates)."
             )
         length, unit = float(match["length"]), match["unit"]

@@ -244,8 +244,8 @@ class PointMemory(GradientMemory):
         if rounded and not self._warned:
             self._warned = True
             warn_user(
-                "memory='point' finds the last step from what it did to the parameters; of bfloat16 ones rounding "
-                "leaves little of a short step. Pass stochastic_rounding=True."
+                "memory='point' finds the last step by what it did to the parameters, and rounding to bfloat16 leaves "
+                "little of a short step. Pass stochastic_rounding=True."
             )
         self._descend(part, directions, 0.0, part.group["step_decay"])
         kept = self.tensors(part.states, part.params)

@@ -329,7 +329,7 @@ def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | Encode
         images = images.permute(0, 3, 1, 2)
     if images.dim() != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ConfigurationError(
-            f"dataset={name!r} holds {images.dtype} of shape {tuple(images.shape)}; wanted are uint8 images of shape "
+            f"dataset={name!r} holds {images.dtype} of shape {tuple(images.shape)}; uint8 images are needed, of shape "
             "(number, height, width) or (number, height, width, channels)."
         )
     if image_size is not None and images.shape[-2:] != (image_size, image_size):
@@ -347,7 +347,7 @@ def _as_labels(array: Any, what: str, name: str) -> Tensor:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iufb":
         raise ConfigurationError(
-            f"dataset={name!r}: {what} are {labels.dtype} of shape {labels.shape}; wanted is one class number for each "
+            f"dataset={name!r}: {what} are {labels.dtype} of shape {labels.shape}; one class number is needed for each "
             "image, shape (number,)."
         )
     return torch.as_tensor(labels.astype(np.int64))
@@ -381,7 +381,7 @@ def _named_arrays(arrays: Any, name: str) -> dict[str, Any]:
     wanted = {f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")}
     if not wanted <= found:
         raise ConfigurationError(
-            f"dataset={name!r} holds {', '.join(sorted(found))}; wanted are {', '.join(sorted(wanted))}."
+            f"dataset={name!r} holds {', '.join(sorted(found))}; needed are {', '.join(sorted(wanted))}."
         )
     return {key: arrays[key] for key in wanted}
 
@@ -417,7 +417,7 @@ def read_idx(path: Path) -> np.ndarray:
     except (EOFError, OSError, zlib.error) as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error}.") from None
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ConfigurationError(f"{str(path)!r} is no idx file of unsigned bytes.")
+        raise ConfigurationError(f"{str(path)!r} is not an idx file of unsigned bytes.")
     dimensions = content[3]
     shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).astype(int))
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
@@ -443,7 +443,7 @@ def _local_dataset(path: Path) -> Any:
             return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
         except Exception as error:
             raise ConfigurationError(f"dataset={str(path)!r} holds no images that can be read: {error}") from error
-    raise ConfigurationError(f"dataset={str(path)!r} is no folder and no npz file.")
+    raise ConfigurationError(f"dataset={str(path)!r} is neither a folder nor an npz file.")
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[str]]:
@@ -470,7 +470,7 @@ def _hub_dataset(name: str) -> Any:
         return datasets.load_dataset(name)
     except Exception as error:
         raise ConfigurationError(
-            f"dataset={name!r} is no local path and could not be loaded from the hub: {error}"
+            f"dataset={name!r} is not a local path and could not be loaded from the hub: {error}"
         ) from error
 
 
@@ -481,14 +481,16 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
     present = [split for split in TEST_SPLITS if split in splits]
     if "train" not in splits or not present:
         raise ConfigurationError(
-            f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation "
+            f"dataset={name!r} has the splits {', '.join(splits)}; train, and test or validation, are needed "
             "(in a folder of images: train/CLASS/x.png and test/CLASS/x.png)."
         )
     features = splits["train"].features
     image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
     label = next((key for key in features if "label" in key), None)  # the fine labels of CIFAR-100 come first
     if image is None or label is None:
-        raise ConfigurationError(f"dataset={name!r} has the columns {', '.join(features)}; no images with labels.")
+        raise ConfigurationError(
+            f"dataset={name!r} has the columns {', '.join(features)}; images with labels are needed."
+        )
     if not str(features[label].dtype).startswith(("int", "uint")):
         raise ConfigurationError(f"dataset={name!r}: the column {label} holds no class numbers.")
     # ImageNet's own test split on the hub has no labels, only -1.

@@ -72,7 +72,7 @@ def check_run_folder(
     written = read_settings(path / SETTINGS)
     if written is None:
         raise ConfigurationError(
-            f"output_dir={folder!r} holds files that are no run of this script; choose another folder."
+            f"output_dir={folder!r} holds files that are not a run of this script; choose another folder."
         )
     finished = (path / METRICS).is_file()
     before = {**(defaults or {}), **written}

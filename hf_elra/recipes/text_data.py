@@ -87,7 +87,7 @@ def load_texts(
         ) from error
     if "train" not in loaded:
         raise ConfigurationError(
-            f"dataset={dataset!r} has the split(s) {', '.join(loaded)}; wanted is one called train. Give its file with "
+            f"dataset={dataset!r} has the split(s) {', '.join(loaded)}; one called train is needed. Give its file with "
             "--train_file instead."
         )
     train = _column(loaded["train"], text_column, f"dataset={dataset!r}")
@@ -101,7 +101,7 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
     """Read the documents of a txt (``<|endoftext|>`` between them), jsonl, csv or parquet file, gzipped or not."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigurationError(f"{flag}={path!r} does not exist or is no file.")
+        raise ConfigurationError(f"{flag}={path!r} does not exist or is not a file.")
     kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
     if kind in ("jsonl", "json", "csv", "parquet"):
         if file.stat().st_size == 0:
@@ -118,7 +118,7 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as stream:
                 documents = [part.strip() for part in stream.read().split(END_OF_TEXT)]
         except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-            raise ConfigurationError(f"{flag}={path!r} is no UTF-8 text: {error}.") from error
+            raise ConfigurationError(f"{flag}={path!r} is not UTF-8 text: {error}.") from error
     documents = [document for document in documents if document]
     if not documents:
         raise ConfigurationError(f"{flag}={path!r} holds no text.")
@@ -133,7 +133,7 @@ def _column(data: Dataset, name: str, source: str) -> list[str]:
         )
     kind = data.features[name]
     if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ConfigurationError(f"{source}: its column {name!r} holds {kind}, no text. Choose with --text_column.")
+        raise ConfigurationError(f"{source}: its column {name!r} holds {kind}, not text. Choose with --text_column.")
     documents = [document for document in data[name] if document is not None]
     if not documents:
         raise ConfigurationError(f"{source}: its column {name!r} holds no text. Choose with --text_column.")

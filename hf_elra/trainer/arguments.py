@@ -475,7 +475,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
             )
         if name not in valid:
             raise ConfigurationError(
-                f"optim_args: {name!r} is no argument of {optimizer_class.__name__}.{nearest(name, valid)} "
+                f"optim_args: {name!r} is not an argument of {optimizer_class.__name__}.{nearest(name, valid)} "
                 f"Valid names: {', '.join(valid)}."
             )
         values[name] = _convert(name, value, hints[name])

@@ -161,7 +161,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
             if not (ready and in_force and self._memory.copies):
                 raise RuntimeError(
                     f"ELRA cannot be captured in a CUDA graph now{f': {reason}' if reason else ''}. It needs "
-                    "capturable=True, and two updates since it was made or since anything of it was changed."
+                    "capturable=True, and two updates after the optimizer was made or changed."
                 )
         return ready
 
@@ -212,7 +212,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
             self._kernel_error, kernels.in_force = f"{type(error).__name__}: {text[:200]}", False
             warn_user(
                 f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
-                "fused=False does so from the start."
+                "Pass fused=False to do without them from the start."
             )
             return False
         kernels.has_worked = True

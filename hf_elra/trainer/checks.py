@@ -97,7 +97,7 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
 
 
 def suiting_control(trainer: Any, ours: type[LossAwareOptimizer] | None) -> str:
-    """Return the batch control that suits the optimizer of a Trainer."""
+    """The batch control that suits a Trainer's optimizer."""
     if ours is None:
         return "off"
     if trainer.optimizer is not None and trainer.model_init is None:

@@ -172,7 +172,7 @@ class ElraTrainerMixin(_Base):
         try:
             made = super().create_optimizer(*args, **kwargs)
         finally:
-            self.optimizer_cls_and_kwargs = given  # the next model has other embeddings
+            self.optimizer_cls_and_kwargs = given  # the next model has embeddings of its own
         checks.check_made(self, made)
         return made
 

@@ -1,10 +1,10 @@
-"""README's picture and table, made from the raw files of docs/results.
+"""README's picture and table, and the numbers on two pages, made from the raw files of docs/results.
 
-    python scripts/experiments/front_page.py            # draws docs/pictures/, writes the table into README.md
-    python scripts/experiments/front_page.py --check    # says whether README's table is that of the raw files
+    python scripts/experiments/front_page.py            # draws docs/pictures/, writes into README.md and two pages
+    python scripts/experiments/front_page.py --check    # says what is not that of the raw files
 
 The picture shows the German captions at batch 16: the one text on which nothing was chosen. After new runs this script
-is all that has to be run again; ``tests/test_readme.py`` runs the check.
+is all that has to be run again; ``tests/test_readme.py`` runs the check. ``MADE`` says what is written where.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ COLOURS = {
     "dark": {"ink": "#e6edf3", "grid": "#3d444d", "ours": "#6cb6ff", "AdamW": "#d4a72c"},
 }
 MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
-BEGIN, END = "<!-- table: scripts/experiments/front_page.py -->", "<!-- /table -->"
+BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
+FINE_TUNING = {
+    "TinyStories": "tinystories", "tinyshakespeare": "tinyshakespeare", "German captions": "multi30k-german",
+    "the children's books again": "stories",
+}  # fmt: skip
 
 
 def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
@@ -79,11 +83,18 @@ def draw(file: Path, colours: dict[str, str]) -> None:
     axis.grid(color=colours["grid"], linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(colours["grid"])
-    figure.savefig(file, transparent=True, metadata={"Date": None})
+    about = {} if file.suffix == ".png" else {"Date": None, "Description": description()}
+    figure.savefig(file, transparent=True, metadata=about)
     plt.close(figure)
 
 
-# ---- the table ----
+def description() -> str:
+    """What the picture shows in numbers; it is kept in the file, so that a picture of other runs is noticed."""
+    ends = {label: read(LANGUAGE / CAPTIONS, row)[0]["validation_loss"] for row, label in SHOWN.items()}
+    return "; ".join(f"{label}: {loss:.4f}" for label, loss in ends.items())
+
+
+# ---- tables and sentences ----
 
 
 def cell(values: list[float], digits: int = 3) -> str:
@@ -117,7 +128,7 @@ def accuracies(name: str) -> list[float]:
 
 
 def table() -> str:
-    """README's table."""
+    """Return README's table."""
     lines = [
         "| task: what is measured | ours, nothing chosen | AdamW at a default rate | AdamW at its best rate |",
         "|---|---|---|---|",
@@ -144,29 +155,75 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """README's text, with the table of the raw files."""
-    return re.sub(f"(?<={re.escape(BEGIN)}\n).*?(?=\n{re.escape(END)})", lambda _: f"\n{table()}\n", readme, flags=re.S)
+def fine_tuning() -> str:
+    """The table of the page on fine-tuning: the loss on the new text, and in brackets that on the old one."""
+    rows = {"**elra_spectral**": "elra_spectral"} | {
+        f"AdamW, linear, {rate}{more}": f"AdamW__linear__rate_{rate}"
+        for rate, more in (("3e-3", ""), ("1e-3", ""), ("5e-5", ", Transformers' default"))
+    }
+    runs = {text: LANGUAGE / f"{name}-from-stories-500000" for text, name in FINE_TUNING.items()}
+    lines = [f"| | {' | '.join(runs)} |", f"|---|{'---:|' * len(runs)}"]
+    before = [read(folder, "elra_spectral")[0]["validation_loss_before"] for folder in runs.values()]
+    lines.append(f"| before | {' | '.join(f'{loss:.3f}' for loss in before)} |")
+    for title, row in rows.items():
+        cells = []
+        for folder in runs.values():
+            found = read(folder, row)
+            loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("validation_loss", "kept_loss"))
+            cells.append(f"{loss:.3f} ({kept:.2f})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def result_of_spectral() -> str:
+    """The result on the page of elra_spectral."""
+    ours, (rate, best) = losses(CAPTIONS, "elra_spectral"), best_of(CAPTIONS, "cosine")
+    return (
+        f"German captions, 2 M tokens, batch 16, three seeds: {cell(ours)} nats.\n"
+        f"The best AdamW rate ({rate}) reached {cell(best)}."
+    )
+
+
+MADE = {
+    "README.md": table,
+    "docs/guides/finetuning.md": fine_tuning,
+    "docs/optimizers/elra_spectral.md": result_of_spectral,
+}
+"""What is written between the two marks of a file."""
+
+
+def renewed(path: str) -> str:
+    """Return the text of a file with what is made of the raw files in it."""
+    between = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?=\n{re.escape(END)})", re.S)
+    return between.sub(lambda _: f"\n{MADE[path]()}\n", (ROOT / path).read_text("utf-8"))
+
+
+def stale() -> list[str]:
+    """Return the files that are not those of the raw files."""
+    texts = [path for path in MADE if renewed(path) != (ROOT / path).read_text("utf-8")]
+    pictures = [file for file in map(picture, COLOURS) if description() not in file.read_text("utf-8")]
+    return texts + [str(file.relative_to(ROOT)) for file in pictures]
+
+
+def picture(theme: str) -> Path:
+    """The file of the picture in light or dark."""
+    return PICTURES / f"captions-{theme}.svg"
 
 
 def main(words: list[str]) -> int:
     """Draw and write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README's table is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is stale")
     given = parser.parse_args(words)
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
     if given.check:
-        stale = with_table(text) != text
-        if stale:
-            print(
-                "README's table is not that of docs/results: python scripts/experiments/front_page.py", file=sys.stderr
-            )
-        return int(stale)
-    readme.write_text(with_table(text), "utf-8")
+        for path in (found := stale()):
+            print(f"{path} is not that of docs/results: python scripts/experiments/front_page.py", file=sys.stderr)
+        return int(bool(found))
+    for path in MADE:
+        (ROOT / path).write_text(renewed(path), "utf-8")
     PICTURES.mkdir(exist_ok=True)
     for theme, colours in COLOURS.items():
-        draw(PICTURES / f"captions-{theme}.svg", colours)
+        draw(picture(theme), colours)
     print(table())
     return 0
 

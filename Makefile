@@ -62,8 +62,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[test,lint]"
 	@touch $@
 
+# The extra "docs", by name: with -e ".[docs]" pip would build this package again, which takes longer than all the rest.
 $(STAMP)-docs: $(STAMP)
-	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[docs]"
+	$(PY) -m pip install -q -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 clean:

@@ -77,12 +77,13 @@ def test_a_block_that_is_no_loop_runs_without_training(block, tmp_path, monkeypa
     model, data = llama(num_hidden_layers=1), token_rows(64)
     tokens = data[0]["input_ids"][None]
 
-    def loss_of_batch():
-        return model(input_ids=tokens, labels=tokens).loss
+    def loss_of(batch):
+        return model(input_ids=batch, labels=batch).loss
 
     names = {
         "model": model, "data": data, "loader": [data], "torch": torch, "__name__": "shown",
-        "loss_of_batch": loss_of_batch, "loss": loss_of_batch(),
+        "batch": tokens, "large_batch": tokens, "loss": loss_of(tokens),
+        "loss_of": loss_of, "loss_of_batch": lambda: loss_of(tokens), "LambdaLR": torch.optim.lr_scheduler.LambdaLR,
     }  # fmt: skip
     exec(text, names)
     assert trained == ([names["trainer"]] if "trainer" in names else [])

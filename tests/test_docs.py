@@ -122,7 +122,7 @@ def test_flags_of_ours_are_known(page):
 
 
 def test_every_flag_of_ours_is_on_a_page():
-    shown = {flag for page in PAGES.values() for flag in re.findall(r"`--(elra_\w+)`", page)}
+    shown = {flag for page in PAGES.values() for flag in re.findall(r"`--(elra_\w+)", page)}
     assert {*vars(ElraSettings())} <= shown
 
 

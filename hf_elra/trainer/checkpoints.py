@@ -1,8 +1,8 @@
 """When a checkpoint is written, and which one of a folder can be resumed: the newest that was written to its end.
 
 A process that is killed while it saves, or a full disk, leaves a checkpoint that is cut short. Files are not loaded
-here, only checked: that they are all there and as long as they say themselves. What is in a checkpoint is the Trainer's
-business.
+here. They are only checked: all have to be there, and as long as their headers say. The Trainer decides what is in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 PICKLED = (".pt", ".pth", ".bin")  # torch.save's zip files
-OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # in its errors, which do not keep the system's own
+OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # words in its errors, which leave out the system's own
 
 
 class PutOff:
-    """Puts off evaluations and checkpoints that are due at points of a search, which are taken back at its end.
+    """Puts off evaluations and checkpoints that are due during a search, whose points are taken back at its end.
 
-    Early stopping and the choice of the best checkpoint would go by points that nobody can have. They are made up for
-    at the search's end, or the run's.
+    Otherwise early stopping and the choice of the best checkpoint would use points that do not last. What was put off
+    is done at the end of the search, or of the run.
     """
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        """Training begins."""
+        """Begin a training."""
         self._due: frozenset[str] = frozenset()  # "should_evaluate", "should_save"
         self._made_up_for: tuple[int, frozenset[str]] = (0, frozenset())  # at which update, and what
 
@@ -57,7 +57,7 @@ class PutOff:
         elif self._due:
             due, self._due = due | self._due, frozenset()
             self._made_up_for = update, due
-        elif self._made_up_for[0] == update:  # an epoch that ends with the search
+        elif self._made_up_for[0] == update:  # the epoch ends with the search
             due -= self._made_up_for[1]
         for name in names:
             setattr(control, name, name in due)
@@ -76,7 +76,7 @@ def _tell_that_it_is_put_off(due: frozenset[str], update: int, updates: int) -> 
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint in ``folder`` that is whole, or None; those passed over are named in a warning."""
+    """Return the newest whole checkpoint in ``folder``, or None; a warning names those that are passed over."""
     path = Path(folder)
     numbered = []
     for candidate in path.iterdir() if path.is_dir() else ():
@@ -114,11 +114,11 @@ def damage_of(checkpoint: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(folder: str | Path, update: int) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into a :class:`CheckpointError`.
+    """Turn an error that occurs while a checkpoint is written into a :class:`CheckpointError`.
 
     Args:
         folder: where the checkpoints are.
-        update: the number of this one.
+        update: number of the update whose checkpoint is written.
     """
     try:
         yield
@@ -140,7 +140,7 @@ def _reason(error: Exception) -> str:
 
 
 def _whole_safetensors(file: Path) -> bool:
-    """Whether a file is as long as its header says."""
+    """Return whether a file is as long as its header says."""
     try:
         with safe_open(file, framework="pt"):
             return True

@@ -1,4 +1,4 @@
-"""What a run's logs say beside the stock numbers, and the warnings about updates that went wrong.
+"""What the logs of a run say beside the stock numbers, and the warnings about updates that went wrong.
 
 The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
 back. What is counted is in ``accounting.py`` and ``trials.py``.
@@ -29,7 +29,7 @@ COUNTED = {
 }
 """What an optimizer may count, and what it means."""
 OF_STEPS = "restarts", "accepted_levels"
-"""What is no news in a search, which has to take steps that are too long."""
+"""Counts that no warning mentions during a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 
@@ -38,8 +38,8 @@ class Logs:
     """Completes the logs of a Trainer.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size, accounting, micro_batches, trials: of it.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size, accounting, micro_batches, trials: its collaborators.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Logs:
         self._micro_batches = micro_batches
         self._trials = trials
         self._told_accumulation: int | None = None
-        self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
-        self._levels: LossLevels | None = LossLevels()  # since training began or went on; None once a rise was told
-        self._losses: list[Any] = []  # which may be on the device, until the next log
+        self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update number and counts at the last log
+        self._levels: LossLevels | None = LossLevels()  # since training began or went on; None after a warning
+        self._losses: list[Any] = []  # losses until the next log, which may be on the device
 
     def begin(self) -> None:
-        """Training begins, or goes on: what was counted before is not told again."""
+        """Begin or resume a training; warnings do not mention what was counted before."""
         self._told_accumulation = None if self._size.control is None else self._accounting.accumulation
         self._levels, self._losses = LossLevels(), []
         state, optimizer = self._trainer.state, self._trainer.elra_optimizer
@@ -75,7 +75,7 @@ class Logs:
     # ---- an update ----
 
     def add_loss(self, loss: Any) -> None:
-        """Take in the mean loss of an update, which may be on the device."""
+        """Take the mean loss of an update, which may be on the device."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is None or not optimizer.search_finished or self._levels is None:
             return
@@ -84,7 +84,7 @@ class Logs:
             self._judge_losses()
 
     def forget_steps_of_a_search(self) -> None:
-        """A search has to take steps that are too long, so that it is no news that they were taken back."""
+        """Forget the steps that a search took back, since a search has to take steps that are too long."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is not None and not optimizer.search_finished:
             metrics, (last_update, told) = optimizer.metrics, self._counts_told
@@ -93,7 +93,7 @@ class Logs:
     # ---- a log ----
 
     def learning_rate(self, stock_rate: Any) -> float:
-        """α times what a scheduler makes of it, as the update took it: during a search schedulers do not count."""
+        """Return α times the factor of a scheduler, as the update took it; during a search schedulers do not count."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is None:
             return float(stock_rate())
@@ -101,7 +101,7 @@ class Logs:
         return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.search_finished else 1.0))
 
     def complete(self, logs: dict[str, Any]) -> None:
-        """Add to what the stock Trainer logs."""
+        """Add our numbers to what the stock Trainer logs."""
         if "loss" in logs:
             if (optimizer := self._trainer.elra_optimizer) is not None:
                 metrics = optimizer.metrics
@@ -151,7 +151,7 @@ class Logs:
             )
 
     def _warn_of_a_rise(self, alpha: float) -> None:
-        """Warn once where losses have risen again, step by step, so that none of the steps was taken back."""
+        """Warn once if losses have risen again in small steps, none of which was taken back."""
         self._judge_losses()
         levels = self._levels
         if levels is None or levels.risen is None or levels.lowest is None:
@@ -182,14 +182,14 @@ class Logs:
     # ---- decisions about the batch ----
 
     def tell_decision(self, decision: BatchDecision, mean: float, std: float) -> None:
-        """A control cycle is over: log what was decided, and the ``mean`` and ``std`` of its losses."""
+        """Log what was decided at the end of a control cycle, and the ``mean`` and ``std`` of its losses."""
         entry, numbers = dataclasses.asdict(decision), {"cycle_loss": mean, "cycle_std": std}
         if (scale := self._noise_scale()) is not None:
             entry["noise_scale"] = numbers["noise_scale"] = scale
         self._log_decision(entry, numbers)
 
     def tell_new_batch(self) -> None:
-        """Where the batch follows the data, log that it changes with the next update."""
+        """Log that the batch changes with the next update, if it follows the data."""
         control = self._size.control
         if control is None or not control.follows_the_data:
             return
@@ -201,7 +201,7 @@ class Logs:
         self._log_decision({"condition": control.mode, "change": change, "accumulation": now}, {})
 
     def _log_decision(self, entry: dict[str, Any], numbers: dict[str, float]) -> None:
-        """Write a decision about the batch to the log history, and what of it is a number to all logs."""
+        """Write a decision about the batch to the log history, and its numbers to all logs."""
         trainer, seen = self._trainer, self._trainer.elra_callback
         size = entry["accumulation"] * self._accounting.progress.samples_per_batch
         more = {"accumulation": entry["accumulation"], "batch_size": size}

@@ -506,6 +506,7 @@ def test_in_a_compiled_training_step(case, caplog):
         step(optimizer, loss=loss.detach())
         optimizer.zero_grad()
 
+    torch.compiler.reset()  # every case compiles the same function anew, and there is a limit to that
     ends = []
     for way in (training_step, torch.compile(training_step, backend="eager")):
         torch.manual_seed(0)

@@ -122,14 +122,14 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._started = time.perf_counter()
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self._first_share, self._first = self._share(state), self.total
+        self._first_share, self._first = self.trainer.elra.accounting.share(), self.total
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         seconds = max(time.perf_counter() - self._started, 1e-9)
         state.log_history[-1]["seconds"] = round(self._seconds_before + seconds, 3)
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
-        share = self._share(state)
+        share = self.trainer.elra.accounting.share()
         line = f"{share:>4.0%}  update {state.global_step:>6,}  {self.total:>11,} {self.unit}"
         if "eval_loss" in logs:
             line += f"  validation loss {logs['eval_loss']:.4f}"
@@ -145,11 +145,3 @@ class ProgressLine(TrainerCallback):
             line += f"  step norm {logs['step_norm']:.3g}  restarts {logs['restarts']}"
         left = seconds / max(share - self._first_share, 1e-9) * (1 - share)
         print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", flush=True)
-
-    def _share(self, state: Any) -> float:
-        if self.trainer.batch_control is not None:
-            progress = self.trainer.progress  # an incomplete batch at the end is skipped: that is the end
-            return (
-                float(progress.fraction()) if progress.updates_left(self.trainer.elra.accounting.accumulation) else 1.0
-            )
-        return float(state.global_step / max(state.max_steps, 1))

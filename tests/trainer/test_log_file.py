@@ -1,0 +1,97 @@
+"""The log history as a file that grows with the run, and what is told of single updates."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hf_elra.report.names import LOG_FILE
+from tests.conftest import trainer
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+def spiking(at):
+    """A loss of a classifier over tokens that is a thousand times as high in the pass number ``at``."""
+    calls = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        calls.append(1)
+        flat = torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+        return flat * (1000 if len(calls) == at else 1)
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:ELRASpectral")
+def test_every_update_of_a_search_is_told_however_rare_logs_are(tmp_path):
+    run = trainer(tmp_path, optim="elra_spectral", max_steps=24, logging_steps=1000, seed=3)
+    run.train()
+    first, *entries = lines(tmp_path)
+    assert (first["elra"], first["optim"], first["seed"], first["model"]) == (
+        "run",
+        "elra_spectral",
+        3,
+        "LlamaForCausalLM",
+    )
+    assert first["parameters"] == sum(p.numel() for p in run.model.parameters())
+    assert entries == run.state.log_history
+    search = [entry for entry in entries if entry.get("elra") == "search"]
+    assert [entry["step"] for entry in search] == list(range(1, len(search) + 1))
+    assert len(search) >= 10
+    assert search[0]["ratio"] is None
+    for before, after in pairwise(search):  # a step is judged one update later
+        assert after["taken_back"] or after["tried"] == pytest.approx(before["rate"])
+        assert after["ratio"] < 1.5
+    assert [entry for entry in search if "search_end" in entry] == search[-1:]
+
+
+def test_an_update_that_was_taken_back_has_an_entry_and_limits_are_counted(tmp_path):
+    run = trainer(
+        tmp_path, max_steps=12, logging_steps=4, compute_loss_func=spiking(9), elra_batch_control="off",
+        optim_args="max_step_norm=0.01,min_step_norm=0",
+    )  # fmt: skip
+    run.train()
+    entries = lines(tmp_path)[1:]
+    told = [entry for entry in entries if entry.get("elra") == "restart"]
+    assert [entry["step"] for entry in told] == [9]
+    assert told[0]["loss_of_update"] > 1000
+    logs = [entry for entry in entries if "loss" in entry]
+    assert [entry["cropped"] for entry in logs] == [
+        2,
+        4,
+        3,
+    ]  # the first rates are short; a retry is no step that a limit decides
+
+
+def test_logs_say_how_far_the_run_is(tmp_path):
+    run = trainer(tmp_path, max_steps=4, elra_batch_control="off")
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["samples_seen"] for entry in logs] == [8, 16, 24, 32]
+    assert [entry["tokens_seen"] for entry in logs] == [128, 256, 384, 512]
+    assert [entry["share"] for entry in logs] == [0.25, 0.5, 0.75, 1.0]
+    seconds = [entry["seconds"] for entry in logs]
+    assert 0 < seconds[0] <= seconds[-1]
+
+
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_holds(tmp_path):
+    given = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    trainer(tmp_path, **given).train()
+    again = trainer(tmp_path, **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    entries = lines(tmp_path)[1:]
+    assert entries == again.state.log_history
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 11))
+    seconds = [entry["seconds"] for entry in entries if "loss" in entry]
+    assert seconds == sorted(seconds)
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, caplog_warnings):
+    (tmp_path / LOG_FILE).mkdir()
+    trainer(tmp_path, max_steps=3).train()
+    told = [record for record in caplog_warnings.records if LOG_FILE in record.getMessage()]
+    assert len(told) == 1

@@ -152,7 +152,7 @@ def _first_sentence(run: Run, told: dict[str, Any], seeds: int) -> str:
 
 def _facts(run: Run, told: dict[str, Any]) -> str:
     facts = run.facts
-    seen = [f"{number(position(run.updates))} {axis}" for axis in ("tokens", "samples") if (position := run.axis(axis))]
+    seen = [f"{position(run.updates):,.0f} {axis}" for axis in ("tokens", "samples") if (position := run.axis(axis))]
     for key, unit in (("tokens_seen", "tokens"), ("images_seen", "images")):
         if isinstance(facts.get(key), int):
             seen = [f"{facts[key]:,} {unit}"]

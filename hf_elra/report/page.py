@@ -267,7 +267,8 @@ def _loss(subject: Subject) -> list[Panel]:
             ]
             return [curve for curve in found if curve.points]
 
-        note = "A triangle is an update whose step before was taken back." if run.taken_back else ""
+        note = "Shaded: the search, whose steps were taken back. " if run.search else ""
+        note += "A triangle is an update whose step before was taken back." if run.taken_back else ""
         panel = Panel("loss", "Loss", note=note)
         return [_add_views(panel, subject, curves, "loss", scales=scales, marks_of=lambda axis: _events(run, axis))]
     training = Panel("loss", "Training loss, running mean")
@@ -432,7 +433,7 @@ def _headline(subject: Subject) -> str:
     words = [run.optimizer, f"{run.updates:,} updates"]
     for axis, unit in (("samples", "samples"), ("tokens", "tokens")):
         if (position := run.axis(axis)) is not None:
-            words.append(f"{number(position(run.updates))} {unit}")
+            words.append(f"{position(run.updates):,.0f} {unit}")
     if "parameters" in run.facts:
         words.append(f"{run.facts['parameters']:,} parameters")
     ends = [("training loss", run.last("loss")), ("validation loss", run.last("eval_loss"))]

@@ -351,14 +351,14 @@ def _folders_of_runs(path: Path, depth: int) -> Iterator[Path]:
 
 
 def _logs_of(folder: Path) -> list[Path]:
-    """The files of a folder that hold log histories; of its checkpoints, that of the newest."""
+    """The files of a folder that may hold log histories, those of its checkpoints last and the newest of them first."""
     found = [file for name in (LOG_FILE, LOG, STATE) if (file := folder / name).is_file()]
     numbered = [
         (int(match[1]), path / STATE)
         for path in folder.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
     ]
-    return [*found, max(numbered)[1]] if numbered else found
+    return [*found, *(file for _, file in sorted(numbered, reverse=True))]
 
 
 def read_run(folder: Path) -> Run:
@@ -378,6 +378,8 @@ def read_run(folder: Path) -> Run:
         covers = max((int(entry.get("step", 0)) for entry in entries), default=0), len(entries)
         if best is None or covers > best[0]:
             best = covers, entries, file
+        if entries and file.parent != folder:  # older checkpoints cover less
+            break
     # Of a checkpoint the settings are beside it.
     of_run = folder.absolute().parent if folder.absolute().name.startswith("checkpoint-") else folder
     for name in (SETTINGS, METRICS):

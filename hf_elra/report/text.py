@@ -65,8 +65,8 @@ def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
         "seed": [str(run.facts.get("seed", "")) for _, run in runs],
         "updates": [f"{run.updates:,}" for _, run in runs],
         "done": ["" if run.share is None else f"{run.share:.0%}" for _, run in runs],
-        "tokens": [number(_last_on(run, "tokens")) for _, run in runs],
-        "samples": [number(_last_on(run, "samples")) for _, run in runs],
+        "tokens": [_count(_last_on(run, "tokens")) for _, run in runs],
+        "samples": [_count(_last_on(run, "samples")) for _, run in runs],
         "time": [duration(_seconds(run)) for _, run in runs],
         "training loss": [number(run.last("loss")) for _, run in runs],
         "validation loss": [number(run.last("eval_loss")) for _, run in runs],
@@ -77,6 +77,10 @@ def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
     }
     used = {name: cells for name, cells in columns.items() if any(cell not in ("", "—") for cell in cells)}
     return list(used), [list(row) for row in zip(*used.values(), strict=True)]
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _title(metric: str) -> str:

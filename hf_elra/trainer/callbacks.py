@@ -97,16 +97,23 @@ class ProgressLine(TrainerCallback):
     """Prints one line per log: updates, tokens or images, their speed, loss, what ELRA did, and the time left.
 
     It takes the place of the Trainer's own printing. Every entry of the log history gets ``seconds``, the time since
-    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one.
+    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one. Where
+    it is ``silent`` it prints nothing, as another display is there.
 
     Args:
-        unit (str): ``"tokens"`` or ``"images"``.
+        unit (str, optional): ``"tokens"`` or ``"images"``; by default tokens where there are any, else samples.
     """
 
     trainer: Any = None
+    silent = False
 
-    def __init__(self, unit: str = "tokens") -> None:
-        self.unit = unit
+    def __init__(self, unit: str | None = "tokens") -> None:
+        self._unit = unit
+
+    @property
+    def unit(self) -> str:
+        """What progress is counted in."""
+        return self._unit or ("tokens" if self.trainer.elra_callback.tokens else "samples")
 
     @property
     def total(self) -> int:
@@ -127,7 +134,8 @@ class ProgressLine(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         seconds = max(time.perf_counter() - self._started, 1e-9)
         state.log_history[-1]["seconds"] = round(self._seconds_before + seconds, 3)
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+        says_something = bool(logs) and ("loss" in logs or "eval_loss" in logs)
+        if self.silent or not state.is_world_process_zero or not says_something:
             return
         share = self.trainer.elra.accounting.share()
         line = f"{share:>4.0%}  update {state.global_step:>6,}  {self.total:>11,} {self.unit}"

@@ -6,9 +6,11 @@ back. What is counted is in ``accounting.py`` and ``trials.py``; the file of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -32,6 +34,8 @@ COUNTED = {
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
 """What an optimizer may count, and what it means."""
+TITLES = {"non_finite": "not finite", "skipped": "batches skipped", "accepted_levels": "a new level"}
+"""The same, of an alert."""
 OF_STEPS = "restarts", "accepted_levels"
 """What is no news in a search, which has to take steps that are too long."""
 FEW = 3
@@ -195,7 +199,11 @@ class Logs:
         for name, text in COUNTED.items():
             if since[name] > 0:
                 logger.warning("Update %d: " + text, update, since[name])
+                self._alert(TITLES[name], text % since[name], name)
         taken_back = since["restarts"] - since["non_finite"]
+        if taken_back > 0:
+            were = "was" if taken_back == 1 else "were"
+            self._alert("updates taken back", f"{taken_back} of the last {updates} updates {were} taken back.")
         optimizer = self._trainer.elra_optimizer
         searches = optimizer is not None and not optimizer.search_finished
         now = 0 if searches else int(metrics.get("consecutive_restarts", 0))
@@ -209,6 +217,15 @@ class Logs:
                 f", the last {now} in a row" if now > FEW else "",
             )
 
+    def _alert(self, title: str, text: str, cause: str = "restarts") -> None:
+        """Tell trackio, where it is used: it shows alerts beside the curves, and hands them on."""
+        trackio = sys.modules.get("trackio")
+        if "trackio" not in (self._trainer.args.report_to or ()) or not hasattr(trackio, "alert"):
+            return
+        level = trackio.AlertLevel.ERROR if cause == "non_finite" else trackio.AlertLevel.WARN  # type: ignore[union-attr]
+        with contextlib.suppress(RuntimeError):  # its run has not begun, or is over
+            trackio.alert(title, f"Update {self._trainer.state.global_step}: {text}", level)  # type: ignore[union-attr]
+
     def _warn_of_a_rise(self, alpha: float) -> None:
         """Warn once where losses have risen again, step by step, so that none of the steps was taken back."""
         self._judge_losses()
@@ -221,6 +238,7 @@ class Logs:
         remedy = "--optim_args max_step_norm=0.1 (2 otherwise), or a larger batch"
         if isinstance(self._trainer.elra_optimizer, ELRASpectral):
             remedy = "--optim elra, or a larger batch"
+        self._alert("the loss has risen again", f"to {levels.risen.mean:.4g} from {levels.lowest.mean:.4g}.")
         logger.warning(
             "Update %d: the loss has risen again, to a mean of %.4g over %d updates, which was %.4g at its lowest. "
             "Unless the data have become harder, the steps are too long here, at a learning rate of %.2g; try %s.",

@@ -14,14 +14,14 @@ def lines(folder):
     return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
-def spiking(at):
-    """A loss of a classifier over tokens that is a thousand times as high in the pass number ``at``."""
+def spiking(at, by=1000):
+    """A loss over tokens that is ``by`` times as high in the pass number ``at``."""
     calls = []
 
     def loss(outputs, labels, num_items_in_batch=None):
         calls.append(1)
         flat = torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
-        return flat * (1000 if len(calls) == at else 1)
+        return flat * (by if len(calls) == at else 1)
 
     return loss
 

@@ -118,7 +118,7 @@ def test_several_runs_are_overlaid_by_group_over_what_is_comparable(many):
     assert panels["loss"][("tokens", "linear")] == ["adamw_torch (median of 2)", "elra (median of 2)"]
     assert panels["cosine"][("tokens", "linear")] == ["elra (median of 2)"]
     assert page.count('class="band') > 10
-    assert len(re.findall(r"<tr><td", page)) == 4
+    assert len(re.findall(r"<tr><td", page)) == 4 + 2
 
 
 def test_an_axis_that_one_run_does_not_know_is_not_offered(one, many):
@@ -216,7 +216,8 @@ def test_the_table_of_several_runs_as_text(many):
     lines = as_text(many).splitlines()
     header = next(line for line in lines if line.startswith("run "))
     rows = lines[lines.index(header) + 1 :]
-    assert [row.split()[0] for row in rows] == ["adamw-1", "adamw-2", "ours-1", "ours-2"]
+    assert [row.split()[0] for row in rows] == ["adamw-1", "adamw-2", "median", "ours-1", "ours-2", "median"]
+    assert rows[-1].split()[:5] == ["median", "of", "2", "elra", "41"]  # of 40 and 42 updates
     assert "group" not in header  # the optimizer says it
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hf_elra.report.runs import LIMITS, Group, Point, Run, grouped
@@ -55,28 +58,49 @@ def best(run: Run) -> float | None:
 
 
 def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of the table of runs; a column that is empty in all of them is left out."""
-    runs = [(group.label, run) for group in groups for run in group.runs]
-    metrics = sorted({name for _, run in runs for name in run.metrics})
-    columns: dict[str, list[str]] = {
-        "run": [run.name for _, run in runs],
-        "group": [label if len(groups) > 1 and label not in (run.name, run.optimizer) else "" for label, run in runs],
-        "optimizer": [run.optimizer for _, run in runs],
-        "seed": [str(run.facts.get("seed", "")) for _, run in runs],
-        "updates": [f"{run.updates:,}" for _, run in runs],
-        "done": ["" if run.share is None else f"{run.share:.0%}" for _, run in runs],
-        "tokens": [_count(_last_on(run, "tokens")) for _, run in runs],
-        "samples": [_count(_last_on(run, "samples")) for _, run in runs],
-        "time": [duration(_seconds(run)) for _, run in runs],
-        "training loss": [number(run.last("loss")) for _, run in runs],
-        "validation loss": [number(run.last("eval_loss")) for _, run in runs],
-        "lowest": [number(best(run)) for _, run in runs],
-        **{_title(name): [number(run.last(name)) for _, run in runs] for name in metrics},
-        "learning rate": [number(run.last("learning_rate")) for _, run in runs],
-        "taken back": [f"{len(run.taken_back):,}" if run.is_ours else "" for _, run in runs],
+    """Return the header and the rows of the table of runs, with a row of medians after the seeds of a group.
+
+    A column that is empty in all rows is left out.
+    """
+    runs = [run for group in groups for run in group.runs]
+    metrics = sorted({name for run in runs for name in run.metrics})
+    told_by_optimizer = all(group.label in (run.optimizer, run.name) for group in groups for run in group.runs)
+    texts: dict[str, Callable[[Group, Run], str]] = {
+        "run": lambda group, run: run.name,
+        "group": lambda group, run: "" if len(groups) == 1 or told_by_optimizer else group.label,
+        "optimizer": lambda group, run: run.optimizer,
+        "seed": lambda group, run: str(run.facts.get("seed", "")),
     }
-    used = {name: cells for name, cells in columns.items() if any(cell not in ("", "—") for cell in cells)}
-    return list(used), [list(row) for row in zip(*used.values(), strict=True)]
+    numbers: dict[str, tuple[Callable[[Run], float | None], Callable[[float | None], str]]] = {
+        "updates": (lambda run: run.updates, _count),
+        "done": (lambda run: run.share, lambda share: "" if share is None else f"{share:.0%}"),
+        "tokens": (lambda run: _last_on(run, "tokens"), _count),
+        "samples": (lambda run: _last_on(run, "samples"), _count),
+        "time": (_seconds, duration),
+        "training loss": (lambda run: run.last("loss"), number),
+        "validation loss": (lambda run: run.last("eval_loss"), number),
+        "lowest": (best, number),
+        **{_title(name): (partial(Run.last, key=name), number) for name in metrics},
+        "learning rate": (lambda run: run.last("learning_rate"), number),
+        "taken back": (lambda run: len(run.taken_back) if run.is_ours else None, _count),
+    }
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            told = [text(group, run) for text in texts.values()]
+            rows.append([*told, *(show(value(run)) for value, show in numbers.values())])
+        if len(group.runs) > 1:
+            told = [f"median of {len(group.runs)}", texts["group"](group, group.runs[0]), group.runs[0].optimizer, ""]
+            values = [[value(run) for run in group.runs] for value, _ in numbers.values()]
+            rows.append([*told, *(show(_median(v)) for v, (_, show) in zip(values, numbers.values(), strict=True))])
+    header = [*texts, *numbers]
+    used = [i for i in range(len(header)) if any(row[i] not in ("", "—") for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _count(value: float | None) -> str:

@@ -200,8 +200,8 @@ def overfitting(run: Run) -> Verdict | None:
         return None
     return Verdict(
         "note",
-        f"The validation loss was lowest at update {best[0]:,.0f} ({best[1]:.4g}) and rose to {last[1]:.4g}: the model "
-        "learns its training data by heart.",
+        f"The validation loss was lowest at update {best[0]:,.0f} ({best[1]:.4g}) and rose to {last[1]:.4g}: from "
+        "there on the model overfits.",
     )
 
 

@@ -79,7 +79,13 @@ def test_card_has_valid_metadata_and_the_numbers_of_the_run(tmp_path):
     assert name == "babyllama-tiny"
     assert {result.metric_type: result.metric_value for result in results} == {"loss": 5.9, "perplexity": 365.0}
     assert all(result.task_type == "text-generation" and result.dataset_name for result in results)
-    for text in ("| loss | 5.9 |", "| licence of the data | not recorded |", "python train.py", "## Limits", MADE_BY):
+    for text in (
+        "| loss on held-out data | 5.9 |",
+        "| licence of the data | not recorded |",
+        "python train.py",
+        "## Limits",
+        MADE_BY,
+    ):
         assert text in card.content
     assert "1 of 2 updates was taken back" in card.content
 
@@ -111,7 +117,7 @@ def test_card_of_an_image_classifier(tmp_path):
         "loss": 0.4,
         "accuracy": 0.9,
     }
-    assert "| accuracy | 90.00 % |" in card.content
+    assert "| accuracy on held-out data | 90.00 % |" in card.content
     assert "CC BY 4.0" in card.content
     assert "1,437 for training, 360 for testing" in card.content
 

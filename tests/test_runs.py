@@ -169,6 +169,12 @@ def test_a_running_mean_keeps_a_trend_in_its_place():
     line = [(float(x), 2.0 * x) for x in range(30)]
     assert running_mean(line) == line
     assert running_mean([(1, math.nan)]) == []
+    assert running_mean([]) == []
+    spike = [(float(x), 1e30 if x == 500 else 1.0) for x in range(5000)]
+    means = running_mean(spike)
+    assert len(means) < 700
+    assert means[-1] == (4999, 1.0)
+    assert max(mean for _, mean in means[-300:]) == 1
 
 
 def test_what_a_trainer_really_writes_is_read(tmp_path):

@@ -12,7 +12,7 @@ from transformers import set_seed
 from hf_elra.errors import needed_by_recipes
 from hf_elra.recipes import babyllama, text_data
 from hf_elra.recipes.training_run import TABLE, TrainingRun
-from hf_elra.report.model_card import build_model_card
+from hf_elra.report.model_card import write_card
 from hf_elra.report.names import METRICS, SAMPLE
 from hf_elra.trainer import ElraTrainer
 from hf_elra.trainer.arguments import optimizer_name
@@ -83,8 +83,6 @@ def main(words: list[str]) -> None:
     )
     print(f"model, tokenizer, {METRICS}, {SAMPLE} and {TABLE} are in {run.folder}")
     if recipe.model_card:
-        card = Path(recipe.model_card)
-        card.parent.mkdir(parents=True, exist_ok=True)
-        build_model_card(run.folder).save(card)
-        print(f"model card: {card}")
+        write_card([run.folder], Path(recipe.model_card))
+        print(f"model card: {recipe.model_card}")
     run.check_finite(loss)

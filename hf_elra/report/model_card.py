@@ -168,7 +168,7 @@ def _facts(run: Run, told: dict[str, Any]) -> str:
         "data": told.get("data", "not recorded"),
         "licence of the data": told.get("data_licence", "not recorded"),
         "seen in training": f"{', '.join(seen)} in {run.updates:,} updates" if seen else f"{run.updates:,} updates",
-        **{name: _shown(name, value) for name, value in _results(run).items()},
+        **{f"{name} on held-out data": _shown(name, value) for name, value in _results(run).items()},
         "training time": None if seconds is None else f"{duration(seconds)}{''.join(speeds)}{since}",
         "machine": facts.get("machine"),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,

@@ -56,6 +56,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     written: float = 0.0
     most_updates: int | None = None
+    _known: dict[str, Any] = field(default_factory=dict, repr=False)  # series and axes, by name
 
     # ---- one number ----
 
@@ -103,11 +104,14 @@ class Run:
 
     def series(self, key: str) -> list[Point]:
         """All numbers that were logged under ``key``, with their updates."""
-        return [
-            (float(entry["step"]), float(entry[key]))
-            for entry in self.history
-            if isinstance(entry.get(key), (int, float)) and not isinstance(entry[key], bool) and "step" in entry
-        ]
+        if key not in self._known:
+            self._known[key] = [
+                (float(entry["step"]), float(entry[key]))
+                for entry in self.history
+                if isinstance(entry.get(key), (int, float)) and not isinstance(entry[key], bool) and "step" in entry
+            ]
+        found: list[Point] = self._known[key]
+        return found
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -188,6 +192,12 @@ class Run:
         """Return what tells the position of an update on an axis; None where the log does not say."""
         if name == "updates":
             return float
+        if (key := f"axis {name}") not in self._known:
+            self._known[key] = self._axis(name)
+        found: Callable[[float], float] | None = self._known[key]
+        return found
+
+    def _axis(self, name: str) -> Callable[[float], float] | None:
         known = [(0.0, 0.0)]
         for entry in self.history:
             value = _of(entry, name)
@@ -222,13 +232,14 @@ def _of(entry: dict[str, Any], axis: str) -> float | None:
 
 
 def running_mean(points: list[Point]) -> list[Point]:
-    """The mean of each point and of those around it, over a twentieth of all; near the ends over fewer."""
-    reach = max(2, len(points) // 40)
+    """The mean of each point and of those around it, over a twentieth of all; near the ends over fewer.
+
+    Of very many points there are some 600 means.
+    """
+    reach, stride = max(2, len(points) // 40), max(1, len(points) // 600)
     means: list[Point] = []
-    for position in range(len(points)):
-        near = min(
-            reach, position, len(points) - 1 - position
-        )  # as many before as after, so that a trend stays in place
+    for position in (*range(0, len(points) - 1, stride), *range(len(points) - 1, len(points))):
+        near = min(reach, position, len(points) - 1 - position)  # as many before as after: a trend stays in its place
         values = [v for _, v in points[position - near : position + near + 1] if math.isfinite(v)]
         if values:
             means.append((points[position][0], sum(values) / len(values)))

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 from hf_elra import ConfigurationError
 from hf_elra.report.runs import find_runs, grouped, median_and_band, running_mean
@@ -110,6 +111,17 @@ def test_of_a_stock_run_the_state_of_its_newest_checkpoint_is_read(tmp_path):
     assert only(tmp_path / "run").updates == 3
     with pytest.raises(ConfigurationError, match="has logged nothing yet"):
         find_runs([str(folder)])
+
+
+def test_a_stock_trainer_tells_its_optimizer_and_seed_in_its_arguments(tmp_path):
+    given = {"trainer_class": Trainer, "arguments_class": TrainingArguments, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, optim="adamw_torch", seed=5, max_steps=4, learning_rate=1e-2, **given).train()
+    run = only(tmp_path)
+    assert (run.optimizer, run.facts["seed"], run.facts["learning_rate"]) == ("adamw_torch", 5, 0.01)
+    assert run.finished
+    assert not only(tmp_path / "checkpoint-2").finished
+    (tmp_path / "checkpoint-4" / "training_args.bin").write_bytes(b"PK cut short")
+    assert only(tmp_path).optimizer == "?"
 
 
 def test_of_several_logs_the_one_that_covers_most_is_read(tmp_path):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +36,10 @@ DESCRIBES = (
     *("elra_batch_control", "batch_control", "elra_boost", "num_train_epochs", "max_steps", "parameters", "processes"),
 )
 """Facts by which runs are told apart; runs that differ in none of them but the seed are seeds of one another."""
+
+ARGUMENTS = "training_args.bin"
+OF_ARGUMENTS = ("optim", "seed", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size")
+"""What is read of a stock run's arguments."""
 
 Point = tuple[float, float]
 """The number of an update, and a value."""
@@ -84,7 +90,8 @@ class Run:
     @cached_property
     def finished(self) -> bool:
         """Whether training has ended."""
-        return METRICS in self.facts.get("files", ()) or any("train_runtime" in entry for entry in self.history)
+        ended = METRICS in self.facts.get("files", ()) or any("train_runtime" in entry for entry in self.history)
+        return ended or (self.most_updates is not None and self.updates >= self.most_updates)
 
     @property
     def share(self) -> float | None:
@@ -376,19 +383,20 @@ def read_run(folder: Path) -> Run:
     """Read one run; of several logs in its folder the one that covers most."""
     best: tuple[tuple[int, int], list[dict[str, Any]], Path] | None = None
     facts: dict[str, Any] = {}
-    most_updates = None
+    most_updates: int | None = None
     for file in _logs_of(folder):
-        content = _entries(file)
+        content, most = _entries(file), None
         if isinstance(content, dict):
-            most_updates = content.get("max_steps") or None
-            content = content.get("log_history", [])
+            content, most = content.get("log_history", []), content.get("max_steps") or None
         entries = [entry for entry in content if isinstance(entry, dict)]
         if entries and entries[0].get("elra") == "run":
             facts = {name: value for name, value in entries[0].items() if name != "elra" and value is not None}
             entries = entries[1:]
         covers = max((int(entry.get("step", 0)) for entry in entries), default=0), len(entries)
         if best is None or covers > best[0]:
-            best = covers, entries, file
+            best, most_updates = (covers, entries, file), most
+        if (arguments := file.parent / ARGUMENTS).is_file():
+            facts = {**stock_arguments(arguments), **facts}
         if entries and file.parent != folder:  # older checkpoints cover less
             break
     # Of a checkpoint the settings are beside it.
@@ -402,6 +410,25 @@ def read_run(folder: Path) -> Run:
             facts.setdefault("files", []).append(name)
     history, file = (best[1], best[2]) if best is not None else ([], folder)
     return Run(folder, history, facts, file.stat().st_mtime, most_updates)
+
+
+def stock_arguments(file: Path) -> dict[str, Any]:
+    """Return some of the arguments in a Trainer's ``training_args.bin``: text and numbers, read without running it."""
+    found: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        name = None
+        for operation, value, _ in pickletools.genops(pickled):
+            if operation.name in ("BINUNICODE", "SHORT_BINUNICODE") and value in OF_ARGUMENTS:
+                name = value
+            elif name is not None and operation.name.startswith(("BININT", "BINFLOAT", "BINUNICODE")):
+                found[name], name = value, None
+            elif operation.name not in ("BINPUT", "LONG_BINPUT", "GLOBAL"):
+                name = None
+    except (OSError, StopIteration, ValueError, zipfile.BadZipFile):
+        return {}
+    return found
 
 
 def _entries(file: Path) -> Any:

@@ -69,7 +69,7 @@ def rose_again(run: Run) -> Verdict | None:
         return None
     lowest = min(means, key=lambda point: point[1])
     fall, rise = means[0][1] - lowest[1], means[-1][1] - lowest[1]
-    if fall > 0 and rise > RISES * fall:
+    if fall > 0 and rise > max(RISES * fall, _noise(run.series("loss"))):
         return Verdict(
             "bad",
             f"The training loss rose again: on average it was {lowest[1]:.4g} at update {lowest[0]:,.0f} and "
@@ -152,7 +152,7 @@ def rate_at_the_end(run: Run) -> Verdict | None:
     third = len(rates) // 3
     late, before = _mean(rates[-max(1, third // 3) :]), _mean(rates[-third : -third + max(1, third // 3)])
     growth = math.exp(late - before)
-    if growth < STILL_RISING:
+    if growth < STILL_RISING or late - before < _noise(rates):
         return None
     return Verdict("note", f"The learning rate was still rising at the end: {growth:.2g} times within the last third.")
 
@@ -179,8 +179,7 @@ def noise(run: Run) -> Verdict | None:
         return None
     quarter = len(half) // 4
     fall = _mean(half[:quarter]) - _mean(half[-quarter:])
-    steps = [after - before for (_, before), (_, after) in pairwise(half)]
-    spread = math.sqrt(sum(step * step for step in steps) / len(steps) / 2)
+    spread = _noise(half)
     if not 0 <= fall < spread:
         return None
     return Verdict(
@@ -244,17 +243,25 @@ RULES: tuple[Callable[[Run], Verdict | None], ...] = (
 LOGS_OF_A_TREND = 12
 """With fewer logs nothing is said of a trend."""
 RISES = 0.1
-"""The training loss rose again if it gave back more than this share of its fall."""
+"""The training loss rose again if it gave back more than this share of its fall, and more than it differs from log to
+log."""
 FEW_TAKEN_BACK, MANY_TAKEN_BACK = 0.05, 0.25
 """Shares of the updates below which it is nothing to look at, and above which something is wrong."""
 STILL_RISING = 1.5
-"""The rate rises if it grows so much within the last third."""
+"""The rate rises if it grows so much within the last third, and by more than it differs from log to log."""
 MOSTLY_LIMITED = 0.5
 """A limit is told of if it decided more than this share of the updates."""
 BEST_IS_LATE, RISES_AGAIN = 0.8, 0.03
 """A model overfits if its lowest validation loss came before this share of the run and rose by so much since."""
 STILL_FALLING = 0.02
 """The validation loss still falls if the last fifth of the run brought this share of its whole fall."""
+
+
+def _noise(points: list[Point]) -> float:
+    """The standard deviation of values about their trend, from the differences of neighbours."""
+    steps = [after - before for (_, before), (_, after) in pairwise(points)]
+    steps = [step for step in steps if math.isfinite(step)]
+    return math.sqrt(sum(step * step for step in steps) / max(1, len(steps)) / 2)
 
 
 def _mean(points: list[Point]) -> float:

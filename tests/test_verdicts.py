@@ -33,7 +33,7 @@ def wave(size):
 
 
 ADAMW = Run(Path("adamw"), [{"loss": 1.0, "step": 1}])
-GREW = {"change": "grow", "condition": "noise", "batch_size": 12, "step": 40}
+GREW = {"change": "grow", "condition": "noise", "batch_size": 12, "step": 30}
 CASES = [
     ("how_far", run(finished=False, share=lambda step: step / 80), run(), "The log ends at update 40, 50% of the run"),
     ("diverged", run(loss=lambda step: math.nan if step == 40 else 1.0), run(), "not a finite number"),
@@ -52,7 +52,7 @@ CASES = [
     ("still_falling", evaluations(5, 4, 3, 2, 1), evaluations(5, 1, 1, 1, 1), "still falling at the end, by 1"),
     (
         "batch",
-        run([*history_of(batch_size=lambda step: 8), GREW]),
+        run([*history_of(batch_size=lambda step: 12 if step > 30 else 8), GREW]),
         run(),
         "The batch went from 8 to 12 samples in one change (noise 1×)",
     ),

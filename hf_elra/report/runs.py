@@ -170,14 +170,21 @@ class Run:
 
     @cached_property
     def batch_changes(self) -> list[dict[str, Any]]:
-        """Decisions about the batch that changed it: ``step``, ``batch_size``, ``condition``, ``change``."""
-        return [entry for entry in self.history if entry.get("change") in ("grow", "shrink")]
+        """Decisions about the batch that changed it: ``step``, ``batch_size``, ``condition``, ``change``.
+
+        One at the very end of a run changed no update.
+        """
+        changed = [entry for entry in self.history if entry.get("change") in ("grow", "shrink")]
+        return [entry for entry in changed if entry["step"] < self.updates or not self.finished]
 
     @cached_property
     def batch(self) -> list[Point]:
         """Samples of an update, where they are controlled."""
-        told = [(float(e["step"]), float(e["batch_size"])) for e in self.history if "change" in e and "batch_size" in e]
-        return sorted(self.series("batch_size") + told)
+        told = [(float(entry["step"]), float(entry["batch_size"])) for entry in self.batch_changes]
+        # A log says how large the update before it was, a decision how large those after it are.
+        logged = [(float(e["step"]), float(e["batch_size"])) for e in self.history if "loss" in e and "batch_size" in e]
+        first = [(0.0, logged[0][1])] if logged else []
+        return sorted([*first, *logged, *told], key=lambda point: point[0])
 
     def speed(self, unit: str) -> list[Point]:
         """Samples or tokens per second from log to log, evaluations between them included."""

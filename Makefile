@@ -51,7 +51,7 @@ card-mnist-mlp: setup
 		--data-licence "none stated where it was taken from" --licence mit
 
 card-fashion-cnn: setup
-	hf-elra classify-images --preset fashion-mnist --dataset $(DATA)/fashion_mnist --num_train_epochs 10 \
+	hf-elra classify-images --preset fashion-mnist --dataset $(DATA)/fashion_mnist --num_train_epochs 3 \
 		--seed 1 --output_dir runs/fashion-1 --resume --overwrite $(ARGS)
 	hf-elra card runs/fashion-1 -o model_cards/fashion-cnn.md --data Fashion-MNIST \
 		--data-licence "MIT (Zalando SE)" --licence mit

@@ -83,10 +83,17 @@ def test_the_page_of_one_run_has_every_panel_over_every_axis(one):
     ]  # fmt: skip
     assert list(panels.found["search"]) == [("", "linear")]
     assert page.count("taken back at update 30") == 3 * len(axes)  # on the loss, twice, and on the rate
-    assert "crop in force in 50% of updates 1 to 2" in page
+    assert "crop in force in 50% of updates 1 to 40" in page
     assert "update 20: 12 samples, noise" in page
     assert "taken: 0.005" in page
     assert "No update was taken back" not in page
+
+
+def test_marks_that_would_lie_over_one_another_are_one(tmp_path):
+    told = [{"elra": "restart", "taken_back": True, "step": step} for step in range(100, 900)]
+    page = build_page(find_runs([str(write_run(tmp_path, [*history_of(100_000, every=500), *told]))]))
+    assert 15 <= page.count('class="restart"') <= 6 * 15
+    assert "taken back, at updates 100 to" in page
 
 
 def test_a_page_loads_nothing_and_trusts_no_name(one, many):

@@ -79,6 +79,15 @@ def test_a_finished_run(tmp_path):
     assert [round(speed) for _, speed in run.speed("samples")[:2]] == [16, 16]
 
 
+def test_stretches_where_a_limit_was_in_force(tmp_path):
+    counts = {2: 1, 4: 1, 6: 2, 10: 2}
+    run = only(write_run(tmp_path / "short", history_of(12, cropped=lambda step: counts.get(step, 0))))
+    assert run.limits == {"crop": [(0, 4, 0.5), (4, 6, 1), (8, 10, 1)]}
+    run = only(write_run(tmp_path / "long", history_of(2000, at_floor=lambda step: 1 + (step % 4 == 0))))
+    assert 90 < len(run.limits["floor"]) < 110
+    assert all(share == pytest.approx(0.75, abs=0.1) for _, _, share in run.limits["floor"])
+
+
 def test_a_run_that_goes_on_ends_in_a_line_that_is_cut_short(tmp_path):
     folder = write_run(tmp_path, history_of(20, share=lambda step: step / 80), finished=False)
     with (folder / "elra_log.jsonl").open("a") as file:

@@ -293,7 +293,14 @@ def _events(run: Run, axis: str) -> list[Mark]:
     marks = []
     if run.search:
         marks.append(Mark("span", 0.0, end=position(run.search_end), text="search"))
-    marks += [Mark("restart", position(step), text=f"taken back at update {step:,.0f}") for step in run.taken_back]
+    close: dict[int, list[float]] = {}  # those that would be drawn over one another
+    for step in run.taken_back:
+        close.setdefault(int(WIDTH * step / max(run.updates, 1)), []).append(step)
+    for steps in close.values():
+        text = f"taken back at update {steps[0]:,.0f}"
+        if len(steps) > 1:
+            text = f"{len(steps)} taken back, at updates {steps[0]:,.0f} to {steps[-1]:,.0f}"
+        marks.append(Mark("restart", position(steps[0]), text=text))
     return marks
 
 
@@ -305,12 +312,12 @@ def _rate(subject: Subject) -> Panel:
             return []
         found, position = _events(run, axis), run.axis(axis)
         assert position is not None
-        for row, name in enumerate(name for name in LIMITS.values() if run.limits.get(name)):
-            found.append(Mark("row", text=name, row=row))
+        rows = [name for name in LIMITS.values() if run.limits.get(name)]
+        for row, name in enumerate(rows):
             for first, last, share in run.limits[name]:
                 text = f"{name} in force in {share:.0%} of updates {first + 1:,.0f} to {last:,.0f}"
                 found.append(Mark("limit", position(first), end=position(last), text=text, strength=share, row=row))
-        return found
+        return [*found, *(Mark("row", text=name, row=row) for row, name in enumerate(rows))]
 
     note = "The rate in force: α, times a scheduler's factor."
     if run is not None and any(run.limits.values()):
@@ -332,10 +339,10 @@ def _search(subject: Subject) -> Panel:
             tried = [e for e in run.search if e.get("ratio") is not None and e["tried"] > 0]
             if not tried:
                 continue
-            points = [(float(e["tried"]), float(e["ratio"])) for e in tried]
+            ratios = [min(max(float(e["ratio"]), LOWEST_RATIO), HIGHEST_RATIO) for e in tried]
+            points = [(float(e["tried"]), ratio) for e, ratio in zip(tried, ratios, strict=True)]
             curves.append(Curve(run.name if subject.only is None else "steps that were tried", points, index, "dots"))
-            for order, entry in enumerate(tried, 1):
-                at = float(entry["tried"]), min(max(float(entry["ratio"]), LOWEST_RATIO), HIGHEST_RATIO)
+            for order, (at, entry) in enumerate(zip(points, tried, strict=True), 1):
                 if entry.get("taken_back"):
                     marks.append(Mark("cross", *at, text="taken back at once"))
                 if subject.only is not None:
@@ -357,14 +364,10 @@ def _search(subject: Subject) -> Panel:
     drawing = draw(
         curves, x_title="learning rate that was tried", y_title="slope left at the end of the step", marks=marks,
         summary=panel.title + ": " + "; ".join(map(_in_words, curves)), x_log=True,
-        x_ends=(min(ends), max(ends)), y_ends=(min(LOWEST_RATIO / 4, *(_lowest(c) for c in curves)), 1.0),
+        x_ends=(min(ends), max(ends)), y_ends=(LOWEST_RATIO / 4, 1.0),
     )  # fmt: skip
     panel.views = [("", "linear", drawing)] if drawing else []
     return panel
-
-
-def _lowest(curve: Curve) -> float:
-    return max(LOWEST_RATIO, min(y for _, y in curve.points))
 
 
 def _batch(subject: Subject) -> Panel:
@@ -385,7 +388,8 @@ def _batch(subject: Subject) -> Panel:
             f"<li>update {entry['step']:,}: {entry['batch_size']:,.0f} samples, {html.escape(_why(entry))}</li>"
             for entry in run.batch_changes
         )
-        panel.more = f"<details><summary>{len(run.batch_changes)} changes</summary><ul>{items}</ul></details>"
+        many = "1 change" if len(run.batch_changes) == 1 else f"{len(run.batch_changes)} changes"
+        panel.more = f"<details><summary>{many}</summary><ul>{items}</ul></details>"
         panel.note = (
             "rise: the mean loss of a control cycle rose; noise: its spread is over half its mean; stall: no better "
             "mean in three cycles. Every third change shrinks."

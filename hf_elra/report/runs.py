@@ -156,8 +156,23 @@ class Run:
 
     @cached_property
     def limits(self) -> dict[str, list[tuple[float, float, float]]]:
-        """By limit, where it was in force: first update, last update, the share of the updates between them."""
-        return {name: list(self._shares(key)) for key, name in LIMITS.items() if self.series(key)}
+        """By limit, where it was in force: first update, last update, the share of the updates between them.
+
+        Logs one after the other with the same share are one stretch, and so are those of a hundredth of a long run.
+        """
+        return {name: self._stretches(list(self._shares(key))) for key, name in LIMITS.items() if self.series(key)}
+
+    def _stretches(self, shares: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+        found: list[tuple[float, float, float]] = []
+        for first, last, share in shares:
+            before = found[-1] if found else (0.0, -1.0, 0.0)
+            is_short = len(shares) > 200 and last - before[0] <= self.updates / 100
+            if before[1] == first and (before[2] == share or is_short):
+                mean = (before[2] * (first - before[0]) + share * (last - first)) / (last - before[0])
+                found[-1] = before[0], last, mean
+            else:
+                found.append((first, last, share))
+        return found
 
     def _shares(self, key: str) -> Iterator[tuple[float, float, float]]:
         before = 0.0

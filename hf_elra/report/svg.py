@@ -114,7 +114,7 @@ def scale_over(values: Iterable[float], start: float, end: float, *, log: bool =
             low, high = low / 1.5, high * 1.5
         margin = (high / low) ** 0.05
         return Scale(low / margin, high * margin, start, end, True)
-    if high == low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     margin = 0.05 * (high - low)
     return Scale(low - margin, high + margin, start, end)
@@ -140,13 +140,14 @@ def draw(
         summary: what the drawing shows, for those who do not see it.
         log, x_log: whether y and x are logarithmic.
         marks: drawn beside the curves.
-        x_ends, y_ends: the least and the greatest x or y; those of the curves otherwise.
+        x_ends: the least and the greatest x; those of the curves otherwise.
+        y_ends: two values that are to be seen, whatever the curves are.
     """
     all_x = x_ends or [x for curve in curves for x, _ in curve.points]
     all_y = [y for curve in curves for _, y in curve.points]
     all_y += [y for curve in curves for _, low, high in curve.band for y in (low, high)]
     if y_ends is not None:
-        all_y = [min(max(y, y_ends[0]), y_ends[1]) for y in all_y if math.isfinite(y)] + list(y_ends)
+        all_y += y_ends
     up = scale_over(all_y, HEIGHT - BOTTOM, TOP, log=log)
     across = scale_over(all_x, LEFT, WIDTH - RIGHT, log=x_log)
     if up is None or across is None:

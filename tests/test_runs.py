@@ -96,6 +96,11 @@ def test_a_run_that_goes_on_ends_in_a_line_that_is_cut_short(tmp_path):
     assert (run.updates, run.finished, run.share) == (20, False, 0.25)
 
 
+def test_a_runtime_in_every_log_is_no_end(tmp_path):
+    """As Transformers logs it where tokens are counted."""
+    assert not only(write_run(tmp_path, history_of(train_runtime=lambda step: step), finished=False)).finished
+
+
 def test_of_a_stock_run_the_state_of_its_newest_checkpoint_is_read(tmp_path):
     """As copied from elsewhere, or one of them alone; numbers that were not logged are missing, not wrong."""
     entries = [

@@ -9,7 +9,7 @@ from hf_elra.report import verdicts
 from hf_elra.report.runs import Run
 from tests.test_runs import SEARCH, history_of
 
-END = {"train_runtime": 1.0, "step": 40}
+END = {"train_runtime": 1.0, "train_loss": 1.0, "step": 40}
 
 
 def run(entries=None, *, finished=True, **more):
@@ -78,6 +78,12 @@ def test_restarts_are_told_by_when_and_how_many():
     assert verdicts.restarts(first_cycle).text.endswith("all in the first cycle.")
     kinds = [verdicts.restarts(restarts_at(*range(1, count + 1))).kind for count in (1, 4, 20)]
     assert kinds == ["good", "note", "bad"]
+
+
+def test_a_run_that_was_stopped_is_finished_and_says_so():
+    assert verdicts.how_far(run(share=lambda step: step / 160)).text == (
+        "Training was stopped at update 40, 25% of what was planned."
+    )
 
 
 def test_a_search_that_found_nothing_or_goes_on():

@@ -90,16 +90,16 @@ class Run:
     @cached_property
     def finished(self) -> bool:
         """Whether training has ended."""
-        ended = METRICS in self.facts.get("files", ()) or any("train_runtime" in entry for entry in self.history)
+        ended = METRICS in self.facts.get("files", ()) or any("train_loss" in entry for entry in self.history)
         return ended or (self.most_updates is not None and self.updates >= self.most_updates)
 
     @property
     def share(self) -> float | None:
-        """How much of the run is done; None where nothing tells."""
-        if self.finished:
-            return 1.0
+        """How much of what was planned is done, less than all where training was stopped; None where nothing tells."""
         if shares := self.series("share"):
             return shares[-1][1]
+        if self.finished:
+            return 1.0
         return self.updates / self.most_updates if self.most_updates else None
 
     def last(self, key: str) -> float | None:

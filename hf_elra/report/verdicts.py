@@ -42,7 +42,9 @@ def verdicts(run: Run) -> list[Verdict]:
 def how_far(run: Run) -> Verdict | None:
     """Whether the log covers the whole run."""
     if run.finished:
-        return None
+        if run.share is None or run.share > ALL_OF_IT:
+            return None
+        return Verdict("note", f"Training was stopped at update {run.updates:,}, {run.share:.0%} of what was planned.")
     share = "" if run.share is None else f", {run.share:.0%} of the run"
     return Verdict("note", f"The log ends at update {run.updates:,}{share}: the run goes on, or was interrupted.")
 
@@ -240,6 +242,8 @@ RULES: tuple[Callable[[Run], Verdict | None], ...] = (
 )
 """All rules, in the order in which they are told."""
 
+ALL_OF_IT = 0.99
+"""A run that went further than this share of its plan was not stopped."""
 LOGS_OF_A_TREND = 12
 """With fewer logs nothing is said of a trend."""
 RISES = 0.1

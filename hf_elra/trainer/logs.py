@@ -176,7 +176,7 @@ class Logs:
         """
         trainer = self._trainer
         entry, seen = trainer.state.log_history[-1], trainer.elra_callback
-        if "share" not in entry and ("loss" in entry or "train_runtime" in entry):
+        if "share" not in entry and ("loss" in entry or "train_loss" in entry):
             seconds = self._seconds_before + time.perf_counter() - self._began
             entry["seconds"], entry["samples_seen"] = round(seconds, 3), seen.samples
             if seen.tokens:

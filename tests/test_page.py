@@ -254,7 +254,9 @@ def test_ticks_are_round_and_few():
     assert Scale(1e-3, 1e2, 0, 100, True).ticks() == pytest.approx([1e-3, 1e-2, 1e-1, 1, 10, 100])
     assert 2 <= len(Scale(0.011, 0.018, 0, 100, True).ticks()) <= 8
     assert len(Scale(1e-12, 1e12, 0, 100, True).ticks()) <= 8
-    assert [tick_text(v) for v in (0, 0.05, 1e-5, 2500, 25000, 3e6)] == ["0", "0.05", "1e-5", "2500", "25k", "3M"]
+    assert [tick_text(v) for v in (0, 0.05, 1e-5, -1.5e-4, 2500, 25000, 3e6)] == [
+        *("0", "0.05", "1e-5", "-1.5e-4", "2500", "25k", "3M"),
+    ]
 
 
 def test_scales_of_odd_values():

@@ -82,6 +82,7 @@ def main(words: list[str]) -> None:
         f"{entropy:.4f}; {run.speed(metrics)}"
     )
     print(f"model, tokenizer, {METRICS}, {SAMPLE} and {TABLE} are in {run.folder}")
+    print(f"hf-elra report {run.folder} draws the run")
     if recipe.model_card:
         write_card([run.folder], Path(recipe.model_card))
         print(f"model card: {recipe.model_card}")

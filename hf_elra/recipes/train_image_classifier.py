@@ -74,4 +74,5 @@ def main(words: list[str]) -> None:
         f"{metrics['test_loss']:.4f}; {run.speed(metrics)}"
     )
     print(f"model, {METRICS} and {TABLE} are in {run.folder}")
+    print(f"hf-elra report {run.folder} draws the run")
     run.check_finite(metrics["test_loss"])

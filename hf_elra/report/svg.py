@@ -318,8 +318,8 @@ def tick_text(value: float) -> str:
         if size >= unit * (10 if name == "k" else 1):
             return f"{value / unit:g}{name}"
     if size and size < 1e-3:
-        mantissa, exponent = f"{value:.0e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{round(value, 10):g}"
 
 

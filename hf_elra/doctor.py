@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import NamedTuple, NoReturn
 
+from hf_elra.report.commands import print_all
+
 MARKS = {"good": "✓", "note": "·", "bad": "✗"}
 
 
@@ -53,13 +55,13 @@ def main(words: list[str]) -> NoReturn:
     if words:
         print(f"error: unknown argument {words[0]}; hf-elra doctor takes none.", file=sys.stderr)
         sys.exit(2)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     broken = 0
     for title, look in SECTIONS.items():
-        print(title)
+        print_all(f"{title}\n")
         for finding in look():
             broken += finding.kind == "bad"
-            print(f"  {MARKS[finding.kind]} {finding.text}" + (f"\n      → {finding.remedy}" if finding.remedy else ""))
+            remedy = f"      → {finding.remedy}\n" if finding.remedy else ""
+            print_all(f"  {MARKS[finding.kind]} {finding.text}\n{remedy}")
     print(f"\n{broken} broken" if broken else "\nall well")
     sys.exit(1 if broken else 0)
 

@@ -1,6 +1,7 @@
 """The report: its page (parsed here, and opened in a headless Chromium where there is one), its text, its JSON."""
 
 import html
+import io
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hf_elra.report.commands import print_all
 from hf_elra.report.page import build_page, picture
 from hf_elra.report.runs import find_runs
 from hf_elra.report.svg import Curve, Mark, Scale, draw, scale_over, thinned, tick_text
@@ -201,6 +203,14 @@ def test_the_command_writes_a_page_or_prints(tmp_path, command_here):
     assert told["verdicts"][0]["text"] == "No update was taken back."
     assert command_here("report", folder, "-o", str(tmp_path))[0] == 2
     assert command_here("report", folder, "--txt")[2].startswith("error: unrecognized arguments: --txt.")
+
+
+def test_a_terminal_that_knows_no_bars_gets_the_text_all_the_same(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", written)
+    print_all("loss ▁█ 1.5\n")
+    written.flush()
+    assert written.buffer.getvalue() == b"loss ?? 1.5\n"
 
 
 def test_a_report_needs_neither_torch_nor_transformers(tmp_path):

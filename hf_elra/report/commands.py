@@ -55,8 +55,7 @@ def _report(words: list[str]) -> None:
         from hf_elra.report.text import as_json, as_text
 
         text = json.dumps(as_json(runs), indent=2, default=str) + "\n" if given.json else as_text(runs)
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows no bars
-        print(text, end="")
+        print_all(text)
         return
     from hf_elra.report.page import build_page
 
@@ -86,6 +85,12 @@ def _card(words: list[str]) -> None:
         raise ConfigurationError(f"output={str(file)!r} is a folder; name a file in it, as {str(file / 'card.md')!r}.")
     write_card(runs, file, **given)
     print(f"model card: {file}")
+
+
+def print_all(text: str) -> None:
+    """Print text also on a terminal that does not know all of its characters."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
 
 
 def _write(file: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from tests.test_runs import GROWN, SEARCH, history_of, write_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 OF_ONE_RUN = {
-    *("loss", "eval_accuracy", "rate", "search", "batch", "cosine", "step_norm", "forwards", "speed"),
+    *("loss", "eval_accuracy", "rate", "beginning", "batch", "cosine", "step_norm", "forwards", "speed"),
 }
 VOID = {"meta", "link", "input", "br"}
 
@@ -83,7 +83,7 @@ def test_the_page_of_one_run_has_every_panel_over_every_axis(one):
     assert panels.found["loss"][("updates", "log")] == [
         "training loss", "its running mean", "validation loss of the averaged weights",
     ]  # fmt: skip
-    assert list(panels.found["search"]) == [("", "linear")]
+    assert list(panels.found["beginning"]) == [("", "linear")]
     assert page.count("taken back at update 30") == 3 * len(axes)  # on the loss, twice, and on the rate
     assert "crop in force in 50% of updates 1 to 40" in page
     assert "update 20: 12 samples, noise" in page
@@ -122,7 +122,7 @@ def test_every_drawing_is_well_formed_and_says_what_it_shows(one):
 def test_several_runs_are_overlaid_by_group_over_what_is_comparable(many):
     page = build_page(many)
     panels = Panels(page).found
-    assert {"loss", "eval_loss", "search", "rate"} <= set(panels)
+    assert {"loss", "eval_loss", "beginning", "rate"} <= set(panels)
     assert next(iter(panels["loss"])) == ("tokens", "linear")
     assert panels["loss"][("tokens", "linear")] == ["adamw_torch (median of 2)", "elra (median of 2)"]
     assert panels["cosine"][("tokens", "linear")] == ["elra (median of 2)"]

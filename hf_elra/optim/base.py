@@ -77,7 +77,6 @@ class LastUpdate(NamedTuple):
         ratio: ⟨G_t, u_{t-1}⟩/⟨G_{t-1}, u_{t-1}⟩: near 1 that step was much too short, below 0 it went past the minimum
             of its line. None without such a step.
         taken_back: whether that step was taken back.
-        searches: whether it was an update of a search for α.
         limit: what decided α in place of the rule: ``"floor"``, ``"ceiling"``, ``"crop"``, or None.
         search_end: where a search ended with it: ``"found"``, or why α is a default.
     """
@@ -86,7 +85,6 @@ class LastUpdate(NamedTuple):
     tried: float
     ratio: float | None
     taken_back: bool
-    searches: bool
     limit: str | None = None
     search_end: str | None = None
 
@@ -303,7 +301,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         retry = self._judge(parts, measured)
         slope, size = measured.previous_slope, measured.step_size
         ratio = measured.current_slope / slope if slope is not None and slope > 0 else None
-        self.last_update = LastUpdate(measured.loss, size, ratio, retry is not None, searches)
+        self.last_update = LastUpdate(measured.loss, size, ratio, retry is not None)
         if retry is not None:
             self._take_back(parts, retry, factors)
         else:

@@ -139,7 +139,7 @@ def panels(subject: Subject) -> list[Panel]:
         *(_loss(subject)),
         *(_simple(subject, name, _titled(name), partial(_series, name), _titled(name).lower()) for name in metrics),
         _rate(subject),
-        _search(subject),
+        _beginning(subject),
         _batch(subject),
         _smoothed(
             subject,
@@ -330,13 +330,14 @@ def _rate(subject: Subject) -> Panel:
     )  # fmt: skip
 
 
-def _search(subject: Subject) -> Panel:
-    """The search as a learning-rate finder's curve: the rate that was tried, and the slope that was left."""
-    panel = Panel("search", "The search for a learning rate")
+def _beginning(subject: Subject) -> Panel:
+    """The beginning as a learning-rate finder's curve: the rate that was tried, and the slope that was left."""
+    searched = any(run.search for run in subject.runs)
+    panel = Panel("beginning", "The search for a learning rate" if searched else "The first learning rates")
     curves, marks = [], [Mark("horizontal", y=0.0, text="minimum of the line")]
     for index, group in enumerate(subject.groups):
         for run in group.runs:
-            tried = [e for e in run.search if e.get("ratio") is not None and e["tried"] > 0]
+            tried = [e for e in run.beginning if e.get("ratio") is not None and e["tried"] > 0]
             if not tried:
                 continue
             ratios = [min(max(float(e["ratio"]), LOWEST_RATIO), HIGHEST_RATIO) for e in tried]
@@ -347,9 +348,9 @@ def _search(subject: Subject) -> Panel:
                     marks.append(Mark("cross", *at, text="taken back at once"))
                 if subject.only is not None:
                     marks.append(Mark("text", *at, text=str(order)))
-            last = run.search[-1]
-            if "search_end" in last:
-                taken = "taken" if last["search_end"] == "found" else "a default"
+            last = run.beginning[-1]
+            if "search_end" in last or not run.search:
+                taken = "a default" if last.get("search_end", "found") != "found" else "taken"
                 text = f"{taken}: {last['rate']:.2g}" if subject.only is not None else ""
                 marks.append(Mark("vertical", float(last["rate"]), text=text))
     if not curves:
@@ -359,8 +360,8 @@ def _search(subject: Subject) -> Panel:
     panel.note = (
         "Each dot is a step that was tried, and the share of the slope that was left at its end: near 1 the step was "
         "much too short, at 0 it ended in the minimum of its line, below 0 it went past it. The dashed line is the "
-        "rate that was taken. The steps themselves were taken back."
-    )
+        "rate that was taken. "
+    ) + ("The steps of a search were taken back." if searched else "")
     drawing = draw(
         curves, x_title="learning rate that was tried", y_title="slope left at the end of the step", marks=marks,
         summary=panel.title + ": " + "; ".join(map(_in_words, curves)), x_log=True,

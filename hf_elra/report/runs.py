@@ -131,6 +131,11 @@ class Run:
         """The updates of the search for a learning rate, in order."""
         return [entry for entry in self.history if entry.get("elra") == "search"]
 
+    @cached_property
+    def beginning(self) -> list[dict[str, Any]]:
+        """The updates that were logged one by one, in which α found itself: those of a search, or the first ones."""
+        return self.search or [entry for entry in self.history if entry.get("elra") == "first"]
+
     @property
     def search_end(self) -> float:
         """The last update of the search; 0 without one."""
@@ -142,7 +147,11 @@ class Run:
 
         Where that was not logged one by one, it is the update of the log that counted it.
         """
-        told = [float(entry["step"]) for entry in self.history if entry.get("elra") == "restart"]
+        told = [
+            float(entry["step"])
+            for entry in self.history
+            if entry.get("elra") == "restart" or (entry.get("elra") == "first" and entry.get("taken_back"))
+        ]
         counted = self.series("restarts")
         if told or not counted:
             return told

@@ -138,9 +138,10 @@ def as_text(runs: list[Run]) -> str:
             values = [value for _, value in points]
             ends = f"{number(values[0])} → {number(values[-1])}"
             lines.append(f"  {title:<18}{sparkline(values, log=log):<48}  {ends}")
-        if run.search:
-            tried = ", ".join(f"{e['tried']:.2g}" for e in run.search if e["tried"])
-            lines.append(f"  {'search tried':<18}{tried}; took {run.search[-1]['rate']:.2g}")
+        if run.beginning:
+            title = "search tried" if run.search else "first rates"
+            tried = ", ".join(f"{e['tried']:.2g}" for e in run.beginning if e["tried"])
+            lines.append(f"  {title:<18}{tried}; took {run.beginning[-1]['rate']:.2g}")
         lines += [f"  {MARKS[verdict.kind]} {verdict.text}" for verdict in verdicts(run)]
         parts.append("\n".join(lines))
     if len(runs) > 1:
@@ -178,6 +179,7 @@ def as_json(runs: list[Run]) -> dict[str, Any]:
                 "share": run.share,
                 "series": {title.replace(" ", "_"): _finite(points) for title, points, _ in _curves(run)},
                 "search": run.search,
+                "beginning": run.beginning,
                 "taken_back": run.taken_back,
                 "batch_changes": run.batch_changes,
                 "limits": {name: run.limits[name] for name in LIMITS.values() if name in run.limits},

@@ -167,8 +167,6 @@ class RichDisplay(TrainerCallback):
             facts.append(f"batch {self._batch:g}")
         if optimizer is not None:
             facts.append(f"taken back {self._restarts:,}")
-            if not optimizer.search_finished:
-                facts.append(f"searching a rate, {optimizer.search_updates_left} updates to go")
         lines.append("   ".join(facts))
         if self._validation:
             lines.append(f"validation loss {self._validation}")

@@ -42,6 +42,8 @@ FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 LIMITS = {"floor": "at_floor", "crop": "cropped", "ceiling": "at_ceiling"}
 """What decided α in place of the rule, and the log that counts such updates since the last one."""
+FIRST_UPDATES = 20
+"""So many updates at the beginning have an entry of their own: α finds itself in them."""
 MOST_TOLD = 1000
 """So many updates that were taken back have an entry of their own; later ones are in the count alone."""
 
@@ -104,8 +106,8 @@ class Logs:
     def take_update(self) -> None:
         """Note what the optimizer did in this update, where that is known without waiting for the device.
 
-        Updates of a search, and those that were taken back, are entries of the log history, whatever the interval of
-        logs is; limits on the step are counted.
+        The first updates of a run, those of a search, and those that were taken back are entries of the log history,
+        whatever the interval of logs is; limits on the step are counted.
         """
         optimizer, state = self._trainer.elra_optimizer, self._trainer.state
         last = None if optimizer is None else getattr(optimizer, "last_update", None)
@@ -114,9 +116,10 @@ class Logs:
         if last.limit is not None:
             self._limits[LIMITS[last.limit]] += 1
         entry: dict[str, Any] | None = None
-        if last.searches:
-            ratio = None if last.ratio is None else float(last.ratio)
-            entry = {"elra": "search", "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
+        searches = last.search_end is not None or not getattr(optimizer, "search_finished", True)
+        if searches or state.global_step <= FIRST_UPDATES:
+            kind, ratio = "search" if searches else "first", None if last.ratio is None else float(last.ratio)
+            entry = {"elra": kind, "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
             if last.search_end is not None:
                 entry["search_end"] = last.search_end
         elif last.taken_back and optimizer.restarts <= MOST_TOLD:

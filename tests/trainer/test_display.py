@@ -40,8 +40,7 @@ def test_rich_shows_the_true_total_and_what_the_optimizer_does(tmp_path, screen)
     assert re.search(r"validation loss \d.* \(update \d+\)", last)
 
 
-def test_rich_says_that_a_search_goes_on_and_gives_the_terminal_back(tmp_path, screen):
-    """Also where training ends in an error."""
+def test_rich_gives_the_terminal_back_where_training_ends_in_an_error(tmp_path, screen):
 
     class Broken(Exception):
         pass
@@ -58,7 +57,7 @@ def test_rich_says_that_a_search_goes_on_and_gives_the_terminal_back(tmp_path, s
     run = trainer(tmp_path, rows=rows, elra_display="rich", optim="elra_spectral", max_steps=50)
     with pytest.raises(Broken):
         run.train()
-    assert "searching a rate, " in screen()
+    assert re.search(r"update \d", screen())
     (display,) = (c for c in run.callback_handler.callbacks if isinstance(c, RichDisplay))
     assert display._live is None
 
@@ -78,7 +77,7 @@ def test_none_shows_nothing_with_any_optimizer(tmp_path, capsys):
         run = trainer(tmp_path, elra_display="none", optim=optim, max_steps=2, disable_tqdm=False)
         run.train()
         assert capsys.readouterr().out == ""
-        assert len(run.state.log_history) == 3
+        assert len([entry for entry in run.state.log_history if "loss" in entry]) == 2
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path, monkeypatch):

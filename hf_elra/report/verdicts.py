@@ -154,7 +154,7 @@ def rate_at_the_end(run: Run) -> Verdict | None:
     third = len(rates) // 3
     late, before = _mean(rates[-max(1, third // 3) :]), _mean(rates[-third : -third + max(1, third // 3)])
     growth = math.exp(late - before)
-    if growth < STILL_RISING or late - before < _noise(rates):
+    if growth < STILL_RISING or late - before < 2 * _noise(rates):
         return None
     return Verdict("note", f"The learning rate was still rising at the end: {growth:.2g} times within the last third.")
 
@@ -252,7 +252,7 @@ log."""
 FEW_TAKEN_BACK, MANY_TAKEN_BACK = 0.05, 0.25
 """Shares of the updates below which it is nothing to look at, and above which something is wrong."""
 STILL_RISING = 1.5
-"""The rate rises if it grows so much within the last third, and by more than it differs from log to log."""
+"""The rate rises if it grows so much within the last third, and by twice what it differs from log to log."""
 MOSTLY_LIMITED = 0.5
 """A limit is told of if it decided more than this share of the updates."""
 BEST_IS_LATE, RISES_AGAIN = 0.8, 0.03

@@ -53,14 +53,12 @@ class Run:
         folder: where it was found.
         history: the Trainer's log history.
         facts: what was run: optimizer, seed, model, machine, …, as far as files tell.
-        written: when its log was written last, in seconds since 1970.
         most_updates: after which it was to end, as far as known.
     """
 
     folder: Path
     history: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
-    written: float = 0.0
     most_updates: int | None = None
     _known: dict[str, Any] = field(default_factory=dict, repr=False)  # series and axes, by name
 
@@ -412,7 +410,7 @@ def _logs_of(folder: Path) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Read one run; of several logs in its folder the one that covers most."""
-    best: tuple[tuple[int, int], list[dict[str, Any]], Path] | None = None
+    best: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
     facts: dict[str, Any] = {}
     most_updates: int | None = None
     for file in _logs_of(folder):
@@ -425,7 +423,7 @@ def read_run(folder: Path) -> Run:
             entries = entries[1:]
         covers = max((int(entry.get("step", 0)) for entry in entries), default=0), len(entries)
         if best is None or covers > best[0]:
-            best, most_updates = (covers, entries, file), most
+            best, most_updates = (covers, entries), most
         if (arguments := file.parent / ARGUMENTS).is_file():
             facts = {**stock_arguments(arguments), **facts}
         if entries and file.parent != folder:  # older checkpoints cover less
@@ -439,8 +437,7 @@ def read_run(folder: Path) -> Run:
             told = {**(settings if isinstance(settings, dict) else {}), **told}
             facts.update({key: value for key, value in told.items() if value is not None})
             facts.setdefault("files", []).append(name)
-    history, file = (best[1], best[2]) if best is not None else ([], folder)
-    return Run(folder, history, facts, file.stat().st_mtime, most_updates)
+    return Run(folder, [] if best is None else best[1], facts, most_updates)
 
 
 def stock_arguments(file: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 600, 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 14, 40
 MOST_POINTS = 300
 """A curve of more points is thinned; of every stretch the lowest and the highest stay."""
 COLOURS = 7

@@ -3,6 +3,8 @@
 # make lint    ruff and mypy
 # make docs    build the site into build/site; look at it with: python3 -m http.server -d build/site
 # make gpu-bundle   what scripts/gpu_check.py needs on a machine without a network (docs/gpu_check.md)
+# make card-digits, card-mnist-mlp, card-fashion-cnn, card-babyllama-tiny, card-babyllama-stories   train what
+#              model_cards/ describes, and write the card; the data they need are in DATA=folder (model_cards/README.md)
 # make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="--max_steps 500" passes flags to the training script.
@@ -11,12 +13,15 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+DATA ?= data
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: train test lint gpu-bundle audit setup clean
+CARDS := digits mnist-mlp fashion-cnn babyllama-tiny babyllama-stories
+
+.PHONY: train test lint gpu-bundle audit setup clean $(addprefix card-,$(CARDS))
 
 train: setup
 	$(PY) scripts/train_babyllama.py --resume --overwrite $(ARGS)
@@ -36,6 +41,36 @@ docs: $(STAMP)-docs
 
 gpu-bundle: setup
 	$(PY) scripts/gpu_bundle.py --output gpu-bundle $(ARGS)
+
+# Three seeds of everything that takes minutes; a run that is there is not made again.
+card-%: export PATH := $(VENV)/bin:$(PATH)
+
+card-digits: setup
+	for seed in 1 2 3; do hf-elra classify-images --preset digits \
+		--seed $$seed --output_dir runs/digits-$$seed --resume --overwrite $(ARGS) || exit; done
+	hf-elra card runs/digits-1 runs/digits-2 runs/digits-3 -o model_cards/digits.md
+
+card-mnist-mlp: setup
+	for seed in 1 2 3; do hf-elra classify-images --preset mnist --dataset $(DATA)/mnist --num_train_epochs 20 \
+		--seed $$seed --output_dir runs/mnist-$$seed --resume --overwrite $(ARGS) || exit; done
+	hf-elra card runs/mnist-1 runs/mnist-2 runs/mnist-3 -o model_cards/mnist-mlp.md --data MNIST \
+		--data-licence "none stated where it was taken from" --licence mit
+
+card-fashion-cnn: setup
+	hf-elra classify-images --preset fashion-mnist --dataset $(DATA)/fashion_mnist --num_train_epochs 3 \
+		--seed 1 --output_dir runs/fashion-1 --resume --overwrite $(ARGS)
+	hf-elra card runs/fashion-1 -o model_cards/fashion-cnn.md --data Fashion-MNIST \
+		--data-licence "MIT (Zalando SE)" --licence mit
+
+card-babyllama-tiny: setup
+	hf-elra babyllama --output_dir runs/babyllama-tiny --resume --overwrite $(ARGS)
+	hf-elra card runs/babyllama-tiny -o model_cards/babyllama-tiny.md
+
+card-babyllama-stories: setup
+	hf-elra babyllama --train_file $(DATA)/stories/train.txt.gz --validation_file $(DATA)/stories/validation.txt.gz \
+		--output_dir runs/babyllama-stories --resume --overwrite $(ARGS)
+	hf-elra card runs/babyllama-stories -o model_cards/babyllama-stories.md --name babyllama-stories \
+		--data "children's books of the 19th and early 20th century" --data-licence "public domain" --licence mit
 
 audit: setup
 	@$(VENV)-audit/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)-audit

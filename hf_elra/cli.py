@@ -30,10 +30,31 @@ def _classify_images(words: list[str]) -> NoReturn:
     run_script(main, words)
 
 
+def _report(words: list[str]) -> NoReturn:
+    from hf_elra.report.commands import report
+
+    report(words)
+
+
+def _card(words: list[str]) -> NoReturn:
+    from hf_elra.report.commands import card
+
+    card(words)
+
+
+def _doctor(words: list[str]) -> NoReturn:
+    from hf_elra.doctor import main
+
+    main(words)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], NoReturn], str]] = {
     "run": (_run, "run a training script that does not know this package, with --optim elra and --elra_* flags"),
     "babyllama": (_babyllama, "train a small language model from scratch"),
     "classify-images": (_classify_images, "train an image classifier"),
+    "report": (_report, "show what runs did: one page, or text, or JSON"),
+    "card": (_card, "write the model card of a finished run"),
+    "doctor": (_doctor, "say what works on this machine, and what does not"),
 }
 """By the name of a command: the function that gets the words after the name, and one line that says what it does."""
 

@@ -13,13 +13,12 @@ from hf_elra.recipes.command_line import default_settings, recorded_settings
 from hf_elra.recipes.run_folder import (
     ALWAYS_WRITTEN,
     MARK,
-    METRICS,
-    SETTINGS,
     AlreadyFinished,
     check_run_folder,
     read_settings,
     start_run,
 )
+from hf_elra.report.names import LOG_FILE, METRICS, SETTINGS
 
 
 class Pieces:
@@ -279,6 +278,7 @@ def test_interrupted_run(tmp_path):
     assert check(folder, {**SOME, "max_steps": 20}, resume=True).endswith("checkpoint-3")  # longer is no other run
     assert check(folder, {**SOME, "seed": 2}, resume=True, overwrite=True) is None
     early = interrupted(tmp_path / "early", checkpoint=False)
+    (tmp_path / "early" / LOG_FILE).write_text("{}")
     with pytest.raises(ConfigurationError, match="pass no --resume, as it was interrupted before its first checkpoint"):
         check(early, resume=True)
     assert check(early) is None

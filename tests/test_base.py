@@ -74,3 +74,18 @@ def test_parts_are_asked_for():
 
     with pytest.raises(NotImplementedError, match="Nothing must say what its parts are"):
         Nothing([torch.ones(2, requires_grad=True)], {})
+
+
+@pytest.mark.parametrize(
+    ("proposal", "norm", "expected"),
+    [
+        (0.5, 1.0, (0.5, None)),
+        (0.5, 0.1, (1.0, "floor")),
+        (5.0, 0.01, (4.0, "ceiling")),
+        (3.0, 2.0, (1.0, "crop")),
+        (1e-4, 2.0, (0.05, "floor")),
+    ],
+)
+def test_guards_say_which_limit_decided(proposal, norm, expected):
+    guards = StepGuards(lr_bounds=(0.01, 4.0), min_step_norm=0.1, max_step_norm=2.0)
+    assert guards.apply(proposal, proposal, norm) == pytest.approx(expected)

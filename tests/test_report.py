@@ -1,12 +1,17 @@
 """Tables and model cards from the files of a run."""
 
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_elra import ConfigurationError
-from hf_elra.report.model_card import build_model_card
+from hf_elra.recipes import babyllama, image_classifier
+from hf_elra.recipes.image_data import load_images
+from hf_elra.report.model_card import MADE_BY, build_model_card
 from hf_elra.report.table import training_table
 
 HISTORY = [
@@ -31,6 +36,7 @@ METRICS = {
     "machine": "x86_64",
     "versions": {"torch": "2.13.0"},
     "settings": {"preset": "tiny", "optim": "elra", "seed": 42, "train_file": "x.txt", "dataset": "python-docs"},
+    "card": {"title": "babyllama-tiny", "task": "text-generation", "data": "my|text<script>.txt"},
 }
 
 
@@ -64,29 +70,56 @@ def folder_of_a_run(folder, sample="Once upon a time", **metrics):
 
 
 def test_card_has_valid_metadata_and_the_numbers_of_the_run(tmp_path):
+    """``ModelCard.validate`` asks the hub; this is what it looks for that can be looked for here."""
     card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path))))
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "text-generation"
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {"loss": 5.9, "perplexity": 365.0}
-    assert "| validation loss | 5.9000 nats per token |" in card.content
-    assert "python train.py" in card.content
+    metadata = card.data.to_dict()
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"hf_elra", "elra"} <= set(card.data.tags)
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name == "babyllama-tiny"
+    assert {result.metric_type: result.metric_value for result in results} == {"loss": 5.9, "perplexity": 365.0}
+    assert all(result.task_type == "text-generation" and result.dataset_name for result in results)
+    for text in (
+        "| loss on held-out data | 5.9 |",
+        "| licence of the data | not recorded |",
+        "python train.py",
+        "## Limits",
+        MADE_BY,
+    ):
+        assert text in card.content
+    assert "1 of 2 updates was taken back" in card.content
 
 
 @pytest.mark.parametrize(
-    ("train_file", "dataset", "stated"),
+    ("given", "stated"),
     [
-        (None, "python-docs", ("en", "mit")),
-        (None, "roneneldan/TinyStories", ("en", "mit")),
-        (None, "somebody/german", (None, None)),
-        ("meins.txt", "python-docs", (None, None)),
+        ({}, ("en", "mit")),
+        ({"dataset": "roneneldan/TinyStories"}, ("en", "mit")),
+        ({"dataset": "somebody/german"}, (None, None)),
+        ({"train_file": "meins.txt"}, (None, None)),
     ],
 )
-def test_card_states_language_and_licence_of_known_texts_alone(tmp_path, train_file, dataset, stated):
-    settings = {**METRICS["settings"], "train_file": train_file, "dataset": dataset}
-    card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, settings=settings))))
+def test_card_states_language_and_licences_of_known_texts_alone(tmp_path, given, stated):
+    told = babyllama.for_card(babyllama.BabyLlamaArguments(**given), "a text", 10, 3, 6.1)
+    card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, card=told))))
     assert (card.data.language, card.data.license) == stated
+    assert ("licence of the data | not recorded" in card.content) == (stated == (None, None))
     assert "null" not in str(card).split("---")[1]
+
+
+def test_card_of_an_image_classifier(tmp_path):
+    recipe = image_classifier.ImageClassifierArguments()
+    told = image_classifier.for_card(recipe, load_images("digits"), 760)
+    changed = {"validation_loss": None, "perplexity": None, "test_accuracy": 0.9, "test_loss": 0.4}
+    card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, card=told, **changed))))
+    assert card.data.pipeline_tag == "image-classification"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "loss": 0.4,
+        "accuracy": 0.9,
+    }
+    assert "| accuracy on held-out data | 90.00 % |" in card.content
+    assert "CC BY 4.0" in card.content
+    assert "1,437 for training, 360 for testing" in card.content
 
 
 def test_card_of_a_run_whose_loss_is_too_high_for_a_perplexity(tmp_path):
@@ -100,6 +133,32 @@ def test_card_escapes_what_it_quotes(tmp_path):
     assert "````text\n```\n# not a heading\n```\n````" in content
 
 
-def test_card_needs_a_finished_run(tmp_path):
-    with pytest.raises(ConfigurationError, match="holds no finished run"):
-        build_model_card(str(tmp_path))
+def test_card_command_writes_card_and_curves_and_tells_further_seeds(tmp_path, command_here):
+    for seed in (1, 2):
+        (tmp_path / f"seed-{seed}").mkdir()
+        settings = {**METRICS["settings"], "seed": seed}
+        folder_of_a_run(tmp_path / f"seed-{seed}", settings=settings, card={})
+    folders = [str(tmp_path / f"seed-{seed}") for seed in (1, 2)]
+    file = tmp_path / "cards" / "mine.md"
+    options = ["--name", "mine", "--data", "poems", "--data-licence", "public domain", "--licence", "cc0-1.0"]
+    assert command_here("card", *folders, "-o", str(file), *options) == (0, f"model card: {file}\n", "")
+    card = ModelCard.load(file)
+    assert card.data.license == "cc0-1.0"
+    assert "| licence of the data | public domain |" in card.content
+    assert "first of 2 seeds" in card.content
+    assert re.search(r"\| +seed-2 \|", card.content)
+    assert "| median of 2 |" in card.content
+    assert "(mine.svg)" in card.content
+    drawing = ElementTree.fromstring((tmp_path / "cards" / "mine.svg").read_text())
+    assert len([part for part in drawing.iter() if part.get("class", "").startswith("curve")]) >= 3
+    assert command_here("card", folders[0])[0] == 0
+    assert MADE_BY in (tmp_path / "seed-1" / "README.md").read_text()
+
+
+def test_card_needs_a_finished_run(tmp_path, command_here):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log_history.json").write_text(json.dumps(HISTORY[:1]))
+    with pytest.raises(ConfigurationError, match="holds no finished run: its log ends at update 1"):
+        build_model_card(str(tmp_path / "run"))
+    assert command_here("card", str(tmp_path / "none"))[0] == 2
+    assert "is a folder" in command_here("card", str(tmp_path / "run"), "-o", str(tmp_path))[2]

@@ -76,6 +76,27 @@ class Parts(NamedTuple):
     restart_guard: RestartGuard
 
 
+class LastUpdate(NamedTuple):
+    """What the last update has seen and done, for logs; no part of the state.
+
+    Attributes:
+        loss: f_t, before its step.
+        tried: how far the step before went, α times the factor of a scheduler.
+        ratio: ⟨G_t, u_{t-1}⟩/⟨G_{t-1}, u_{t-1}⟩: near 1 that step was much too short, below 0 it went past the minimum
+            of its line. None without such a step.
+        taken_back: whether that step was taken back.
+        limit: what decided α in place of the rule: ``"floor"``, ``"ceiling"``, ``"crop"``, or None.
+        search_end: where a search ended with it: ``"found"``, or why α is a default.
+    """
+
+    loss: float | None
+    tried: float
+    ratio: float | None
+    taken_back: bool
+    limit: str | None = None
+    search_end: str | None = None
+
+
 class LossAwareOptimizer(torch.optim.Optimizer):
     """An optimizer that has to know the loss of every update.
 
@@ -108,6 +129,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     """For rules that count in epochs; a Trainer sets it, no part of the state."""
     samples_per_update: int | None = None
     """For rules that count samples; a Trainer sets it, no part of the state."""
+    last_update: LastUpdate | None = None
+    """None before the first update, after a batch that was skipped, and where updates are made on the device."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
@@ -306,6 +329,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """
         params, gradients = self._gather()
         self._forget_what_was_overwritten()
+        self.last_update = None
         if self._update_on_device(params, gradients, factors, loss):
             return
         parts = self._current_parts()
@@ -316,6 +340,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if self._skips(measured):
             return
         retry = self._judge(parts, measured)
+        slope, size = measured.previous_slope, measured.step_size
+        ratio = measured.current_slope / slope if slope is not None and slope > 0 else None
+        self.last_update = LastUpdate(measured.loss, size, ratio, retry is not None)
         if retry is not None:
             self._take_back(parts, retry, factors)
         elif (again := self._again(parts, measured)) is not None:
@@ -435,7 +462,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
         is_first = slope is None and not scalars["moved"]
         norm, size, number = measured.direction_norm, measured.size, measured.number
-        return parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
+        alpha, limit = parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
+        if self.last_update is not None:
+            self.last_update = self.last_update._replace(limit=limit)
+        return alpha
 
     def _propose(self, parts: Parts, measured: Measurement, alpha: float) -> float:
         """Return the rule's α_t; a subclass may let it decide by more than the last step."""
@@ -577,6 +607,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                     p.copy_(start)
         size = self._root_mean_square(parts)
         alpha, why = rule.found(scalars["alpha"], size or LEAST_SIZE)  # weights may begin at zero
+        if self.last_update is not None:
+            self.last_update = self.last_update._replace(search_end=why or "found")
         if alpha is not None:
             self._set_alpha(parts.step_guards.bounded(alpha, size))
         if why is not None:

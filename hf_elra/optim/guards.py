@@ -96,8 +96,9 @@ class StepGuards:
         number: int = 0,
         *,
         is_first: bool = False,
-    ) -> float:
-        """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``.
+    ) -> tuple[float, str | None]:
+        """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``,
+        and which limit decided it: ``"floor"``, ``"ceiling"``, ``"crop"`` or None.
 
         In this order: growth, floor, bounds, crop. So a vanishing gradient cannot drive the floor past the upper bound,
         and a huge one is cropped even below the lower bound.
@@ -109,21 +110,22 @@ class StepGuards:
             weight_square, number: sum of the squares of the weights whose size limits a step, and how many they are.
             is_first: whether it is the first step.
         """
-        alpha = min(alpha, self.max_growth * previous_alpha)
-        if self.min_step_norm > 0 and direction_norm > 0:
-            alpha = max(alpha, self.min_step_norm / direction_norm)
-        alpha = self.bounded(alpha, math.sqrt(weight_square / number) if weight_square > 0 else 0.0)
+        alpha, limit = min(alpha, self.max_growth * previous_alpha), None
+        if self.min_step_norm > 0 and direction_norm > 0 and alpha < self.min_step_norm / direction_norm:
+            alpha, limit = self.min_step_norm / direction_norm, "floor"
+        bounded = self.bounded(alpha, math.sqrt(weight_square / number) if weight_square > 0 else 0.0)
+        if bounded != alpha:
+            alpha, limit = bounded, "ceiling" if bounded < alpha else "floor"
         longest = math.inf if self.max_step_norm is None else self.max_step_norm
         if self.max_relative_step is not None:
             # Weights that begin at zero have to leave it.
             norm = math.sqrt(max(weight_square, LEAST_SIZE**2 * number))
             longest = min(longest, max(self.max_relative_step * norm, self.min_step_norm))
+        if is_first and self.max_first_step is not None and weight_square > 0:
+            longest = min(longest, max(self.max_first_step * math.sqrt(weight_square), self.min_step_norm))
         if alpha * direction_norm > longest:
-            alpha = longest / direction_norm
-        if is_first and self.max_first_step is not None and direction_norm > 0 and weight_square > 0:
-            longest = max(self.max_first_step * math.sqrt(weight_square), self.min_step_norm)
-            alpha = min(alpha, longest / direction_norm)
-        return alpha
+            alpha, limit = longest / direction_norm, "crop"
+        return alpha, limit
 
     def bounded(self, alpha: float, root_mean_square: float) -> float:
         """Return α within its bounds, of weights of this root mean square; 0 for one that is not known."""

@@ -223,3 +223,36 @@ def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str,
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+LICENCES = {
+    "python-docs": "Python Software Foundation License, as of Python, whose help topics they are",
+    "roneneldan/TinyStories": "CDLA-Sharing-1.0, as its page on the hub says",
+}
+"""Of texts that are known here, which are English; language and licence of another text are not known."""
+
+
+def for_card(recipe: BabyLlamaArguments, text: str, parameters: int, blocks: int, entropy: float) -> dict[str, Any]:
+    """Return what the model card of a run has to say that its log does not.
+
+    Args:
+        recipe: of the run.
+        text: the name of the training text.
+        parameters: how many the model has.
+        blocks: of the training text.
+        entropy: of the validation text's single tokens, in nats.
+    """
+    known = not recipe.train_file and recipe.dataset in LICENCES
+    return {
+        "title": f"babyllama-{recipe.preset}",
+        "task": "text-generation",
+        "description": f"A Llama of {parameters:,} parameters, trained from scratch with `hf_elra`. It shows what one "
+        "short run does; it is no assistant and knows nothing beyond its text.",
+        "data": text,
+        "on_hub": not recipe.train_file and recipe.dataset != "python-docs",
+        **({"language": "en", "licence": "mit", "data_licence": LICENCES[recipe.dataset]} if known else {}),
+        "more": {
+            "training text": f"{blocks * recipe.block_size:,} tokens",
+            "unigram entropy of the validation text": f"{entropy:.4f} nats per token",
+        },
+    }

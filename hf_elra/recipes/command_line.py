@@ -132,7 +132,8 @@ def default_settings(settings: dict[str, Any], recipe: Any, training: Any, defau
 
 def _recorded(training: ElraTrainingArguments) -> list[str]:
     """The names of training arguments to write down, without those that this version of Transformers does not have."""
-    names = (*TRAINING, *(f.name for f in fields(ElraSettings)))
+    ours = [f.name for f in fields(ElraSettings) if f.name != "elra_display"]  # which decides nothing
+    names = (*TRAINING, *ours)
     return [name for name in names if hasattr(training, name)]
 
 

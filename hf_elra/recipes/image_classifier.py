@@ -236,3 +236,25 @@ def compute_accuracy(prediction: Any) -> dict[str, float]:
         predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
     )
     return result
+
+
+def for_card(recipe: ImageClassifierArguments, data: ImageSplits, parameters: int) -> dict[str, Any]:
+    """Return what the model card of a run has to say that its log does not.
+
+    Args:
+        recipe: of the run.
+        data: the images.
+        parameters: how many the model has.
+    """
+    known = {"data_licence": "CC BY 4.0", "licence": "mit"} if recipe.dataset == DIGITS else {}
+    lossy = "The images are a JPEG-compressed copy: numbers are not comparable with those of the published data set."
+    return {
+        "title": Path(recipe.model).name if recipe.dataset != DIGITS else "digits",
+        "task": "image-classification",
+        "description": f"An image classifier ({Path(recipe.model).name}) of {parameters:,} parameters, trained with "
+        "`hf_elra`.",
+        "data": Path(data.name).name if Path(data.name).exists() else data.name,
+        "more": {"images": f"{len(data.train):,} for training, {len(data.test):,} for testing"},
+        **({"limits": lossy} if data.lossy_copy else {}),
+        **known,
+    }

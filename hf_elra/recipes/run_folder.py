@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.report.names import LOG_FILE, METRICS, SETTINGS
 from hf_elra.trainer.checkpoints import last_whole_checkpoint
-
-SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
 PART = ".part"
 """The ending of a JSON file while it is being written."""
@@ -86,7 +85,7 @@ def check_run_folder(
     if resume and not finished and not changed - set(LENGTH) and checkpoint is not None:
         return checkpoint
     # Interrupted before its first checkpoint: nothing in it is worth keeping, if it holds nothing else.
-    only_begun = {file.name for file in path.iterdir()} <= {SETTINGS, SETTINGS + PART}
+    only_begun = {file.name for file in path.iterdir()} <= {SETTINGS, SETTINGS + PART, LOG_FILE}
     if overwrite or (only_begun and not resume):
         return None
     state = "a finished run" if finished else "an interrupted run"

@@ -11,9 +11,9 @@ from transformers import set_seed
 
 from hf_elra.errors import needed_by_recipes
 from hf_elra.recipes import babyllama, text_data
-from hf_elra.recipes.run_folder import METRICS, SAMPLE
 from hf_elra.recipes.training_run import TABLE, TrainingRun
-from hf_elra.report.model_card import build_model_card
+from hf_elra.report.model_card import write_card
+from hf_elra.report.names import METRICS, SAMPLE
 from hf_elra.trainer import ElraTrainer
 from hf_elra.trainer.arguments import optimizer_name
 
@@ -74,6 +74,7 @@ def main(words: list[str]) -> None:
             "unigram_entropy": entropy,
             "text": texts.name,
             "train_tokens": len(train) * recipe.block_size,
+            "card": babyllama.for_card(recipe, texts.name, model.num_parameters(), len(train), entropy),
         },
     )
     print(
@@ -81,9 +82,8 @@ def main(words: list[str]) -> None:
         f"{entropy:.4f}; {run.speed(metrics)}"
     )
     print(f"model, tokenizer, {METRICS}, {SAMPLE} and {TABLE} are in {run.folder}")
+    print(f"hf-elra report {run.folder} draws the run")
     if recipe.model_card:
-        card = Path(recipe.model_card)
-        card.parent.mkdir(parents=True, exist_ok=True)
-        build_model_card(run.folder).save(card)
-        print(f"model card: {card}")
+        write_card([run.folder], Path(recipe.model_card))
+        print(f"model card: {recipe.model_card}")
     run.check_finite(loss)

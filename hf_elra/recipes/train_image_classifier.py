@@ -11,8 +11,8 @@ from transformers import set_seed
 from hf_elra.errors import needed_by_recipes
 from hf_elra.recipes import image_classifier
 from hf_elra.recipes.image_data import as_batch, load_images
-from hf_elra.recipes.run_folder import METRICS
 from hf_elra.recipes.training_run import TABLE, TrainingRun
+from hf_elra.report.names import METRICS
 from hf_elra.trainer import ElraTrainer
 from hf_elra.trainer.arguments import optimizer_name
 
@@ -66,6 +66,7 @@ def main(words: list[str]) -> None:
             "test_loss": evaluations[-1]["eval_loss"],
             "boosted": trainer.average_over != "off",
             "dataset": data.name,
+            "card": image_classifier.for_card(recipe, data, model.num_parameters()),
         },
     )
     print(
@@ -73,4 +74,5 @@ def main(words: list[str]) -> None:
         f"{metrics['test_loss']:.4f}; {run.speed(metrics)}"
     )
     print(f"model, {METRICS} and {TABLE} are in {run.folder}")
+    print(f"hf-elra report {run.folder} draws the run")
     run.check_finite(metrics["test_loss"])

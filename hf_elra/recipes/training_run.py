@@ -16,8 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_elra.errors import CheckpointError, ConfigurationError
 from hf_elra.recipes.command_line import command_line, default_settings, recorded_settings
-from hf_elra.recipes.run_folder import LOG, METRICS, AlreadyFinished, check_run_folder, start_run, write_json
+from hf_elra.recipes.run_folder import AlreadyFinished, check_run_folder, start_run, write_json
 from hf_elra.report.environment import environment
+from hf_elra.report.names import LOG, METRICS
 from hf_elra.report.table import training_table
 from hf_elra.trainer import ElraTrainingArguments
 from hf_elra.trainer.arguments import optimizer_arguments, uses_elra

@@ -1,1 +1,1 @@
-"""Reads the files of a finished or running run and shows them: tables and model cards. Trains nothing."""
+"""Reads the files of a finished or running run and shows them: a page, text, tables, model cards. Trains nothing."""

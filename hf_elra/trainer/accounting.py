@@ -267,6 +267,15 @@ class Accounting:
         state = self._trainer.state
         return bool(0 < state.max_steps <= state.global_step)
 
+    def share(self) -> float:
+        """How much of the run is done, from 0 to 1."""
+        if self.has_ended():  # an incomplete batch that is skipped at the end counts as done
+            return 1.0
+        if self._size.control is not None:
+            return float(self.progress.fraction())
+        state = self._trainer.state
+        return float(state.global_step / max(state.max_steps, 1))
+
     # ---- an update ----
 
     def begin_update(self) -> None:
@@ -484,10 +493,15 @@ class ElraCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: D102
         self.trainer.elra.line_losses.withdraw()
 
+    def on_log(self, args, state, control, **kwargs):  # noqa: D102
+        if state.log_history:
+            self.trainer.elra.logs.complete_entry()
+
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         elra = self.trainer.elra
         # The true epoch comes first, as it is in the logs of the cycle; the decision then changes what is to come.
         elra.accounting.correct_state(self.samples, self.tokens)
+        elra.logs.take_update()
         elra.logs.tell_new_batch()
         cycle_is_over = self._advance(state)
         elra.averaging.sample(state.global_step, cycle_is_over)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import logging
 import sys
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_CONTROLS = ("off", "elra", "noise", "linear", "schedule")
 MEANS = ("off", "cycle", "run")
+DISPLAYS = ("rich", "plain", "none")
 LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 LABPAL_SCHEDULE = ((0.0, 1), (0.5, 2), (0.75, 4))
 """LABPAL's batch over training, in multiples of the noise factor ε = (128/B)·(N/40,000), N samples in batches of B, and
@@ -117,6 +119,10 @@ class ElraSettings:
         elra_boost_mean (str): which points: ``cycle``, those of the last control cycle; ``run``, those of the whole
             run, the t-th with weight t^8, which is mostly its last ninth, whenever that is; ``off``. Default: ``run``
             with elra_spectral, else ``cycle`` with ``elra_boost`` and ``off`` without.
+        elra_display (str, optional): what the terminal shows while training goes on: ``rich``, a bar with its true
+            total, sparklines of loss and α, batch, restarts, validation (``pip install 'hf_elra[display]'``; where
+            output is no terminal, as ``plain``); ``plain``, a line a log; ``none``. Default: what the Trainer or the
+            recipe shows.
         elra_boost_every (int, optional): every how many updates a point is taken into that mean, beside the last one
             of a cycle. Default: so many that a cycle has about 50 points; 10 where its length is not known; every
             one of a whole run.
@@ -183,6 +189,10 @@ class ElraSettings:
         default=None, metadata={"help": "Crop steps above this length, with stock optimizers and ELRA."}
     )
 
+    elra_display: str | None = field(
+        default=None, metadata={"help": "What the terminal shows: rich, plain or none.", "choices": DISPLAYS}
+    )
+
     @classmethod
     def of(cls, args: Any, *, only_checked: bool = False) -> ElraSettings:
         """Return the settings in force: those of the launcher, else those of ``args``, else the defaults.
@@ -198,6 +208,12 @@ class ElraSettings:
         """Raise a ConfigurationError for a value that a run with ``args`` cannot use."""
         if self.elra_boost_mean not in (None, *MEANS):
             raise ConfigurationError(f"elra_boost_mean={self.elra_boost_mean!r} must be one of {', '.join(MEANS)}.")
+        if self.elra_display not in (None, *DISPLAYS):
+            raise ConfigurationError(f"elra_display={self.elra_display!r} must be one of {', '.join(DISPLAYS)}.")
+        if self.elra_display == "rich" and importlib.util.find_spec("rich") is None:
+            raise ConfigurationError(
+                "elra_display='rich' needs the package rich: pip install 'hf_elra[display]', or use plain."
+            )
         if self.elra_boost and self.elra_boost_mean == "off":
             raise ConfigurationError("elra_boost=True and elra_boost_mean='off' contradict each other; leave one out.")
         if self.elra_boost_every is None:
@@ -314,6 +330,7 @@ def wants_mixin(args: Any) -> bool:
     """Return whether a flag asks for something that the stock Trainer does not do, whatever the optimizer."""
     names = ["elra_batch_control", "elra_max_micro_batch", "elra_max_samples", "elra_max_tokens"]
     names += ["elra_soft_restart", "elra_max_step_norm", "elra_boost", "elra_boost_mean", "elra_log_noise_scale"]
+    names += ["elra_display"]
     values = [LAUNCHER_FLAGS.values.get(name, getattr(args, name, None)) for name in names]
     return any(value not in (None, False, "off") for value in values)
 

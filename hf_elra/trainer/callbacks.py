@@ -97,16 +97,23 @@ class ProgressLine(TrainerCallback):
     """Prints one line per log: updates, tokens or images, their speed, loss, what ELRA did, and the time left.
 
     It takes the place of the Trainer's own printing. Every entry of the log history gets ``seconds``, the time since
-    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one.
+    the run's beginning, evaluations included and interruptions not. ``trainer`` is to be set once there is one. Where
+    it is ``silent`` it prints nothing, as another display is there.
 
     Args:
-        unit (str): ``"tokens"`` or ``"images"``.
+        unit (str, optional): ``"tokens"`` or ``"images"``; by default tokens where there are any, else samples.
     """
 
     trainer: Any = None
+    silent = False
 
-    def __init__(self, unit: str = "tokens") -> None:
-        self.unit = unit
+    def __init__(self, unit: str | None = "tokens") -> None:
+        self._unit = unit
+
+    @property
+    def unit(self) -> str:
+        """What progress is counted in."""
+        return self._unit or ("tokens" if self.trainer.elra_callback.tokens else "samples")
 
     @property
     def total(self) -> int:
@@ -122,14 +129,15 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._started = time.perf_counter()
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self._first_share, self._first = self._share(state), self.total
+        self._first_share, self._first = self.trainer.elra.accounting.share(), self.total
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         seconds = max(time.perf_counter() - self._started, 1e-9)
         state.log_history[-1]["seconds"] = round(self._seconds_before + seconds, 3)
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+        says_something = bool(logs) and ("loss" in logs or "eval_loss" in logs)
+        if self.silent or not state.is_world_process_zero or not says_something:
             return
-        share = self._share(state)
+        share = self.trainer.elra.accounting.share()
         line = f"{share:>4.0%}  update {state.global_step:>6,}  {self.total:>11,} {self.unit}"
         if "eval_loss" in logs:
             line += f"  validation loss {logs['eval_loss']:.4f}"
@@ -145,11 +153,3 @@ class ProgressLine(TrainerCallback):
             line += f"  step norm {logs['step_norm']:.3g}  restarts {logs['restarts']}"
         left = seconds / max(share - self._first_share, 1e-9) * (1 - share)
         print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", flush=True)
-
-    def _share(self, state: Any) -> float:
-        if self.trainer.batch_control is not None:
-            progress = self.trainer.progress  # an incomplete batch at the end is skipped: that is the end
-            return (
-                float(progress.fraction()) if progress.updates_left(self.trainer.elra.accounting.accumulation) else 1.0
-            )
-        return float(state.global_step / max(state.max_steps, 1))

@@ -1,18 +1,24 @@
 """What the logs of a run say beside the stock numbers, and the warnings about updates that went wrong.
 
 The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
-back. What is counted is in ``accounting.py`` and ``trials.py``.
+back. What is counted is in ``accounting.py`` and ``trials.py``; the file of the log history, in ``log_file.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
+import sys
+import time
+from collections import Counter
 from typing import Any
 
 from hf_elra.control import BatchDecision, LossLevels
 from hf_elra.optim import ELRA
 from hf_elra.trainer.accounting import LOSSES_ON_DEVICE, Accounting, finite_values
+from hf_elra.trainer.log_file import LogFile
 from hf_elra.trainer.micro_batches import MicroBatches
 from hf_elra.trainer.trials import Trials
 from hf_elra.trainer.update_size import UpdateSize
@@ -28,10 +34,18 @@ COUNTED = {
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
 """What an optimizer may count, and what it means."""
+TITLES = {"non_finite": "not finite", "skipped": "batches skipped", "accepted_levels": "a new level"}
+"""The same, of an alert."""
 OF_STEPS = "restarts", "accepted_levels"
 """Counts that no warning mentions during a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
+LIMITS = {"floor": "at_floor", "crop": "cropped", "ceiling": "at_ceiling"}
+"""What decided α in place of the rule, and the log that counts such updates since the last one."""
+FIRST_UPDATES = 20
+"""So many updates at the beginning have an entry of their own: α finds itself in them."""
+MOST_TOLD = 1000
+"""So many updates that were taken back have an entry of their own; later ones are in the count alone."""
 
 
 class Logs:
@@ -50,6 +64,9 @@ class Logs:
         self._accounting = accounting
         self._micro_batches = micro_batches
         self._trials = trials
+        self._file = LogFile(trainer)
+        self._began, self._seconds_before = time.perf_counter(), 0.0
+        self._limits: Counter[str] = Counter()  # updates at each limit since the last log
         self._told_accumulation: int | None = None
         self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update number and counts at the last log
         self._levels: LossLevels | None = LossLevels()  # since training began or went on; None after a warning
@@ -60,6 +77,9 @@ class Logs:
         self._told_accumulation = None if self._size.control is None else self._accounting.accumulation
         self._levels, self._losses = LossLevels(), []
         state, optimizer = self._trainer.state, self._trainer.elra_optimizer
+        self._began, self._limits = time.perf_counter(), Counter()
+        self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._file.begin()
         if optimizer is None:
             return
         self._counts_told = state.global_step, optimizer.metrics
@@ -82,6 +102,35 @@ class Logs:
         self._losses.append(loss)
         if len(self._losses) >= LOSSES_ON_DEVICE:
             self._judge_losses()
+
+    def take_update(self) -> None:
+        """Note what the optimizer did in this update, where that is known without waiting for the device.
+
+        The first updates of a run, those of a search, and those that were taken back are entries of the log history,
+        whatever the interval of logs is; limits on the step are counted.
+        """
+        optimizer, state = self._trainer.elra_optimizer, self._trainer.state
+        last = None if optimizer is None else getattr(optimizer, "last_update", None)
+        if last is None:
+            return
+        if last.limit is not None:
+            self._limits[LIMITS[last.limit]] += 1
+        entry: dict[str, Any] | None = None
+        searches = last.search_end is not None or not getattr(optimizer, "search_finished", True)
+        if searches or state.global_step <= FIRST_UPDATES:
+            kind, ratio = "search" if searches else "first", None if last.ratio is None else float(last.ratio)
+            entry = {"elra": kind, "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
+            if last.search_end is not None:
+                entry["search_end"] = last.search_end
+        elif last.taken_back and optimizer.restarts <= MOST_TOLD:
+            entry = {"elra": "restart"}
+        if entry is None:
+            return
+        is_finite = last.loss is not None and math.isfinite(last.loss)
+        entry["loss_of_update"] = last.loss if is_finite else None
+        entry["taken_back"] = last.taken_back
+        state.log_history.append({**entry, "epoch": self._accounting.true_epoch(), "step": state.global_step})
+        self._file.follow()
 
     def forget_steps_of_a_search(self) -> None:
         """Forget the steps that a search took back, since a search has to take steps that are too long."""
@@ -106,6 +155,8 @@ class Logs:
             if (optimizer := self._trainer.elra_optimizer) is not None:
                 metrics = optimizer.metrics
                 logs.update({name: value for name, value in metrics.items() if name not in logs})
+                logs.update(self._limits)
+                self._limits = Counter(dict.fromkeys(self._limits, 0))  # one that was seen is logged from now on
                 self.warn_of_updates(metrics)
                 self._warn_of_a_rise(metrics["alpha"])
             asked_for = self._size.control is not None and self._size.control.asked_for
@@ -120,6 +171,21 @@ class Logs:
             seen, update = self._trainer.elra_callback, self._trainer.state.global_step
             logs["train_samples_per_second"] = round((seen.samples - seen.samples_before) / seconds, 3)
             logs["train_steps_per_second"] = round((update - seen.updates_before) / seconds, 3)
+
+    def complete_entry(self) -> None:
+        """Add to the newest entry of the log history how far the run is; the entry is written to the file.
+
+        That is no metric: it is what logs are drawn over.
+        """
+        trainer = self._trainer
+        entry, seen = trainer.state.log_history[-1], trainer.elra_callback
+        if "share" not in entry and ("loss" in entry or "train_loss" in entry):
+            seconds = self._seconds_before + time.perf_counter() - self._began
+            entry["seconds"], entry["samples_seen"] = round(seconds, 3), seen.samples
+            if seen.tokens:
+                entry["tokens_seen"] = seen.tokens
+            entry["share"] = round(self._accounting.share(), 6)
+        self._file.follow()
 
     def _noise_scale(self) -> float | None:
         return None if self._size.noise_scale is None else self._size.noise_scale.value
@@ -136,7 +202,11 @@ class Logs:
         for name, text in COUNTED.items():
             if since[name] > 0:
                 logger.warning("Update %d: " + text, update, since[name])
+                self._alert(TITLES[name], text % since[name], name)
         taken_back = since["restarts"] - since["non_finite"]
+        if taken_back > 0:
+            were = "was" if taken_back == 1 else "were"
+            self._alert("updates taken back", f"{taken_back} of the last {updates} updates {were} taken back.")
         optimizer = self._trainer.elra_optimizer
         searches = optimizer is not None and not optimizer.search_finished
         now = 0 if searches else int(metrics.get("consecutive_restarts", 0))
@@ -150,6 +220,15 @@ class Logs:
                 f", the last {now} in a row" if now > FEW else "",
             )
 
+    def _alert(self, title: str, text: str, cause: str = "restarts") -> None:
+        """Tell trackio, where it is used: it shows alerts beside the curves, and hands them on."""
+        trackio = sys.modules.get("trackio")
+        if "trackio" not in (self._trainer.args.report_to or ()) or not hasattr(trackio, "alert"):
+            return
+        level = trackio.AlertLevel.ERROR if cause == "non_finite" else trackio.AlertLevel.WARN  # type: ignore[union-attr]
+        with contextlib.suppress(RuntimeError):  # its run has not begun, or is over
+            trackio.alert(title, f"Update {self._trainer.state.global_step}: {text}", level)  # type: ignore[union-attr]
+
     def _warn_of_a_rise(self, alpha: float) -> None:
         """Warn once if losses have risen again in small steps, none of which was taken back."""
         self._judge_losses()
@@ -162,6 +241,7 @@ class Logs:
         remedy = "--optim elra, or a larger batch"
         if isinstance(self._trainer.elra_optimizer, ELRA):
             remedy = "--optim_args max_step_norm=0.1 (2 otherwise), or a larger batch"
+        self._alert("the loss has risen again", f"to {levels.risen.mean:.4g} from {levels.lowest.mean:.4g}.")
         logger.warning(
             "Update %d: the loss has risen again, to a mean of %.4g over %d updates, which was %.4g at its lowest. "
             "Unless the data have become harder, the steps are too long here, at a learning rate of %.2g; try %s.",

@@ -24,8 +24,9 @@ from hf_elra.trainer.accounting import Accounting, ElraCallback, put_first
 from hf_elra.trainer.arguments import ElraSettings, set_meanwhile
 from hf_elra.trainer.averaging import Averaging
 from hf_elra.trainer.batch_control import BatchControl, control_for
-from hf_elra.trainer.callbacks import suit_progress_bar
+from hf_elra.trainer.cards import create_card
 from hf_elra.trainer.checkpoints import PutOff, explained
+from hf_elra.trainer.display import suit_display
 from hf_elra.trainer.logs import Logs
 from hf_elra.trainer.loss_scale import LossScale
 from hf_elra.trainer.micro_batches import MicroBatches, micro_batches_of
@@ -128,7 +129,7 @@ class ElraTrainerMixin(_Base):
         self.elra.accounting.prepare()
         control = control_for(self, self.elra_settings, checks.suiting_control(self, ours))
         self.elra.size.prepare(control)
-        suit_progress_bar(self, control is not None and control.asked_for)
+        suit_display(self, self.elra_settings.elra_display, control is not None and control.asked_for)
         self.elra.averaging.prepare(self.average_over)
         put_first(self, ElraCallback(self.elra_settings.control_cycle(self.train_dataset)))
         self._prepared_for = checks.decided_by(self)
@@ -277,6 +278,10 @@ class ElraTrainerMixin(_Base):
         """The stock prediction, by the mean if boosting is on."""
         with self.elra.averaging.in_use():
             return super().predict(*args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        """Stock, with what the optimizer did; a card of ``hf-elra card`` in the output folder stays."""
+        create_card(self, super().create_model_card, *args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
         """The stock upload, of the mean if boosting is on."""

@@ -55,6 +55,8 @@ POINTS = (1, 2, 3, 5, 8, 11, 12, 14, 19, 23, 27, 31, 36, 45)
 """Updates of a bare loop that are recorded."""
 METRICS = (2, 12, 27, 45)
 """Those of them with all metrics."""
+NOT_THE_PATH = ("seconds", "samples_seen", "tokens_seen", "share", "at_floor", "cropped", "at_ceiling")
+"""What logs say of a run's progress and of limits; the path itself shows the limits."""
 SPIKE, NAN_LOSS, NAN_GRADIENT, NOTHING, NEW_LEVEL = 13, 18, 22, 26, 32
 """Updates in which something happens; from the last one on every loss is higher by ``HIGHER`` where there is noise."""
 HIGHER = 30.0
@@ -391,8 +393,9 @@ def train_once(case: Training, folder: str, given: dict[str, Any], checkpoint: s
     if dist.is_initialized():
         run.accelerator.wait_for_everyone()
     logs = [
-        {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
+        {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second", *NOT_THE_PATH))}
         for entry in run.state.log_history
+        if "elra" not in entry  # of a single update
     ]
     return [*copy.deepcopy(logs), {"step": None, **summary(weights(run.model))}]
 

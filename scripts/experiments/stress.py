@@ -34,8 +34,9 @@ from typing import Any
 import torch
 
 from hf_elra import ELRA, ELRASpectral
-from hf_elra.recipes.run_folder import METRICS, read_json, write_json
+from hf_elra.recipes.run_folder import read_json, write_json
 from hf_elra.report.environment import environment
+from hf_elra.report.names import METRICS
 from hf_elra.report.table import markdown_table
 from lib import many_processes
 from lib.many_processes import apart, together

@@ -162,7 +162,7 @@ def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perple
     assert str(metrics["perplexity"]) == perplexity
     assert math.isfinite(metrics["validation_loss"]) == (perplexity == "inf")
     assert f"(perplexity {perplexity})" in output
-    assert f"| perplexity | {perplexity} |" in (tmp_path / "card.md").read_text()
+    assert f"| perplexity on held-out data | {perplexity} |" in (tmp_path / "card.md").read_text()
 
 
 @pytest.mark.parametrize(

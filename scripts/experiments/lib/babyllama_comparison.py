@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.recipes.run_folder import LOG, METRICS, read_json, write_json
+from hf_elra.recipes.run_folder import read_json, write_json
+from hf_elra.report.names import LOG, METRICS
 from hf_elra.report.table import markdown_table
 
 EVALUATIONS = 16

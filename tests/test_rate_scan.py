@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_elra.optim.rules.kesten_gain import KestenGain
 from torch import nn
 
 from hf_elra.optim.averaging import WeightAverage
-from hf_elra.optim.rules.kesten_gain import KestenGain
 from hf_elra.optim.spectral import ELRASpectral
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from hf_elra.optim.rules.kesten_gain import KestenGain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +16,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
 from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
-from hf_elra.optim.rules.kesten_gain import KestenGain
 from tests.conftest import llama, token_rows
 
 # ---- the twin in plain float64 ----

@@ -443,8 +443,6 @@ class ElraCallback(TrainerCallback, ExportableState):
         control = self.trainer.batch_control
         if control is None or not control.decides_at_cycles:  # nobody asks for the cycle's losses
             return
-        if (optimizer := self.trainer.elra_optimizer) is not None and not optimizer.search_finished:
-            return  # of a point that will be taken back
         self._waiting.append(loss)
         if len(self._waiting) >= LOSSES_ON_DEVICE:
             self._take_in()

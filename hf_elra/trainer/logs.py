@@ -28,8 +28,6 @@ COUNTED = {
     "log: %d); ELRA takes it that the data have changed, and goes on from there.",
 }
 """What an optimizer may count, and what it means."""
-OF_STEPS = "restarts", "accepted_levels"
-"""What is no news in a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 
@@ -63,42 +61,27 @@ class Logs:
         if optimizer is None:
             return
         self._counts_told = state.global_step, optimizer.metrics
-        updates, search = state.max_steps - state.global_step, optimizer.search_updates_left
-        if 0 < updates <= search:
-            logger.warning(
-                "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
-                "to be kept and are taken back at its end. Train longer, or pass --optim_args search=0.",
-                updates,
-                search,
-            )
 
     # ---- an update ----
 
     def add_loss(self, loss: Any) -> None:
         """Take in the mean loss of an update, which may be on the device."""
         optimizer = self._trainer.elra_optimizer
-        if optimizer is None or not optimizer.search_finished or self._levels is None:
+        if optimizer is None or self._levels is None:
             return
         self._losses.append(loss)
         if len(self._losses) >= LOSSES_ON_DEVICE:
             self._judge_losses()
 
-    def forget_steps_of_a_search(self) -> None:
-        """A search has to take steps that are too long, so that it is no news that they were taken back."""
-        optimizer = self._trainer.elra_optimizer
-        if optimizer is not None and not optimizer.search_finished:
-            metrics, (last_update, told) = optimizer.metrics, self._counts_told
-            self._counts_told = last_update, {**told, **{name: metrics[name] for name in OF_STEPS}}
-
     # ---- a log ----
 
     def learning_rate(self, stock_rate: Any) -> float:
-        """α times what a scheduler makes of it, as the update took it: during a search schedulers do not count."""
+        """α times what a scheduler makes of it, as the update took it."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is None:
             return float(stock_rate())
         group = optimizer.param_groups[0]
-        return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.search_finished else 1.0))
+        return float(optimizer.alpha * float(group["lr"]) / group["base_lr"])
 
     def complete(self, logs: dict[str, Any]) -> None:
         """Add to what the stock Trainer logs."""
@@ -137,9 +120,7 @@ class Logs:
             if since[name] > 0:
                 logger.warning("Update %d: " + text, update, since[name])
         taken_back = since["restarts"] - since["non_finite"]
-        optimizer = self._trainer.elra_optimizer
-        searches = optimizer is not None and not optimizer.search_finished
-        now = 0 if searches else int(metrics.get("consecutive_restarts", 0))
+        now = int(metrics.get("consecutive_restarts", 0))
         if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
             logger.warning(
                 "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "

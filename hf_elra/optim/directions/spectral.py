@@ -26,7 +26,8 @@ OVER = 1e-3
 class Spectral(Direction):
     """Polar factors of averaged gradients; rows of embeddings and vectors along their own averages.
 
-    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter.
+    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter, and of ``shares``, by which directions
+    are multiplied.
 
     Args:
         momentum: share of the averaged gradient that is kept at an update (Nesterov's form); 0 for no average, which
@@ -60,7 +61,11 @@ class Spectral(Direction):
             directions_of_groups.append((directions, group_params, experts))
         if self.momentum > 0:
             freeze_inactive(*of_all)
-        return [restack(*group) for group in directions_of_groups]
+        found = [restack(*group) for group in directions_of_groups]
+        for group, group_params, directions in zip(groups, params, found, strict=True):
+            shares = dict(zip(group["params"], group["shares"], strict=True))
+            torch._foreach_mul_(directions, [shares[p] for p in group_params])
+        return found
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""

@@ -1,6 +1,7 @@
 # make train   set up a virtual environment and train a BabyLlama (resumes an interrupted run)
 # make test    set it up and run the tests
 # make lint    ruff and mypy
+# make docs    build the site into build/site; look at it with: python3 -m http.server -d build/site
 # make gpu-bundle   what scripts/gpu_check.py needs on a machine without a network (docs/gpu_check.md)
 # make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
@@ -28,6 +29,11 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+.PHONY: docs
+# Not with --quiet, which would hide warnings from --strict.
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 gpu-bundle: setup
 	$(PY) scripts/gpu_bundle.py --output gpu-bundle $(ARGS)
 
@@ -54,6 +60,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		|| $(PY) -m pip install -q "torch==$(TORCH)"; \
 	fi
 	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[test,lint]"
+	@touch $@
+
+# The extra "docs", by name: with -e ".[docs]" pip would build this package again, which takes longer than all the rest.
+$(STAMP)-docs: $(STAMP)
+	$(PY) -m pip install -q -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 clean:

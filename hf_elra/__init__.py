@@ -1,8 +1,8 @@
 """ELRA for Hugging Face Transformers: training without choosing a learning rate.
 
 ``import hf_elra`` is enough to register ``--optim elra`` with Transformers, and this package's image classifiers with
-``AutoModel…``, so that saved ones load. Both happen where Transformers is imported, before or afterwards; nothing here
-imports it. Names are looked up when they are used: ``from hf_elra.optim import ELRA`` needs PyTorch alone.
+``AutoModel…``, so that saved ones load. Both happen when Transformers is imported, before this package or after it;
+nothing here imports it. Names are looked up when they are used: ``from hf_elra.optim import ELRA`` needs PyTorch alone.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         register,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ELRA",

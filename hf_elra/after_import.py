@@ -1,4 +1,4 @@
-"""Calls a function as soon as a module of another package is imported, or at once where it is already.
+"""Calls a function as soon as a module of another package is imported, or at once if it is imported already.
 
 ``import hf_elra`` thereby changes Transformers only in processes that use Transformers, and loads nothing in others.
 """
@@ -53,7 +53,7 @@ class _Finder:
         return None
 
     def executed(self) -> None:
-        """Act if the time has come, and then leave no trace."""
+        """Run the action if the module is executed by now, and then remove this finder."""
         if not self.half_imported and self.name in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
             self.action()
@@ -66,7 +66,7 @@ class _Loader:
         self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_loader", "_finder"):  # not there yet, as in a copy that is being made
+        if name in ("_loader", "_finder"):  # the loader is not there yet, as in a copy that is being made
             raise AttributeError(name)
         return getattr(self._loader, name)
 

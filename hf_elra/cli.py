@@ -1,4 +1,4 @@
-"""The ``hf-elra`` command: thin, each subcommand calls one function of the package."""
+"""The ``hf-elra`` command. Each subcommand calls one function of the package; the work is done there."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], NoReturn], str]] = {
     "babyllama": (_babyllama, "train a small language model from scratch"),
     "classify-images": (_classify_images, "train an image classifier"),
 }
-"""What each command calls, with the words after its name, and what it does in one line."""
+"""By the name of a command: the function that gets the words after the name, and one line that says what it does."""
 
 
 def usage() -> str:
-    """All commands, a line each."""
+    """Return the text that lists all commands, one per line."""
     width = max(map(len, COMMANDS)) + 2
     lines = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
     first = "usage: hf-elra COMMAND [ARGS ...]\n       hf-elra --version"

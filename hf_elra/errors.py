@@ -1,7 +1,7 @@
-"""What is said to a user: the exception types for wrong input and for checkpoints that cannot be written, and warnings.
+"""Exceptions and warnings for users: wrong input, and checkpoints that cannot be written.
 
-They live outside every room because all of them raise them. Scripts and the launcher turn wrong input into one line on
-stderr and exit code 2; nothing else is handled here. A package that is missing counts as wrong input.
+They live here because every room raises them. Scripts and the launcher turn wrong input into one line on stderr and
+exit code 2; nothing else is handled here. A missing package counts as wrong input.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _NOT_THE_USERS = ("hf_elra", "torch", "accelerate", "transformers")
 
 
 class ConfigurationError(ValueError):
-    """A setting cannot be used. The message names the setting, the value and the remedy."""
+    """Raised where a setting cannot be used. The message names the setting, its value and the remedy."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. The message says why, and from where training can go on."""
+    """Raised where a checkpoint could not be written. The message says why, and from where training can go on."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -39,15 +39,15 @@ def needed_by_recipes(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:  # a package that this one needs
+        if error.name != package:  # it is a package that the wanted one needs
             raise
         raise ConfigurationError(
-            f"the package {package} is missing, which this needs; install it with: pip install 'hf_elra[recipes]'"
+            f"this needs the package {package}, which is missing; install it with: pip install 'hf_elra[recipes]'"
         ) from error
 
 
 def warn_user(message: str) -> None:
-    """Warn of what the user's code does, at that line of it which called into this package or those it serves."""
+    """Warn of something that the user's code does; the warning points to the line that called into this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         level, frame = level + 1, frame.f_back

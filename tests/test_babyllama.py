@@ -209,7 +209,7 @@ def test_new_folder(tmp_path):
 def test_foreign_folder_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for given in ({}, {"overwrite": True}, {"resume": True, "overwrite": True}):
-        with pytest.raises(ConfigurationError, match="no run of this script"):
+        with pytest.raises(ConfigurationError, match="not a run of this script"):
             check(tmp_path, **given)
     with pytest.raises(ConfigurationError, match="is a file"):
         check(tmp_path / "thesis.tex")
@@ -225,7 +225,7 @@ def test_settings_of_another_program_do_not_make_a_run(tmp_path, content):
     else:
         (tmp_path / SETTINGS).write_bytes(content if isinstance(content, bytes) else content.encode())
     for given in ({}, {"overwrite": True}, {"resume": True}, {"resume": True, "overwrite": True}):
-        with pytest.raises(ConfigurationError, match="no run of this script"):
+        with pytest.raises(ConfigurationError, match="not a run of this script"):
             check(tmp_path, **given)
 
 

@@ -69,7 +69,7 @@ def test_a_recipe_that_lacks_a_package_says_how_to_install_it(monkeypatch, tmp_p
         call(monkeypatch, "babyllama", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--use_cpu")
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert f"the package {package} is missing" in error
+    assert f"needs the package {package}, which is missing" in error
     assert "pip install 'hf_elra[recipes]'" in error
     assert not (tmp_path / "run").exists()
 

@@ -71,7 +71,7 @@ def test_npz_of_arrays_and_of_encoded_images(tmp_path):
     assert images.shape == (9, 3, 10, 10)
     assert np.array_equal(images[:, 1].numpy(), PIXELS[:9])
     np.savez(tmp_path / "c.npz", pixels=PIXELS)
-    with pytest.raises(ConfigurationError, match="holds pixels; wanted are test_images, test_labels"):
+    with pytest.raises(ConfigurationError, match="holds pixels; needed are test_images, test_labels"):
         load_images(str(tmp_path / "c.npz"))
 
 
@@ -85,7 +85,7 @@ def test_labels_may_stand_in_a_column(tmp_path, shape):
     assert len(data.classes) == 3
     for labels in (np.eye(3, dtype=int)[LABELS[:9]], LABELS[:9].astype(str), LABELS[0]):
         np.savez(tmp_path / "a.npz", train_labels=labels, **arrays)
-        with pytest.raises(ConfigurationError, match=r"train_labels are .* of shape .*; wanted is one class number"):
+        with pytest.raises(ConfigurationError, match=r"train_labels are .* of shape .*; one class number is needed"):
             load_images(str(tmp_path / "a.npz"))
 
 
@@ -245,7 +245,7 @@ def test_missing_files_are_named(source):
 
 
 def test_a_name_that_the_hub_does_not_give_is_named():
-    with pytest.raises(ConfigurationError, match="dataset='no_such_data' is no local path and could not be loaded"):
+    with pytest.raises(ConfigurationError, match="dataset='no_such_data' is not a local path and could not be loaded"):
         load_images("no_such_data")
 
 

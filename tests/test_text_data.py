@@ -84,14 +84,14 @@ LINES = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(1000)).en
         (None, "missing.txt", "does not exist"),
         (b"", "empty.txt", "holds no text"),
         (b" \n<|endoftext|>\n ", "blank.txt", "holds no text"),
-        (b"\xff\xfe\x00bad", "latin.txt", "no UTF-8 text"),
-        (b"no gzip", "plain.txt.gz", "no UTF-8 text"),
+        (b"\xff\xfe\x00bad", "latin.txt", "not UTF-8 text"),
+        (b"no gzip", "plain.txt.gz", "not UTF-8 text"),
         (b"", "empty.jsonl", "is empty"),
         (b'{"txet": "a"}\n', "column.jsonl", "no column 'text'. Did you mean 'txet'"),
         (b"not json", "broken.jsonl", "cannot be read as jsonl"),
-        (b'{"text": 1}\n{"text": 2}\n', "numbers.jsonl", r"column 'text' holds Value\('int64'\), no text"),
-        (b'{"text": ["a", "b"]}\n', "lists.jsonl", "column 'text' holds List.*, no text"),
-        (b'{"text": "a"}\n{"text": 1}\n', "mixed.jsonl", "column 'text' holds .*, no text"),
+        (b'{"text": 1}\n{"text": 2}\n', "numbers.jsonl", r"column 'text' holds Value\('int64'\), not text"),
+        (b'{"text": ["a", "b"]}\n', "lists.jsonl", "column 'text' holds List.*, not text"),
+        (b'{"text": "a"}\n{"text": 1}\n', "mixed.jsonl", "column 'text' holds .*, not text"),
         (b'{"text": null}\n', "nulls.jsonl", "column 'text' holds no text"),
         (b"\n\n", "blank.jsonl", "cannot be read as jsonl"),
         (b"PAR", "none.parquet", "cannot be read as parquet"),
@@ -99,7 +99,7 @@ LINES = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(1000)).en
         (LINES, "plain.jsonl.gz", "cannot be read as jsonl: Not a gzipped file"),
         (damaged(LINES), "damaged.jsonl.gz", "cannot be read as jsonl: Error -3"),
         (gzip.compress(LINES, mtime=0)[:-20], "cut.jsonl.gz", "cannot be read as jsonl: Compressed file ended"),
-        (damaged(LINES), "damaged.txt.gz", "no UTF-8 text: Error -3"),
+        (damaged(LINES), "damaged.txt.gz", "not UTF-8 text: Error -3"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value,
 )
@@ -127,7 +127,7 @@ def test_data_set_in_a_local_folder_is_loaded_as_from_the_hub(tmp_path):
 
 def test_data_set_without_training_split_is_named_and_nulls_are_passed_over(tmp_path):
     write(tmp_path, "test.jsonl", STORIES)
-    with pytest.raises(ConfigurationError, match=r"has the split\(s\) test; wanted is one called train.*--train_file"):
+    with pytest.raises(ConfigurationError, match=r"has the split\(s\) test; one called train is needed.*--train_file"):
         load_texts(dataset=str(tmp_path))
     write(tmp_path, "train.jsonl", [None, *STORIES, None])
     assert load_texts(dataset=str(tmp_path)).train == STORIES

@@ -1,4 +1,4 @@
-"""Control cycles, loss statistics and the batch size: plain Python, knows neither torch nor Hugging Face."""
+"""Control cycles, loss statistics and the batch size: plain Python without torch or Hugging Face."""
 
 from hf_elra.control.batch_size import BatchDecision, BatchSchedule, BatchSizeController
 from hf_elra.control.cycle import ControlCycle

@@ -1,9 +1,8 @@
-"""The batch size that grows when noise dominates (ELRA, sections 3.3 and 3.4), in plain Python.
+"""A batch size that grows when noise dominates (ELRA, sections 3.3 and 3.4), in plain Python.
 
-The unit is the accumulation number m: an update uses m base batches. A controller is told the mean loss and its
-standard deviation at the end of every control cycle, and perhaps how large a batch the noise asks for
-(``noise_scale.py``), and answers with a :class:`BatchDecision`. How m base batches become one update is the Trainer's
-business.
+The unit is the accumulation number m: an update uses m base batches. At the end of every control cycle a controller
+gets the mean loss and its standard deviation, and possibly how large a batch the noise asks for (``noise_scale.py``).
+It answers with a :class:`BatchDecision`. How m base batches become one update is the Trainer's business.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ CONDITIONS = ("rise", "noise", "stall")
 """Conditions (1) to (3) of section 3.3: the mean loss rose; its relative noise is large; no progress in 3 cycles."""
 
 CASCADE = 3
-"""Every third change divides instead of multiplying."""
+"""Every change whose number is a multiple of this one divides the batch size instead of multiplying it."""
 
 
 @dataclass(frozen=True)
 class BatchDecision:
-    """What was decided at the end of one control cycle.
+    """The decision at the end of one control cycle.
 
     Attributes:
         cycle: number of the cycle, from 1.
         mean: mean loss of the cycle.
         std: standard deviation of the losses in it.
-        condition: the condition that held (the first in the order of ``CONDITIONS``), or None; ``"noise_scale"`` where
-            that made the change.
+        condition: the condition that held (the first in the order of ``CONDITIONS``), or None; ``"noise_scale"`` if
+            the noise scale made the change.
         change: ``"grow"``, ``"shrink"`` (the cascade, or a smaller noise scale) or ``"keep"``.
         accumulation: base batches of an update from now on.
     """
@@ -95,7 +94,7 @@ class BatchSizeController:
         return self.initial_accumulation / accumulation
 
     def end_cycle(self, mean: float, std: float) -> BatchDecision:
-        """Take a finished cycle's mean loss and standard deviation into account and decide."""
+        """Decide from the mean loss and the standard deviation of the cycle that has just ended."""
         means = [decision.mean for decision in self.decisions[-3:]]
         condition = next(
             (name for name in CONDITIONS if name in self.conditions and _holds(name, mean, std, means)), None
@@ -114,10 +113,10 @@ class BatchSizeController:
         return self._decided(mean, std, condition, change)
 
     def follow(self, wanted: float | None, mean: float, std: float) -> BatchDecision:
-        """Take a finished cycle into account and let m go towards the ``wanted`` one, by one change at most.
+        """Let m go towards ``wanted``, by one change at most, at the end of a cycle.
 
-        Beyond the paper: McCandlish et al. (2018) advise a batch of about the noise scale. ``wanted`` is that over the
-        samples of a base batch, or None where it is not known yet.
+        This is beyond the paper: McCandlish et al. (2018) advise a batch of about the noise scale. ``wanted`` is the
+        noise scale divided by the samples of a base batch, or None if it is not known yet.
         """
         before = self.exact
         if wanted is not None:
@@ -134,7 +133,7 @@ class BatchSizeController:
         return decision
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes, as plain JSON values."""
+        """Return everything that changes, as plain JSON values."""
         return {
             "exact": self.exact,
             "changes": self.changes,
@@ -142,34 +141,35 @@ class BatchSizeController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned."""
         self.exact, self.changes = state["exact"], state["changes"]
         self.decisions = [BatchDecision(**decision) for decision in state["decisions"]]
 
 
 UPDATES_PER_GROWTH = 200
-"""Of a batch that grows linearly. Chosen on language models, see docs/results/lm.md."""
+"""Updates between two growths of a batch that grows linearly; chosen on language models, see docs/results/lm.md."""
 
 
 def linear_factor(data: float) -> int:
-    """The batch, over the first one, that grows by the first one every ``UPDATES_PER_GROWTH`` updates.
+    """Return the batch size, as a multiple of the first one, of a batch that grows linearly with the updates.
 
-    So it grows as the square root of the data seen. That averages over noise as a learning rate does that falls with
-    the square root of the time, and needs no length of the run (S. L. Smith et al., "Don't decay the learning rate,
-    increase the batch size", 2018, for exchanging the two).
+    It grows by its first size every ``UPDATES_PER_GROWTH`` updates, hence as the square root of the data seen. This
+    averages over noise as a learning rate does that falls with the square root of time, and the length of the run need
+    not be known. S. L. Smith et al., "Don't decay the learning rate, increase the batch size" (2018), show that batch
+    and rate can take each other's place.
 
     Args:
-        data: seen so far, in updates of the first size; the k-th growth comes after k(k + 1)/2 times
+        data: the data seen so far, in updates of the first size; the k-th growth comes after k(k + 1)/2 times
             ``UPDATES_PER_GROWTH``.
     """
     return 1 + math.floor((math.sqrt(1 + 8 * data / UPDATES_PER_GROWTH) - 1) / 2)
 
 
 def _holds(condition: str, mean: float, std: float, previous: list[float]) -> bool:
-    """Whether a condition holds; ``previous`` are the means of up to three cycles before this one, oldest first."""
+    """Return whether a condition holds; ``previous`` are the means of up to three earlier cycles, oldest first."""
     if condition == "rise":
         return bool(previous) and mean > previous[-1] + std / 10
-    if condition == "noise":  # for a mean of 0 or below, where a ratio says nothing, its size counts
+    if condition == "noise":  # a ratio says nothing for a mean of 0 or below: its size counts then
         return mean != 0 and std / abs(mean) > 0.5
     return len(previous) == 3 and previous[0] < min(mean, previous[1], previous[2])
 

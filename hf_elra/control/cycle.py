@@ -1,4 +1,4 @@
-"""Lengths of control cycles, and the count that tells when one is over.
+"""Lengths of control cycles, and a count that says when one is over.
 
 A control cycle is the stretch of training over which the mean loss is taken. Its length is written the way Composer
 users write time: ``45000sp`` (samples), ``45000tok`` (tokens), ``0.25ep`` (epochs) or ``100ba`` (updates). What happens
@@ -37,7 +37,7 @@ class ControlCycle:
         match = _PATTERN.fullmatch(str(text))
         if match is None or match["unit"] not in UNITS:
             raise ConfigurationError(
-                f"{name}={text!r} is no length: write a number and a unit, "
+                f"{name}={text!r} is not a length: write a number and a unit, "
                 "45000sp (samples), 45000tok (tokens), 1ep (epochs) or 100ba (updates)."
             )
         length, unit = float(match["length"]), match["unit"]
@@ -48,7 +48,7 @@ class ControlCycle:
         return cls(length, unit)
 
     def samples(self, per_epoch: float | None, tokens_per_sample: float | None) -> float | None:
-        """Samples in a cycle; None where that cannot be told from the samples of an epoch and the tokens of a sample.
+        """Return the samples in a cycle, or None if the arguments do not say enough.
 
         Args:
             per_epoch: samples of an epoch, or None if unknown.
@@ -63,9 +63,9 @@ class ControlCycle:
         return None
 
     def advance(self, *, samples: int, tokens: int, epochs: float, updates: int) -> bool:
-        """Tell the totals since the start of training; return whether a cycle ended since the last call.
+        """Take the totals since the start of training; return whether a cycle has ended since the last call.
 
-        A step over several ends at once counts as one end: the losses since the last one make one cycle.
+        If several ends lie between two calls they count as one: the losses since the last end make one cycle.
         """
         position = {"sp": samples, "tok": tokens, "ep": epochs, "ba": updates}[self.unit]
         # An epoch's end is a sum of floats that may fall a rounding error short of the whole number.

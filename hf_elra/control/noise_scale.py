@@ -1,7 +1,7 @@
 """How noisy gradients are: the batch size at which noise and signal weigh the same, in plain Python.
 
-Squared norms go in, taken by the Trainer (``trainer/micro_batches.py``); what they decide about the batch is in
-``batch_size.py``.
+The Trainer measures the squared norms that go in (``trainer/micro_batches.py``). What the noise scale decides about
+the batch is in ``batch_size.py``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MEMORY = 0.98
-"""Share of the averages that is kept at an update: they reach over about 50 updates."""
+"""Share of an average that is kept at an update, so that it reaches over about 50 updates."""
 
 
 @dataclass
 class NoiseScale:
     """The simple noise scale tr(Σ)/‖G‖², a number of samples, from squared norms of gradients over two batch sizes.
 
-    E‖g_B‖² = ‖G‖² + tr(Σ)/B for the mean gradient g_B of B samples. Two sizes give both unknowns, without bias; they
-    are averaged over updates, as their ratio alone is far too noisy.
+    E‖g_B‖² = ‖G‖² + tr(Σ)/B for the mean gradient g_B of B samples. Two sizes give both unknowns, without bias. Both
+    are averaged over updates, since the ratio of single estimates is far too noisy.
 
     Attributes:
         signal: average of the estimates of ‖G‖².
@@ -34,7 +34,7 @@ class NoiseScale:
     count: int = 0
 
     def add(self, small: float, small_square: float, big: float, big_square: float) -> None:
-        """Take an update into account; one whose numbers are not finite is left out.
+        """Add the numbers of one update; numbers that are not finite are left out.
 
         Args:
             small, big: samples of either batch; small < big.
@@ -50,7 +50,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """The noise scale in samples; infinite where no signal is left of the noise, None before any update."""
+        """Return the noise scale in samples: infinite if the signal is lost in the noise, None before any update."""
         if self.count == 0:
             return None
         if self.signal <= 0:
@@ -58,5 +58,5 @@ class NoiseScale:
         return max(self.noise, 0.0) / self.signal
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """Return everything, as plain JSON values."""
         return asdict(self)

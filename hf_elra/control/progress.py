@@ -1,8 +1,8 @@
-"""How far a training run is and how much of it is left, when updates differ in size. Plain Python.
+"""How far a training run is and how much of it is left, where updates differ in size. Plain Python.
 
 A run ends after a number of epochs, updates, samples or tokens. Everything that shows or uses progress (the progress
-bar, the number of updates to come, learning-rate and batch schedules) asks here. What counts samples and tokens is the
-Trainer's business.
+bar, the number of updates to come, learning-rate and batch schedules) asks here. The Trainer counts samples and
+tokens.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 @dataclass
 class TrainingProgress:
-    """Position of a run in its data.
+    """The position of a run in its data.
 
-    As in the Trainer, a limit in updates overrides the number of epochs; limits in samples and tokens do so too. Of
-    several limits the first one reached counts.
+    As in the Trainer, a limit in updates overrides the number of epochs. Limits in samples and tokens do so too. If
+    there are several limits, the first one that is reached counts.
 
     Args:
-        num_epochs: epochs to train, where nothing else limits the run.
+        num_epochs: epochs to train, if nothing else limits the run.
         max_updates, max_samples, max_tokens: limits, None for none.
         samples_per_batch: samples of a whole micro-batch, over all processes.
         samples_per_epoch: samples that an epoch draws; None for data of unknown length.
         tokens_per_sample: a first estimate, until tokens have been seen.
         drops_last: the incomplete micro-batch at the end of an epoch is left out.
-        skips_incomplete: so is the incomplete group of micro-batches there.
+        skips_incomplete: the incomplete group of micro-batches at the end of an epoch is left out too.
     """
 
     num_epochs: float = 1.0
@@ -38,7 +38,7 @@ class TrainingProgress:
     tokens_per_sample: float = 1.0
     drops_last: bool = False
     skips_incomplete: bool = False
-    # Position: epochs that are over, samples taken in the one that runs; totals over the run.
+    # The position: epochs that are over, and samples taken in the running one. Then totals over the run.
     epoch: int = 0
     taken: int = 0
     updates: int = 0
@@ -47,25 +47,25 @@ class TrainingProgress:
 
     @property
     def limited(self) -> bool:
-        """Whether something else than the number of epochs ends the run."""
+        """Whether something other than the number of epochs ends the run."""
         return any(limit is not None for limit in (self.max_updates, self.max_samples, self.max_tokens))
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Micro-batches of a whole epoch; None for data of unknown length."""
+        """Micro-batches in a whole epoch; None for data of unknown length."""
         return None if self.samples_per_epoch is None else self._batches_after(0)
 
     def _batches_after(self, taken: int) -> int:
-        """Micro-batches of an epoch after its first ``taken`` samples."""
+        """Return the micro-batches that an epoch has after its first ``taken`` samples."""
         left = max(0, (self.samples_per_epoch or self.samples_per_batch) - taken)
         return left // self.samples_per_batch if self.drops_last else -(-left // self.samples_per_batch)
 
     def restart(self, epoch: int = 0, taken: int = 0) -> None:
-        """Take a position in the data; the totals are told by :meth:`count`."""
+        """Go to a position in the data; :meth:`count` sets the totals."""
         self.epoch, self.taken = epoch, taken
 
     def take(self, batches: int) -> int:
-        """Move on by so many micro-batches; return their samples, where none but an epoch's last is incomplete."""
+        """Move on by so many micro-batches and return their samples; only an epoch's last one may be incomplete."""
         samples = batches * self.samples_per_batch
         if self.samples_per_epoch is not None:
             samples = min(samples, self.samples_per_epoch - self.taken)
@@ -73,11 +73,11 @@ class TrainingProgress:
         return samples
 
     def count(self, *, updates: int, samples: int, tokens: int) -> None:
-        """Take the totals of the run."""
+        """Set the totals of the run."""
         self.updates, self.samples, self.tokens = updates, samples, tokens
 
     def epoch_is_over(self, accumulation: int) -> bool:
-        """Whether the running epoch has no further update of ``accumulation`` micro-batches."""
+        """Return whether the running epoch has no further update of ``accumulation`` micro-batches."""
         if self.samples_per_epoch is None:
             return False
         left = self._batches_after(self.taken)
@@ -92,11 +92,11 @@ class TrainingProgress:
 
     @property
     def _epoch_length(self) -> int:
-        """Samples of the micro-batches of an epoch, an incomplete one for as many as a whole one."""
+        """Samples in the micro-batches of an epoch; an incomplete micro-batch counts as a whole one."""
         return (self.batches_per_epoch or 1) * self.samples_per_batch
 
     def fraction(self, accumulation: int = 1) -> float:
-        """Share of the run that is done, in [0, 1]; 1 at its end where the next update has that ``accumulation``."""
+        """Return the share of the run that is done, in [0, 1], if the next update has this ``accumulation``."""
         shares = [
             seen / limit
             for seen, limit in (
@@ -111,13 +111,13 @@ class TrainingProgress:
         return min(1.0, max(shares, default=0.0))
 
     def updates_left(self, accumulation: int) -> int:
-        """Updates still to come if every one has ``accumulation`` micro-batches; 0 exactly when the run is over."""
+        """Return the updates to come if each has ``accumulation`` micro-batches; 0 exactly when the run is over."""
         if not self.limited:
             return self._plan(accumulation)[0]
         return max(0, min(self._left_by_limit(accumulation).values()))
 
     def unit(self, accumulation: int) -> str:
-        """What is best shown as progress: the unit of the limit that ends the run, ``samples`` where epochs do."""
+        """Return the unit to show progress in: that of the limit that ends the run, or samples if epochs end it."""
         if not self.limited:
             return "samples"
         left = self._left_by_limit(accumulation)
@@ -136,21 +136,21 @@ class TrainingProgress:
         return left
 
     def total(self, unit: str, accumulation: int) -> int:
-        """Size of the whole run in the unit that :meth:`unit` names, at least what is done."""
+        """Return the size of the whole run in the unit of :meth:`unit`, at least what is done."""
         if unit == "samples" and not self.limited:
             return self.samples + self._plan(accumulation)[1]
         limit = {"tokens": self.max_tokens, "samples": self.max_samples, "updates": self.max_updates}[unit]
         return max(limit or 0, getattr(self, unit))
 
     def total_epochs(self, accumulation: int) -> int:
-        """Epochs of the whole run, begun ones included; at least 1."""
+        """Return the epochs of the whole run, begun ones included; at least 1."""
         if not self.limited:
             return math.ceil(self.num_epochs)
         seen, done = self.epochs(accumulation), self.fraction()
         return max(1, math.ceil(seen / done - 1e-9)) if seen and done else 1
 
     def _plan(self, accumulation: int) -> tuple[int, int]:
-        """Updates and samples to come in a run of ``num_epochs`` epochs."""
+        """Return the updates and samples to come in a run of ``num_epochs`` epochs."""
         per_epoch, per_batch = self.batches_per_epoch or 1, self.samples_per_batch
         end = math.ceil(self.num_epochs * per_epoch)
         epoch, taken = self.epoch, self.taken
@@ -159,7 +159,7 @@ class TrainingProgress:
             in_epoch = self._batches_after(taken)
             left = min(in_epoch, wanted)
             whole, rest = divmod(left, accumulation)
-            # The incomplete group at the end of an epoch may be skipped; in mid-epoch the last group is taken whole.
+            # Only at the end of an epoch may an incomplete group be skipped.
             if rest and not (left == in_epoch and self.skips_incomplete):
                 whole += 1
             updates += whole
@@ -169,7 +169,7 @@ class TrainingProgress:
         return updates, left_samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, as plain JSON values.
+        """Return the position in the data, as plain JSON values.
 
         It is in samples, so that a run can go on with batches of another size.
         """

@@ -1,6 +1,6 @@
 """Mean and standard deviation of a stream of losses, in plain Python.
 
-Numbers go in one at a time and next to nothing is stored. :class:`LossStatistics` takes every loss as it is, whereas
+Losses go in one at a time, and hardly anything is stored. :class:`LossStatistics` takes every loss as it is, while
 :class:`CycleLosses` lets no single one dominate. What the numbers decide (restarts, batch sizes) does not live here.
 """
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ENOUGH_LOSSES = 10
-"""From so many losses on their falling average says what is ordinary; before that, their median."""
+"""From this many losses on, their falling average says what is ordinary; before that, their median does."""
 RECENT_LOSSES = 50
-"""Losses over which the falling average looks back."""
+"""How many losses the falling average looks back over."""
 OUTLIER_SIGMA = 5.0
-"""A loss counts as at most so many standard deviations above what is ordinary, as in ELRA's soft restarts."""
+"""A loss counts as at most this many standard deviations above what is ordinary, as in ELRA's soft restarts."""
 LOSSES_OF_A_LEVEL = 20
 """Losses in a block of :class:`LossLevels`."""
 RISE_SIGMA = 5.0
-"""Standard errors by which a block has to be above the lowest one."""
+"""How many standard errors a block has to be above the lowest one."""
 BLOCKS_IN_A_ROW = 3
-"""So many such blocks are 60 updates; the stock sampler that groups rows by length sorts 50 batches at a time."""
+"""High blocks in a row that count as a rise: 60 updates, as samplers that group by length sort 50 batches at once."""
 LEAST_RISE = 1e-3
-"""... or this share of it, where losses hardly vary: a level that persists shall be followed."""
+"""The least rise that counts, as a share of the level, so that a level that persists is followed in the end."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LossStatistics:
 
 @dataclass
 class RecentLosses:
-    """Mean and variance of a falling average of losses: of all, then of about the last ``RECENT_LOSSES``."""
+    """Mean and variance of a falling average: of all losses at first, then of about the last ``RECENT_LOSSES``."""
 
     count: int = 0
     mean: float = 0.0
@@ -65,23 +65,23 @@ class RecentLosses:
 
     @property
     def highest(self) -> float:
-        """What a higher loss counts as."""
+        """The most that a loss counts as."""
         return _highest(self.mean, math.sqrt(self.variance))
 
 
 @dataclass
 class LossLevels:
-    """Notices that losses are higher again than they were, by blocks of so many of them.
+    """Notices that losses are higher again than they were, by comparing blocks of losses.
 
-    Not every rise is worth a word: the mean of a block has to be above the lowest one by ``RISE_SIGMA`` standard
-    errors, and more than half of the way from there to the first block has to be lost again; and this in
-    ``BLOCKS_IN_A_ROW``, as rows that are sorted by their length, for one, make losses rise and fall.
+    A small rise does not count. The mean of a block has to be above the lowest one by ``RISE_SIGMA`` standard errors,
+    and more than half of the way from there to the first block has to be lost again. This must happen in
+    ``BLOCKS_IN_A_ROW`` blocks, because losses also rise and fall where rows are sorted by their length.
 
     Attributes:
-        first, lowest: of the first block, and of that with the lowest mean.
-        block: of the running block.
-        high: how many blocks in a row were so high.
-        risen: the last one of these, once they are enough; nothing more is looked for then.
+        first, lowest: statistics of the first block, and of the one with the lowest mean.
+        block: statistics of the running block.
+        high: how many blocks in a row were that high.
+        risen: the last of these blocks once there are enough; nothing more is looked for then.
     """
 
     first: LossStatistics | None = None
@@ -109,17 +109,17 @@ class LossLevels:
 
 @dataclass
 class CycleLosses:
-    """Mean and standard deviation of the losses of a control cycle, in which no single outlier dominates.
+    """Mean and standard deviation of the losses of a control cycle; no single outlier dominates them.
 
-    A loss that is far above the recent ones counts as at most ``OUTLIER_SIGMA`` deviations above them. One of 1000
-    among hundreds near 2 says nothing about the batch size, though it makes the mean rise and σ larger than the mean. A
-    higher level that persists is followed within some tens of losses.
+    A loss that is far above the recent ones counts as at most ``OUTLIER_SIGMA`` deviations above them. A loss
+    of 1000 among hundreds near 2 says nothing about the batch size, though it makes the mean rise and σ larger than the
+    mean. A higher level that persists is followed within some tens of losses.
 
     Attributes:
-        cycle: of the running cycle.
-        recent: of all cycles so far.
-        first: the first ``ENOUGH_LOSSES`` losses of a run, as they are.
-        unsettled: how many of these belong to the running cycle and are not in ``cycle`` yet.
+        cycle: statistics of the running cycle.
+        recent: falling average over all cycles so far.
+        first: the first ``ENOUGH_LOSSES`` losses of a run, unchanged.
+        unsettled: how many of them belong to the running cycle and are not in ``cycle`` yet.
     """
 
     cycle: LossStatistics = field(default_factory=LossStatistics)
@@ -143,7 +143,7 @@ class CycleLosses:
                 self.recent.add(ordinary)
 
     def so_far(self) -> LossStatistics:
-        """Statistics of the running cycle."""
+        """Return the statistics of the running cycle."""
         found = LossStatistics(self.cycle.count, self.cycle.mean, self.cycle.squared_deviations)
         if self.unsettled:
             for loss in self._limited_first()[-self.unsettled :]:
@@ -151,7 +151,7 @@ class CycleLosses:
         return found
 
     def end_cycle(self) -> LossStatistics:
-        """Return the statistics of the cycle, and begin another one."""
+        """Return the statistics of the cycle, and begin the next one."""
         found, self.cycle, self.unsettled = self.so_far(), LossStatistics(), 0
         return found
 
@@ -161,7 +161,7 @@ class CycleLosses:
         return [min(loss, _highest(middle, deviation)) for loss in self.first]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """Return everything, as plain JSON values."""
         return {
             "cycle": [self.cycle.count, self.cycle.mean, self.cycle.squared_deviations],
             "recent": [self.recent.count, self.recent.mean, self.recent.variance],
@@ -171,7 +171,7 @@ class CycleLosses:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> CycleLosses:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned."""
         return cls(
             LossStatistics(*state["cycle"]), RecentLosses(*state["recent"]), list(state["first"]), state["unsettled"]
         )

@@ -1,4 +1,4 @@
-"""Metrics as local ``evaluate`` modules, so that computing one never asks the hub.
+"""Metrics as local ``evaluate`` modules, so that the hub is never asked.
 
 ``load("accuracy")`` returns an ``evaluate`` module with the usual ``compute`` and ``add_batch``.
 """
@@ -17,7 +17,7 @@ def load(name: str) -> Any:
     """Load one of :data:`NAMES`.
 
     Raises:
-        ConfigurationError: there is no metric of this name here; the package ``evaluate`` is not installed.
+        ConfigurationError: there is no metric of this name here, or the package ``evaluate`` is not installed.
     """
     if name not in NAMES:
         raise ConfigurationError(f"metric {name!r} is unknown.{nearest(name, NAMES)} Choose from {', '.join(NAMES)}.")

@@ -1,6 +1,6 @@
-"""The running mean of a training's points, and how to evaluate a model at it (ELRA, section 3.7).
+"""The running mean of the points of a training, and how to evaluate a model at it (ELRA, section 3.7).
 
-When points are taken, and what a Trainer does with their mean, is not here but in ``trainer/averaging.py``.
+``trainer/averaging.py`` decides when points are taken, and what a Trainer does with their mean.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hf_elra.optim.snapshot import unchanged
 
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
-"""Training samples from which the BatchNorm statistics of the mean are computed."""
+"""How many training samples the BatchNorm statistics of the mean are computed from."""
 
 
 class WeightAverage:
     """The mean of the points that parameters went through in the running, or just finished, control cycle.
 
-    It keeps one number per parameter, in float32 where the parameter has fewer bits. Which parameters there are is
-    looked up at every point. One that is trained only later has a mean that begins with it; one that is frozen again
-    stays in the mean; one that is gone, or has another shape than before, loses what was known of it.
+    It keeps one number per parameter, in float32 if the parameter has fewer bits. The parameters are looked up at every
+    point. The mean of a parameter that is trained later begins there. A parameter that is frozen again stays in the
+    mean. The mean of one that is gone, or has another shape than before, is dropped.
 
     Args:
-        parameters (Module, or dict of str to Parameter): what to average: the parameters of a model that are trained,
-            or all that a dict tells by name.
-        power (int, optional): the mean is over all points from the first one on, whatever cycles there are, and the
-            t-th has the weight t^power. (polynomial-decay averaging: O. Shamir and T. Zhang, 2013)
+        parameters (Module, or dict of str to Parameter): what to average: the trained parameters of a model, or all
+            parameters of a dict by name.
+        power (int, optional): average all points from the first one on, whatever cycles there are; the t-th has the
+            weight t^power (polynomial-decay averaging: O. Shamir and T. Zhang, 2013).
 
     Raises:
         ConfigurationError: an argument cannot be used.
@@ -56,7 +56,7 @@ class WeightAverage:
         self.power = power
         self.mean: dict[str, Tensor] = {}
         self.count = 0
-        self._joined: dict[str, int] = {}  # the count when a parameter came, where it came later than the first point
+        self._joined: dict[str, int] = {}  # the count when a parameter came, if it came later than the first point
         self._cycle_is_over = False
         if not self._averaged():
             raise ConfigurationError(
@@ -65,13 +65,13 @@ class WeightAverage:
             )
 
     def _averaged(self) -> dict[str, nn.Parameter]:
-        """The parameters of this moment that are averaged."""
+        """Return the parameters that are averaged now."""
         if isinstance(self._of, dict):
             return self._of
         return {name: p for name, p in self._of.named_parameters() if p.requires_grad or name in self.mean}
 
     def _known(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The parameters of this moment of which there is a mean, each with it."""
+        """Return the present parameters that have a mean, each with its mean."""
         found = self._averaged()
         return [(p, m) for name, m in self.mean.items() if (p := found.get(name)) is not None and p.shape == m.shape]
 
@@ -82,20 +82,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take the present point into the mean; the first one after a cycle's end begins a new mean."""
+        """Add the present point to the mean; the first one after the end of a cycle begins a new mean."""
         if self._cycle_is_over:
             self._forget_points()
         parameters = self._averaged()
         for name in self.mean.keys() - parameters.keys():
             del self.mean[name]
-        lots: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}  # of one type, as foreach functions want them
+        lots: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}  # all of one type, as foreach functions need them
         for name, p in parameters.items():
             point, mean = self._wide(p), self.mean.get(name)
             if mean is None or mean.shape != point.shape:
                 mean = point.clone()
                 if self.count:
                     self._joined[name] = self.count
-            self.mean[name] = mean = mean.to(point.device, point.dtype)  # a model may have been moved
+            self.mean[name] = mean = mean.to(point.device, point.dtype)  # the model may have been moved
             count = self.count - self._joined.get(name, 0)
             means, points = lots.setdefault((mean.dtype, mean.device, count), ([], []))
             means.append(mean)
@@ -115,13 +115,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def put(self) -> None:
-        """Put the mean into the parameters; without points they stay."""
+        """Put the mean into the parameters; without points they stay as they are."""
         for p, mean in self._known() if self.count else ():
             p.copy_(mean)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the mean into the parameters for the length of a ``with`` block; without points they stay."""
+        """Put the mean into the parameters for the length of a ``with`` block; without points they stay as they are."""
         kept = [(p, p.detach().clone()) for p, _ in self._known()] if self.count else []
         try:
             self.put()
@@ -132,7 +132,7 @@ class WeightAverage:
                     p.copy_(values)
 
     def save(self, folder: str) -> None:
-        """Write the mean, and what it is, into a folder or checkpoint; nothing while there are no points."""
+        """Write the mean and its description into a folder or checkpoint; write nothing while there are no points."""
         if self.count == 0:
             return
         from safetensors.torch import save_file
@@ -151,9 +151,9 @@ class WeightAverage:
         Path(folder, BOOSTING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str) -> bool:
-        """Take the mean from a checkpoint; without one there begin anew with no points, and return False.
+        """Read the mean from a checkpoint; if it has none, begin anew without points and return False.
 
-        What is trained now but was not then has no points yet; what was trained then stays in the mean.
+        Parameters that were not trained then have no points yet; those that were trained then stay in the mean.
         """
         self._forget_points()
         self.mean.clear()
@@ -179,9 +179,9 @@ def at_the_mean(mean: WeightAverage, model: nn.Module, batches: Iterable[Any]) -
     """Put the mean into the model, with BatchNorm statistics of its own, for the length of a ``with`` block.
 
     Args:
-        mean: of the model's parameters.
-        model: called with a batch.
-        batches: training batches for the statistics; not asked for where the model has no BatchNorm.
+        mean: mean of the model's parameters.
+        model: a model that is called with a batch.
+        batches: training batches for the statistics; not used if the model has no BatchNorm.
     """
     with mean.in_place(), unchanged(model):
         recompute_batch_norm(model, batches)
@@ -190,9 +190,9 @@ def at_the_mean(mean: WeightAverage, model: nn.Module, batches: Iterable[Any]) -
 
 @torch.no_grad()
 def recompute_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Take the statistics of all BatchNorm layers anew from ``batches``; nothing else of the model changes.
+    """Compute the statistics of all BatchNorm layers anew from ``batches``; nothing else of the model changes.
 
-    Layers that stay in evaluation mode when the model trains keep theirs, and all do where there is no batch.
+    Layers that stay in evaluation mode when the model trains keep theirs. Without batches all layers keep theirs.
     """
     modes = {module: module.training for module in model.modules()}
     momenta: dict[nn.modules.batchnorm._BatchNorm, float | None] = {}

@@ -40,15 +40,15 @@ COUNTED = ("restarts", "non_finite", "skipped", "accepted_levels", "consecutive_
 PER_GROUP = ("lr", "weight_decay")
 """What a parameter group may set for itself."""
 OF_THE_LAST_STEP = {"step_size": 0.0, "step_factor": 1.0, "step_decay": 0.0}
-"""A group's part in the step last taken: α times the factor of a scheduler, that factor, the share of its weights that
-it lost."""
+"""What a group keeps of the last step: α times the factor of a scheduler, that factor, and the share of its weights
+that it lost."""
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3, "lr_bounds": (1e-9, 1.0), "weight_decay": 0.0, "stochastic_rounding": False,
     "soft_restart": True, "restart_sigma": 5.0, "initial_restart_ratio": 1.1, "restart_window": None,
 }  # fmt: skip
-"""Arguments of every optimizer; these are their values where a class has none of its own."""
+"""Arguments of every optimizer, with their values for a class that has no values of its own."""
 FIRST_LOOK, UPDATES_BETWEEN_LOOKS = 20, 100
-"""When it is looked whether steps are lost in rounding: once α has found itself, and as it falls."""
+"""The first update at which lost steps are looked for (α is found by then), and the updates between two looks."""
 
 
 class Parts(NamedTuple):
@@ -68,9 +68,9 @@ class Parts(NamedTuple):
 
 
 class LossAwareOptimizer(torch.optim.Optimizer):
-    """An optimizer that has to know the loss of every update, and says what it did with it.
+    """An optimizer that has to know the loss of every update.
 
-    A subclass checks the arguments of its own, hands all on as ``settings``, and names its parts in :meth:`parts`.
+    A subclass checks its own arguments, passes all of them on as ``settings``, and names its parts in :meth:`parts`.
     Numbers are kept in ``param_groups[0]["scalars"]``, tensors in the state of their parameter.
 
     Args:
@@ -134,22 +134,22 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     @property
     def alpha(self) -> float:
-        """The learning rate in force, α_t. Where updates are made on the device, reading it or one of the next two
-        waits for it."""
+        """The learning rate in force, α_t. If updates are made on the device, reading this or one of the next two
+        attributes waits for it."""
         return float(self._numbers()["alpha"])
 
     @property
     def restarts(self) -> int:
-        """How many steps were taken back so far, for a too high loss or for anything not finite."""
+        """How many steps were taken back so far, for a loss that was too high or for a number that was not finite."""
         return int(self._numbers()["restarts"])
 
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers of the last update: ``alpha``, ``step_norm`` (‖x_{t+1} - x_t‖ without weight decay), ``grad_norm``
-        and, once two gradients are known, ``cosine`` (between G_t and the last direction). Counted so far are
-        ``restarts`` (steps taken back, for whatever reason), ``non_finite`` (those for a loss or gradient that was not
-        finite), ``skipped`` (batches without information) and ``accepted_levels`` (of losses that stayed high);
-        ``consecutive_restarts`` came just before."""
+        and, once two gradients are known, ``cosine`` (between G_t and the last direction). Counts since the beginning
+        are ``restarts`` (steps taken back for any reason), ``non_finite`` (those for a loss or gradient that was not
+        finite), ``skipped`` (batches without information) and ``accepted_levels`` (of losses that stayed high).
+        ``consecutive_restarts`` counts the latest updates."""
         scalars = self._numbers()
         self._check_tries(scalars)
         metrics = {name: scalars[name] for name in ("alpha", "step_norm", *COUNTED)}
@@ -161,11 +161,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     # ---- what a training loop calls ----
 
     def observe_loss(self, loss: Tensor | float) -> None:
-        """Tell the loss of the batch that gave the gradients, for the :meth:`step` that follows.
+        """Pass the loss of the batch that gave the gradients, for the :meth:`step` that follows.
 
         Args:
-            loss (Tensor with one element, or float): the mean over the batch; over all micro-batches where gradients
-                are accumulated. On several processes that of this process's part, with :attr:`process_group` set.
+            loss (Tensor with one element, or float): the mean over the batch, or over all micro-batches if gradients
+                are accumulated. With several processes, that over the part of this one; set :attr:`process_group`.
         """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
@@ -179,7 +179,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
 
     def end_cycle(self) -> None:
-        """Declare an epoch or control cycle over: its losses' mean and σ judge the losses of the next one."""
+        """Declare an epoch or control cycle over: mean and σ of its losses judge the losses of the next one."""
         RestartGuard.end_cycle(self._numbers_to_change()["loss_statistics"])
 
     @torch.compiler.disable  # in a compiled training step this is left as it is: every size of tensor would be compiled
@@ -195,7 +195,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
         Args:
             closure (callable, optional): computes loss and gradients and returns the loss; called once.
-            loss (Tensor or float, optional): the loss, if gradients are there already. Not together with ``closure``.
+            loss (Tensor or float, optional): the loss, if gradients exist already. Not together with ``closure``.
             evaluate (callable, optional): returns the loss of this update's batch at the present parameters, without
                 gradients; for optimizers that look along the line before they step (:attr:`needs_line_loss`).
 

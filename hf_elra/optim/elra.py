@@ -29,12 +29,12 @@ class ELRA(UpdatesOnDevice):
     x_{t+1} = x_t - α_t·G_t, where α_t comes from the scalar products of neighbouring gradients over *all* parameters of
     *all* groups. That estimate is the long Barzilai-Borwein step times a noise correction κ. If a loss turns out too
     high, the step that led there is taken back and tried again shorter (soft restart). α itself is reduced only if that
-    does not help, or if the next full step fails too, and it goes back when the trouble ends; a level of losses that
-    stays high whatever the step is accepted, and a batch without information (a loss that is not finite, with
+    does not help, or if the next full step fails too, and it goes back when the trouble ends. If losses stay high
+    however short the step is, their level is accepted. A batch without information (a loss that is not finite, with
     gradients of zero) is skipped.
 
-    ELRA has to know the loss. Give it as ``step(closure)``, as ``step(loss=value)`` or as ``observe_loss(value)``
-    before ``step()``. Without any it steps all the same, with no restarts, and warns once.
+    ELRA has to know the loss. Pass it as ``step(closure)``, as ``step(loss=value)`` or as ``observe_loss(value)``
+    before ``step()``. Without a loss it makes its steps without restarts, and warns once.
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
@@ -42,8 +42,8 @@ class ELRA(UpdatesOnDevice):
         lr (float): α_0, the first learning rate; it is adapted exponentially fast. Default: 1e-3.
         step_rule (str): ``"bb1"`` (eq. 4) for training, ``"bb2"`` for deterministic problems, and only with one rate in
             all groups. Default: ``"bb1"``.
-        noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²). 0 for deterministic problems: then a high loss is
-            never that of its batch, and a step that is taken back reduces α at once. Default: 0.15.
+        noise_correction (float): 0.15 in κ = 1 + 0.15/(1 + α²). Use 0 for deterministic problems: a high loss is then
+            never the fault of a batch, and a step that is taken back reduces α at once. Default: 0.15.
         max_growth (float): largest α_t/α_{t-1}, γ_max in the paper. Default: 10.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-8, 1e6).
         min_step_norm (float): floor under α‖G‖, the α warm-up of section 3.1 (0.1 for language models). It never
@@ -57,27 +57,27 @@ class ELRA(UpdatesOnDevice):
             known. Not in the paper, which loses runs from α_0 = 0.1 and 1. None for none. Default: 0.01.
         weight_decay (float): d in x ← (1 - d)·x, once per update and *not* scaled by α: the paper's factor 0.9997 is
             3e-4. Default: 0.
-        soft_restart (bool): take steps back that led to a too high loss. What is not finite always restarts.
-            Default: True.
+        soft_restart (bool): take back steps that led to a loss that is too high. A loss or gradient that is not finite
+            always causes a restart. Default: True.
         restart_sigma (float): a loss above mean + ``restart_sigma``·σ is too high. Default: 5.
         initial_restart_ratio (float or None): while no mean is known, a loss above f_0 + (ratio - 1)·|f_0| is. None
             drops this rule, for a pre-trained start. Default: 1.1.
-        restart_window (int or None): mean and σ over the last so many losses; None: over the last cycle, as declared
-            by :meth:`end_cycle`. Default: None.
+        restart_window (int or None): mean and σ are taken over this many recent losses; None for those of the last
+            cycle, as declared by :meth:`end_cycle`. Default: None.
         restart_formula (str): ``"derived"`` or ``"paper"``: section 3.2's formula with or without the square that its
             print lost. Default: ``"derived"``.
         memory (str): what is kept of the last step, one number per parameter: ``"gradient"`` keeps the old gradient
             tensor itself, ``"point"`` the last point (exact retraces in any type), ``"offload"`` the gradient in host
             memory. See ``memory.py``. Default: ``"gradient"``.
-        fused (bool, optional): True to make updates in Triton kernels, with nothing that waits for the host; None to do
-            so where it can be done: on one CUDA device, with ``memory="gradient"``. The first update, and one in which
-            other parameters have a gradient than before, is made without them. Default: None.
-        foreach (bool, optional): where kernels are not used, False for one tensor at a time. Default: None, all
+        fused (bool, optional): True to make updates in Triton kernels, which never wait for the host; None to do so if
+            possible: on one CUDA device, with ``memory="gradient"``. The first update, and one in which other
+            parameters have a gradient than before, are made without kernels. Default: None.
+        foreach (bool, optional): False to update one tensor at a time if kernels are not used. Default: None, all
             together.
-        capturable (bool): gradients are copied instead of kept, so that :meth:`step` can be captured in a CUDA graph,
-            which needs kernels, and at least two updates before. A graph keeps the settings of all groups, the ``lr``
-            of a scheduler among them, as they were at its capture. For gradients that lie in the static memory of
-            somebody else's graph too. Default: False.
+        capturable (bool): copy gradients instead of keeping them, so that :meth:`step` can be captured in a CUDA graph.
+            This needs kernels, and at least two updates before the capture. A graph keeps the settings of all groups,
+            the ``lr`` of a scheduler among them, as they were at its capture. Also use it if gradients lie in the
+            static memory of another graph. Default: False.
         stochastic_rounding (bool): round bfloat16 parameters up or down at random, right on average, so that steps
             below their precision are not lost. The same on every process and in a resumed run. Default: False.
 
@@ -87,14 +87,13 @@ class ELRA(UpdatesOnDevice):
             short the steps are (with kernels: from :attr:`metrics`, as nothing is known before it is read).
 
     The learning rate in force is :attr:`alpha` and every group's ``"alpha"``. A scheduler that writes ``group["lr"]``
-    acts as a factor: the step taken is α·lr/initial_lr. The rule sees that step, and where noise does not dominate it
-    makes up for the factor. A factor of 0 freezes the parameters and leaves α alone.
+    acts as a factor: the step taken is α·lr/initial_lr. The rule sees that step, and makes up for the factor if noise
+    does not dominate. A factor of 0 freezes the parameters and leaves α alone.
 
-    Several processes that keep the same parameters (DDP) must decide alike, and every one of them sees a loss of its
-    own. Set the attribute :attr:`process_group` (the Trainer does): losses and scalar products are then averaged over
-    it, in small all-reduces, so that processes take the same step also on different hardware, and where one of them
-    reads a gradient that is not finite. Of DTensors (FSDP2, tensor parallelism) the sums are taken over all shards in
-    any case.
+    Several processes that keep the same parameters (DDP) must decide alike, but each of them sees its own loss. Set the
+    attribute :attr:`process_group` (the Trainer does). Losses and scalar products are then averaged over it in small
+    all-reduces, so that processes take the same step on different hardware, too, and if one of them reads a gradient
+    that is not finite. For DTensors (FSDP2, tensor parallelism) sums are always taken over all shards.
 
     Source: "A gradient descent optimizer with auto controlled large learning rates, dynamic batch sizes and without
     momentum" (ELRA, 2024), sections 2 and 3. State: one tensor per parameter, the last direction.
@@ -144,11 +143,11 @@ class ELRA(UpdatesOnDevice):
             raise ConfigurationError("step_rule='bb2' is only for steps along the gradient; use step_rule='bb1'.")
 
     def direction(self) -> Direction:
-        """u = G; a subclass may choose another one, for which there are no kernels."""
+        """Return u = G; a subclass may choose another direction, for which there are no kernels."""
         return Direction()
 
     def parts(self) -> Parts:
-        """The gradient, eq. 4, and the guards of sections 3.1, 3.2 and 3.5."""
+        """Return the gradient, eq. 4, and the guards of sections 3.1, 3.2 and 3.5."""
         s = self.settings()
         return Parts(
             self.direction(),
@@ -164,10 +163,10 @@ class ELRA(UpdatesOnDevice):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings of this update.
+        """Return the settings of this update.
 
-        Unlike a scheduler's factor, gradient decay is part of the direction: limits on the length of a step are limits
-        on the step that it has shortened already.
+        Unlike the factor of a scheduler, gradient decay is part of the direction: limits on the length of a step apply
+        to the step that it has shortened already.
         """
         settings = self.param_groups[0]
         limits = {name: settings[name] for name in _LENGTHS if settings[name] is not None}

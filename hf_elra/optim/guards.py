@@ -18,44 +18,44 @@ from hf_elra.optim.rules import Measurement
 
 RESTART_FORMULAS = ("derived", "paper")
 LONGEST_RETRY, SHORTEST_RETRY = 0.5, 0.1
-"""A retry is between a tenth and a half as long as the step that was taken back. After the first one, and where loss or
-gradient is not finite (no parabola can be laid through infinity), it is a tenth. Where losses have no noise it may be
-shorter."""
+"""Bounds on the length of a retry, as a share of the step that was taken back. After the first retry, and if loss or
+gradient is not finite (no parabola can be laid through infinity), it is the lower one. If losses have no noise, a retry
+may be shorter."""
 
 RETRIES_OF_A_LEVEL = 3
-"""After so many retries whose losses do not come down, the data have changed and not the step (the last retry has at
-most 1/200 of the step's length): the level of the losses is accepted. Beyond the paper."""
+"""If losses do not come down over this many retries, the data are the cause and not the step, since the last retry has
+at most 1/200 of its length. The level of the losses is accepted then. This is beyond the paper."""
 
 MOST_RETRIES = 20
-"""After so many retries a finite loss is accepted however the losses vary: nothing is left of the step."""
+"""After this many retries any finite loss is accepted, since nothing is left of the step."""
 
 MOST_NON_FINITE = 20
-"""After so many updates in a row without a finite loss and gradient, it is an error."""
+"""This many updates in a row without a finite loss and gradient are an error."""
 
 COMES_DOWN = 0.3
-"""A loss comes down if its excess over the mean is below this share of that of the losses before it in a row."""
+"""A loss comes down if its excess over the mean is below this share of the excess of the earlier losses in the row."""
 
 COUNTS_AT_MOST = 4
-"""A single high loss counts in the statistics as at most so many times the distance from their mean to the limit (20σ):
-one spike of 1e6 does not end the guard, and what comes more often than once in some 400 updates is soon ordinary."""
+"""In the statistics a single high loss is at most this many times as far above the mean as the limit is (20σ). So one
+spike of 1e6 does not switch the guard off, and spikes that come more often than every 400 updates are soon ordinary."""
 
 MATTERS = 0.01
 """A rise of the loss counts only beyond this share of the decrease that the step promises, α·slope."""
 
 ROUNDING = 1e-6
-"""... and beyond this share of the loss itself, which is some roundings of float32; of a loss below 1 it is this much,
-where losses are those of batches. Many a loss near 0 is the sum of terms near 1 which cancel each other, as that of a
-policy gradient is."""
+"""A rise counts only beyond this share of the loss, too, which is a few roundings of float32. If losses are those of
+batches, a loss below 1 counts as 1 here: losses near 0 are often sums of terms near 1 that cancel each other, as in a
+policy gradient."""
 
 LEAST_SIZE = 0.01
-"""Root mean square of weights below which they count as so large for the relative crop: those that begin at zero have
-to leave it."""
+"""For the relative crop the root mean square of weights counts as at least this: weights that begin at zero have to
+leave it."""
 
 QUIET_UPDATES = 50
-"""Trouble that recurs within so many updates lowers the α that is gone back to; after them it is over."""
+"""If trouble recurs within this many updates, α goes back to a lower value afterwards; later it counts as over."""
 
 WAY_BACK = 2.0
-"""When trouble has ended α goes back to where it was by at most this factor per update."""
+"""When trouble has ended, α goes back to its earlier value by at most this factor per update."""
 
 
 @dataclass(frozen=True)

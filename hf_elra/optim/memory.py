@@ -1,7 +1,7 @@
-"""Memory layouts: what is kept of the last update, and where. One vector beside parameters and gradients, not two.
+"""Memory layouts: what is kept of the last update, and where. It is one vector beside parameters and gradients.
 
-A layout knows how to keep a step's direction u_{t-1}, to give it back, and to take the step back. Sums and updates are
-those of ``tensors.py``; when a step is taken back is decided in ``guards.py``.
+A layout keeps the direction u_{t-1} of a step, gives it back, and takes the step back. ``tensors.py`` has the sums and
+updates; ``guards.py`` decides when a step is taken back.
 
 ==========  ===================================  =================================================================
 layout      keeps                                exact
@@ -28,13 +28,13 @@ from hf_elra.optim.tensors import descend, local, squares_and_products
 
 
 class Part(NamedTuple):
-    """The parameters of a group that take part in something.
+    """The parameters of a group that take part in an operation.
 
     Attributes:
         params: the parameters.
-        states: the optimizer's state of each.
-        group: their group; of the last step ``step_size`` and ``step_decay`` are used.
-        rounding_seed: of stochastic rounding, as for ``tensors.descend``.
+        states: the state that the optimizer keeps for each.
+        group: their group, with ``step_size`` and ``step_decay`` of the last step.
+        rounding_seed: seed of stochastic rounding, as for ``tensors.descend``.
     """
 
     params: Sequence[Tensor]
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 class DirectionMemory:
-    """Keeps the last direction, whose tensors nobody else has.
+    """Keeps the last direction, in tensors that nobody else has.
 
     Args:
         foreach: as for ``tensors.descend``.
@@ -65,11 +65,11 @@ class DirectionMemory:
         return squares_and_products(gradients, self.directions(part))
 
     def overwritten(self, part: Part) -> bool:
-        """Whether what is kept was changed since by somebody else, or may be."""
+        """Return whether somebody else has changed what is kept, or may have."""
         return False
 
     def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
-        """Take the step that the group tells, and keep it."""
+        """Take the step with the numbers of the group, and keep its direction."""
         self._descend(part, directions, part.group["step_size"], part.group["step_decay"])
         self._keep(part, directions)
 
@@ -87,9 +87,9 @@ class DirectionMemory:
         k = (1 - d')/(1 - d): one scaling and one addition.
 
         Args:
-            part: of the last step.
+            part: parameters of the last step.
             new_step_size: α'.
-            kept: k; 1 where weight decay does not depend on α.
+            kept: k; 1 if weight decay does not depend on α.
         """
         moved = [(p, s[self.key]) for p, s in zip(part.params, part.states, strict=True) if self.key in s]
         params, directions = [p for p, _ in moved], [u for _, u in moved]
@@ -97,33 +97,33 @@ class DirectionMemory:
         self._descend(part._replace(params=params), directions, back, 1 - kept)
 
     def finish(self) -> None:
-        """Wait until all that is kept is where it belongs."""
+        """Wait until all copies have arrived."""
 
     def release_gradients(self, part: Part) -> None:
         """Copy what is kept of gradients that are about to be zeroed in place."""
 
 
 class GradientMemory(DirectionMemory):
-    """Keeps the last gradient, which is not copied where the tensor itself can be kept.
+    """Keeps the last gradient, without a copy if the tensor itself can be kept.
 
-    After ``zero_grad()`` (which sets gradients to None) nobody else uses it. Where somebody does, e.g. because the
-    gradient lies in a bucket of DistributedDataParallel, it is copied. Where it turns out that a kept gradient was
-    written to, or that the next one lies in the same memory, the last step is forgotten once, with a warning, and from
-    then on all are copied.
+    After ``zero_grad()``, which sets gradients to None, nobody else uses the tensor. If somebody does, for example
+    because it lies in a bucket of DistributedDataParallel, it is copied. If a kept gradient turns out to have been
+    written to, or the next one lies in the same memory, the last step is forgotten once, with a warning, and all
+    gradients are copied from then on.
 
     Args:
-        copies: always copy.
+        copies: whether to copy always.
         foreach: as for ``tensors.descend``.
     """
 
     def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
         super().__init__(foreach=foreach)
         self.copies = copies
-        # Of gradients that were kept as they are, by the id of their parameter: a weak reference, and the version.
+        # For gradients that were kept without a copy, by the id of their parameter: a weak reference, and the version.
         self._versions: dict[int, tuple[Any, int]] = {}
 
     def overwritten(self, part: Part) -> bool:
-        """Whether a kept gradient was changed since, or may be; then all are copied from now on."""
+        """Return whether a kept gradient was changed, or may have been; if so, all are copied from now on."""
         for state, p in zip(part.states, part.params, strict=True):
             kept = state.get(self.key)
             if kept is not None and self._is_used_by_others(p, kept):
@@ -132,7 +132,7 @@ class GradientMemory(DirectionMemory):
         return False
 
     def _is_used_by_others(self, p: Tensor, kept: Tensor) -> bool:
-        """Whether ``kept``, once the gradient of ``p``, was written to or lies where the new gradient lies."""
+        """Return whether ``kept``, once the gradient of ``p``, was written to or shares memory with the new one."""
         reference, version = self._versions.get(id(p), (lambda: None, 0))
         if reference() is not kept:
             return False
@@ -166,7 +166,7 @@ class GradientMemory(DirectionMemory):
                 self.adopt(chosen, ps, us)
 
     def must_copy(self, direction: Tensor) -> bool:
-        """Whether a direction cannot be kept as it is: part of a larger piece of memory, or of an autograd graph."""
+        """Return whether a direction has to be copied, as part of a larger piece of memory or of an autograd graph."""
         return self.copies or local(direction).requires_grad or _is_part(direction)
 
     def adopt(self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
@@ -178,7 +178,7 @@ class GradientMemory(DirectionMemory):
     def tensors(
         self, states: Sequence[dict[str, Any]], params: Sequence[Tensor], *, writable: bool = False
     ) -> list[Tensor]:
-        """The kept tensors; with ``writable`` none that somebody else gave us, but copies of these or new ones."""
+        """Return the kept tensors; with ``writable``, copies or new tensors in place of those that we were given."""
         kept = []
         for state, p in zip(states, params, strict=True):
             if writable and self._versions.pop(id(p), None) is not None and self.key in state:
@@ -196,7 +196,7 @@ class GradientMemory(DirectionMemory):
                 self._versions.pop(id(p), None)
 
     def retrace(self, part: Part, new_step_size: float, kept: float) -> None:
-        """As of every memory, one parameter at a time."""
+        """Return the products of the base class, one parameter at a time."""
         back = new_step_size - kept * part.group["step_size"]
         for p, u in zip(part.params, self.directions(part), strict=True):
             if u is not None:
@@ -207,8 +207,8 @@ class PointMemory(GradientMemory):
     """Keeps the last point x_{t-1} (ELRA, section 3.6), so that the way back is exact in any type.
 
     Weight decay comes first and the decayed point is kept. The direction is the step that was really taken,
-    (x_{t-1} - x_t)/α: in float64 that of the gradient to rounding, in bfloat16 what rounding left of it. Where that is
-    nothing, nothing is learnt, so that bfloat16 parameters need stochastic rounding.
+    (x_{t-1} - x_t)/α: in float64 that of the gradient to rounding, in bfloat16 what rounding left of it. Nothing
+    can be learnt from a step that rounding removed, so bfloat16 parameters need stochastic rounding.
     """
 
     key = "previous_point"
@@ -233,19 +233,19 @@ class PointMemory(GradientMemory):
         return square, product / step_size if step_size != 0 else 0.0
 
     def overwritten(self, part: Part) -> bool:
-        """Never: the point is a copy."""
+        """Return False, since the point is a copy."""
         return False
 
     def advance(self, part: Part, directions: Sequence[Tensor]) -> None:
-        """Decay, keep the point, then step."""
+        """Decay the weights, keep the point, then take the step."""
         if not part.params:
             return
         rounded = part.rounding_seed is None and any(p.dtype == torch.bfloat16 for p in part.params)
         if rounded and not self._warned:
             self._warned = True
             warn_user(
-                "memory='point' finds the last step from what it did to the parameters; of bfloat16 ones rounding "
-                "leaves little of a short step. Pass stochastic_rounding=True."
+                "memory='point' finds the last step by what it did to the parameters, and rounding to bfloat16 leaves "
+                "little of a short step. Pass stochastic_rounding=True."
             )
         self._descend(part, directions, 0.0, part.group["step_decay"])
         kept = self.tensors(part.states, part.params)
@@ -253,7 +253,7 @@ class PointMemory(GradientMemory):
         self._descend(part, directions, part.group["step_size"], 0.0)
 
     def release_gradients(self, part: Part) -> None:
-        """Nothing: no gradient is kept."""
+        """Do nothing, since no gradient is kept."""
 
     def retrace(self, part: Part, new_step_size: float, kept: float) -> None:
         """x ← k·(1 - d)·x_{t-1} - new_step_size·u, of which (1 - d)·x_{t-1} is what is kept."""
@@ -265,11 +265,11 @@ class PointMemory(GradientMemory):
 
 
 class OffloadMemory(GradientMemory):
-    """Keeps the last direction in host memory, pinned for a GPU: beside the model it holds nothing there.
+    """Keeps the last direction in host memory, pinned for a GPU, which holds nothing beside the model.
 
-    It is brought back one parameter at a time, the next one on its way while one is used, and it is written while the
-    next forward pass runs. Gradients that always lie in the same memory are waited for instead. Not for sharded
-    parameters, whose state must be sharded like them.
+    The direction is copied back one parameter at a time; the next copy runs while one is used. It is written while the
+    next forward pass runs, or at once if gradients always lie in the same memory. Sharded parameters are refused, since
+    their state must be sharded like them.
     """
 
     def __init__(self, *, copies: bool = False, foreach: bool | None = None) -> None:
@@ -278,7 +278,7 @@ class OffloadMemory(GradientMemory):
         self._waits = False
 
     def overwritten(self, part: Part) -> bool:
-        """Whether a gradient was written to while it was on its way; then these ways are waited for from now on."""
+        """Return whether a gradient was written to during its copy; if so, copies are waited for from now on."""
         for p in part.params:
             reference, _ = self._versions.get(id(p), (lambda: None, 0))
             source = reference()
@@ -289,12 +289,12 @@ class OffloadMemory(GradientMemory):
         return False
 
     def finish(self) -> None:
-        """Wait for what is on its way to the host."""
+        """Wait for the copies to the host."""
         for stream in self._streams.values():
             stream.synchronize()
 
     def release_gradients(self, part: Part) -> None:
-        """Let zeroing in place come after the copies that are on their way."""
+        """Make zeroing in place wait for the running copies."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
         self._versions.clear()
@@ -305,7 +305,7 @@ class OffloadMemory(GradientMemory):
         return self._streams[device]
 
     def directions(self, part: Part) -> Iterator[Tensor | None]:
-        """Yield u_{t-1} on the parameters' device, the next one on its way."""
+        """Yield u_{t-1} on the device of the parameters, while the next one is copied."""
         waiting: Tensor | None = None
         pairs = list(zip(part.states, part.params, strict=True))
         for index, (state, p) in enumerate(pairs):
@@ -332,7 +332,7 @@ class OffloadMemory(GradientMemory):
                     "must be sharded like them. Use memory='gradient' or 'point'."
                 )
             kept = state.get(self.key)
-            if kept is None or kept.device.type != "cpu" or kept.is_pinned() != p.is_cuda:  # as after loading
+            if kept is None or kept.device.type != "cpu" or kept.is_pinned() != p.is_cuda:  # this is so after loading
                 state[self.key] = kept = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda)
             if not p.is_cuda:
                 kept.copy_(u)
@@ -349,7 +349,7 @@ class OffloadMemory(GradientMemory):
 
 
 def _is_part(tensor: Tensor) -> bool:
-    """Whether a tensor is part of a larger piece of memory, which somebody else may write to."""
+    """Return whether a tensor is part of a larger piece of memory, to which somebody else may write."""
     own = local(tensor)
     return own._is_view() or own.untyped_storage().nbytes() > own.numel() * own.element_size()
 

@@ -1,7 +1,7 @@
-"""Trial passes leave nothing behind: what passes change of a model comes back.
+"""Trial passes leave nothing behind: whatever they change in a model is restored.
 
-Parameters are not looked after: whoever changes them knows which. Who makes trial passes, and why, is not here
-(``averaging.py``, ``trainer/trials.py``).
+Parameters are not restored, since the caller knows which ones it changes. ``averaging.py`` and ``trainer/trials.py``
+make such passes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _HOOKS = tuple(name for name in sorted(_OF_EVERY_MODULE) if "_hooks" in name)
 def unchanged(
     model: nn.Module, *, but: Collection[nn.Module] = (), random_state: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Let a model's buffers be after a ``with`` block what they were before it, whatever passes are made in it.
+    """Restore the buffers of a model after a ``with`` block, whatever passes are made in it.
 
-    A module may register, drop, replace or resize its buffers meanwhile, as caches of positions grow. Such a module
-    gets back its other attributes too, so that a cache and what is noted about it (how long it is) stay together.
+    A module may register, drop, replace or resize its buffers meanwhile, as caches of positions do. The other
+    attributes of such a module are restored too, so that a cache and its recorded length stay together.
 
     Args:
-        model: what is called in the block.
-        but: modules of it whose buffers are not looked after.
-        random_state: whether random numbers go on after the block as if it had drawn none: those of torch on the CPU
-            and on the model's devices, of Python, and of NumPy where it is loaded.
+        model: the model that is called in the block.
+        but: modules of it whose buffers are not restored.
+        random_state: whether random numbers continue after the block as if it had drawn none: those of torch on the
+            CPU and on the model's devices, of Python, and of NumPy if it is loaded.
 
     Yields:
-        a function to call where everything shall stay as the block made it.
+        A function. If it is called, everything stays as the block made it.
     """
     keep: list[bool] = []
     kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -80,16 +80,16 @@ def unchanged(
 
 @contextlib.contextmanager
 def nothing_changes(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Let a model be after a ``with`` block what it was before it, whatever passes forward and back are made in it.
+    """Restore a model after a ``with`` block, whatever passes forward and back are made in it.
 
-    That is: buffers with BatchNorm statistics, random numbers (:func:`unchanged`), gradients, which there are none of
-    at the beginning of the block, hooks of modules, and whether modules are in training mode.
+    Restored are buffers with BatchNorm statistics, random numbers (:func:`unchanged`), gradients, hooks of modules, and
+    whether modules are in training mode. The block begins without gradients.
 
     Args:
-        model: what is called in the block.
+        model: the model that is called in the block.
 
     Yields:
-        a function to call where everything shall stay as the block made it.
+        A function. If it is called, everything stays as the block made it.
     """
     keep: list[bool] = []
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -116,11 +116,11 @@ def nothing_changes(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def random_numbers_of(model: nn.Module) -> Callable[[], None]:
-    """Return a function that lets random numbers go on from where they are now, as often as it is called.
+    """Return a function that sets random numbers back to the present state whenever it is called.
 
-    Those of torch on the CPU and on the model's devices, of Python, and of NumPy where it is loaded.
+    These are random numbers of torch on the CPU and on the model's devices, of Python, and of NumPy if it is loaded.
     """
-    numpy = sys.modules.get("numpy")  # what is not loaded draws nothing
+    numpy = sys.modules.get("numpy")  # a library that is not loaded draws nothing
     of_python, of_torch = random.getstate(), torch.get_rng_state()
     of_numpy = None if numpy is None else numpy.random.get_state()
     of_devices = [(device, _of_device("get", device)) for device in _devices_with_generators(model)]
@@ -137,12 +137,12 @@ def random_numbers_of(model: nn.Module) -> Callable[[], None]:
 
 
 def _devices_with_generators(model: nn.Module) -> set[torch.device]:
-    """Devices of a model's tensors that draw random numbers of their own."""
+    """Return the devices of a model's tensors that have their own random numbers."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return {device for device in devices if device.type not in ("cpu", "meta")}
 
 
 def _of_device(what: str, device: torch.device, *state: Tensor) -> Any:
-    """Get or set the state of a device's generator; Apple's MPS has one device and takes no number of it."""
+    """Get or set the state of the generator of a device; Apple's MPS has one device, which has no number."""
     function = getattr(torch.get_device_module(device.type), f"{what}_rng_state")
     return function(*state) if device.type == "mps" else function(*state, device)

@@ -1,7 +1,7 @@
 """Sums and updates over lists of tensors, on any device: the plain paths, which are always right.
 
-``foreach`` or single tensors, shards of DTensors, memory order: all of that is decided here. What is summed, and what a
-step is, is decided in ``base.py``; the CUDA kernels that do the same without the host are in ``kernels/``.
+This module chooses between ``foreach`` and single tensors, and handles shards of DTensors and memory order. ``base.py``
+decides what is summed and what a step is. The CUDA kernels that do the same without the host are in ``kernels/``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PIECE = 2**18
-"""Numbers of a tensor that are taken at once on a CPU: so many of two tensors stay in a core's cache between uses."""
+"""How many numbers of a tensor are taken at once on a CPU: this many of two tensors stay in the cache of a core."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this process: a DTensor's own shard, or the tensor itself."""
+    """Return the part of a tensor that is on this process: the local shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:
-    """Views of equally shaped tensors as vectors whose elements belong together; copies where no view can do that."""
+    """Return tensors of one shape as vectors with elements in the same order; views if possible, else copies."""
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
     if is_dense(tensors[0]) and all(layout(t) == layout(tensors[0]) for t in tensors):
@@ -33,7 +33,7 @@ def flat(*tensors: Tensor) -> list[Tensor]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills one piece of memory without gaps, in whatever order of its dimensions."""
+    """Return whether a tensor fills one piece of memory without gaps, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted(layout(tensor)):
         if stride != expected:
@@ -43,12 +43,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def layout(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of every dimension that has more than one element: equal ones belong together in memory."""
+    """Return stride and size of every dimension with more than one element; equal results mean equal memory orders."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def accumulates_in(device: torch.device | str) -> torch.dtype:
-    """The widest type in which a device can add numbers up: Apple's MPS has no float64."""
+    """Return the widest type in which a device can add numbers up: Apple's MPS has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
@@ -61,13 +61,13 @@ def squares_and_products(
     """Return Σ⟨l, l⟩ and Σ⟨l, r⟩ over pairs of equal shapes; a pair without ``r`` counts in the first sum only.
 
     Each product is taken in the tensors' own precision but at least float32; sums over tensors are taken in float64, on
-    the host. On a CPU both products are taken piece by piece, so that every number comes from memory once. Of DTensors
-    the shards are multiplied and the sums are added up over the mesh.
+    the host. On a CPU both products are taken piece by piece, so that every number comes from memory once. For
+    DTensors the shards are multiplied and the sums are added up over the mesh.
 
     Args:
         lefts: tensors, or DTensors that are sharded or replicated.
-        rights: as many; may be made one at a time.
-        minus: as many; r - m then takes the place of r.
+        rights: as many; they may be made one at a time.
+        minus: as many; if given, r - m takes the place of r.
     """
     sums: dict[Any, list[list[Any]]] = {}
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
@@ -94,13 +94,13 @@ def dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> float:
 
 
 def mean_over_processes(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Put the mean over a group's processes in the place of ``numbers``, and return them."""
+    """Replace ``numbers`` by their mean over the processes of a group, and return them."""
     dist.all_reduce(numbers, group=group)
     return numbers.div_(dist.get_world_size(group))
 
 
 def _square_and_product(left: Tensor, right: Tensor | None, minus: Tensor | None) -> tuple[Any, Any]:
-    """⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that nothing waits for the device."""
+    """Return ⟨l, l⟩ and ⟨l, r⟩ of one pair: floats on a CPU, tensors elsewhere, so that no device is waited for."""
     others = [t if t.device == left.device else t.to(left.device) for t in (right, minus) if t is not None]
     x, *rest = flat(left, *others)
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
@@ -131,15 +131,15 @@ def _products_of_piece(x: Tensor, rest: list[Tensor], wide: torch.dtype) -> tupl
 
 
 def _add_up(totals: list[list[Any]], device: torch.device) -> list[float]:
-    """Sums of numbers that lie on a device, or on a CPU are floats; None counts as 0."""
-    if device.type != "cpu":  # fetched all at once
+    """Return sums of numbers, which are tensors on a device or floats on a CPU; None counts as 0."""
+    if device.type != "cpu":  # fetch all at once
         numbers = iter(torch.stack([v for row in totals for v in row if v is not None]).tolist())
         totals = [[None if v is None else next(numbers) for v in row] for row in totals]
     return [sum(v for v in row if v is not None) for row in totals]
 
 
 def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The process groups over which a tensor is split."""
+    """Return the process groups over which a tensor is split."""
     if not isinstance(tensor, DTensor):
         return ()
     if any(placement.is_partial() for placement in tensor.placements):
@@ -164,11 +164,11 @@ def descend(
     foreach: bool | None,
     rounding_seed: int | None = None,
 ) -> None:
-    """x ← (1 - decay)·x - step_size·u for all pairs, in place; nothing is done that changes nothing.
+    """x ← (1 - decay)·x - step_size·u for all pairs, in place; parts that would change nothing are skipped.
 
     Args:
-        params, directions: of equal shapes and types.
-        step_size: of this update.
+        params, directions: tensors of equal shapes and types.
+        step_size: step size of this update.
         decay: share of the parameters that this update takes off.
         foreach: False for one tensor at a time.
         rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
@@ -192,7 +192,7 @@ def descend(
 
 
 def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:
-    """The largest share, over bfloat16 parameters, of numbers that a step x - step_size·u would not move."""
+    """Return the largest share, over bfloat16 parameters, of numbers that a step x - step_size·u would not move."""
     shares = []
     for p, u in zip(params, directions, strict=True):
         x, along = local(p), local(u)
@@ -200,7 +200,7 @@ def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], ste
             moves = along != 0
             stays = (x.float() - step_size * along.float()).to(x.dtype) == x
             shares.append((moves & stays).sum() / moves.sum().clamp(min=1))
-    return max((float(share) for share in shares), default=0.0)  # all are queued before the first is waited for
+    return max((float(share) for share in shares), default=0.0)  # queue all before waiting for the first
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

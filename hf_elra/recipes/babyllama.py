@@ -21,7 +21,7 @@ from hf_elra.trainer import ElraTrainingArguments
 # Every name below is a flag of the script; a flag given by the user wins.
 PRESETS: dict[str, dict[str, Any]] = {
     # A Llama of 1.0 M parameters. The paper's control cycle, 45,000 of 51.2 M sequences, would be 17 sequences here,
-    # too few for a mean and its σ; 400 give 48 cycles of at first 100 updates (docs/results/tiny_preset.md).
+    # too few for a mean and its σ. 400 give 48 cycles, of 100 updates at first (docs/results/tiny_preset.md).
     "tiny": {
         "dataset": PYTHON_DOCS,
         "hidden_size": 128,
@@ -57,15 +57,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 OPTIMIZER = "elra_spectral"
-"""Unless another is asked for: of those that need no tuning the best on every text it was tried on
-(docs/results/lm.md)."""
+"""The default: of the optimizers that need no tuning, it was the best on every text tried (docs/results/lm.md)."""
 
 _TINY = PRESETS["tiny"]
 NOT_OF_THE_TRAJECTORY = {"resume", "overwrite", "model_card", "prompt", "sample_tokens"}
-_NOT_OF = {"elra": (), "elra_spectral": ("elra_min_step_norm",)}  # other optimizers: all of these
+_NOT_OF = {"elra": (), "elra_spectral": ("elra_min_step_norm",)}  # other optimizers get all of these
 _ELRA_ONLY = ("elra_min_step_norm", "elra_control_cycle")
 
-# Sensible settings by optimizer family, for comparison runs from the same script. The first that fits a name counts.
+# Sensible settings by optimizer family, for comparisons with the same script. The first one that fits a name counts.
 _SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0}
 _ADAMW = {**_SCHEDULED, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -89,18 +88,18 @@ class BabyLlamaArguments:
     Args:
         preset (str): ``tiny`` or ``15m``.
         dataset (str): ``python-docs`` (in every Python, no network) or a data set of the hub with a text column.
-        dataset_config, text_column (str): its configuration and column.
-        train_file, validation_file (str): local text instead: txt with ``<|endoftext|>`` between documents, jsonl,
+        dataset_config, text_column (str): configuration and column of that data set.
+        train_file, validation_file (str): local text in its place: txt with ``<|endoftext|>`` between documents, jsonl,
             csv or parquet, gzipped or not.
         tokenizer (str): a tokenizer of the hub, a folder or a ``tokenizer.model``; without it a BPE is trained.
-        vocab_size (int): its pieces, where it is trained here.
+        vocab_size (int): number of pieces of a tokenizer that is trained here.
         hidden_size, num_layers, num_heads, intermediate_size, block_size (int): the Llama; ``block_size`` is the number
             of positions and the length of a training sequence, in tokens.
         prompt (str): beginning of the sample.
         sample_tokens (int): length of the sample.
         model_card (str): where to write a model card.
         resume (bool): go on from the last checkpoint of an interrupted run.
-        overwrite (bool): replace the run in the output folder. With ``--resume`` too: an interrupted run goes on, a
+        overwrite (bool): replace the run in the output folder. Together with ``--resume`` an interrupted run goes on, a
             finished one is left alone, and only a run with other settings is replaced.
     """
 
@@ -220,7 +219,7 @@ def generate_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str,
             do_sample=True,
             temperature=0.8,
             top_k=50,
-            remove_invalid_values=True,  # a model that diverged gives a sample too, so that its run ends with results
+            remove_invalid_values=True,  # a model that diverged gets a sample too, so that its run ends with results
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

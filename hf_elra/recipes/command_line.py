@@ -1,4 +1,4 @@
-"""What the training scripts' command lines share: presets under flags, and the settings that make up a run."""
+"""What the command lines of the training scripts share: presets, flags over them, and the settings of a run."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def choose_optimizer(words: list[str], default: str) -> str:
 
 
 def parse(recipe_class: type, words: list[str], defaults: dict[str, Any]) -> tuple[Any, ElraTrainingArguments]:
-    """Read recipe and training arguments; ``defaults`` stand where no flag is given.
+    """Read recipe and training arguments; ``defaults`` are used for flags that are not given.
 
-    Another length of the run on the command line takes the place of the defaults' number of samples.
+    If the command line gives another length of the run, the number of samples of the defaults does not count.
     """
     dataclasses: Any = (recipe_class, ElraTrainingArguments)
-    before = sys.argv[1 : max(1, len(sys.argv) - len(words))]  # hf-elra's own word
+    before = sys.argv[1 : max(1, len(sys.argv) - len(words))]  # the name of the subcommand
     parser = OneLineParser(dataclasses, prog=shlex.join([Path(sys.argv[0]).name, *before]), allow_abbrev=False)
     parser.set_defaults(**defaults)
     if any(given(flag, words) for flag in ("--num_train_epochs", "--max_steps", "--elra_max_tokens")):
@@ -87,7 +87,7 @@ def parse(recipe_class: type, words: list[str], defaults: dict[str, Any]) -> tup
         recipe, training = parser.parse(words)
     except ConfigurationError:
         raise
-    except (ValueError, ImportError) as error:  # what Transformers finds wrong with its own flags
+    except (ValueError, ImportError) as error:  # Transformers refuses a value of one of its flags
         raise ConfigurationError(str(error).strip().splitlines()[0]) from error
     return recipe, training
 
@@ -103,27 +103,27 @@ def value_of(flag: str, words: list[str], default: str) -> str:
 
 
 def given(flag: str, words: list[str]) -> bool:
-    """Whether ``flag`` is on the command line, written with underscores or hyphens."""
+    """Return whether ``flag`` is on the command line, written with underscores or hyphens."""
     return any(word.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for word in words)
 
 
 def recorded_settings(recipe: Any, training: ElraTrainingArguments, ignored: set[str]) -> dict[str, Any]:
-    """The settings that decide the trajectory: what a resumed run must share with the interrupted one."""
+    """Return the settings that decide the trajectory; a resumed run must have those of the interrupted one."""
     settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ignored}
     for name in _recorded(training):
         value = getattr(training, name)
         settings[name] = getattr(value, "value", value)
-    settings["devices"] = training.world_size * max(training.n_gpu, 1)  # each has a batch of its own
+    settings["devices"] = training.world_size * max(training.n_gpu, 1)  # every device has a batch of its own
     return settings
 
 
 def default_settings(settings: dict[str, Any], recipe: Any, training: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values that ``settings`` would have had without flags, to stand in for those an old file lacks.
+    """Return the values that ``settings`` would have had without flags; they replace what an old file lacks.
 
     Args:
-        settings: those of this run. Its number of devices counts as the old one, which nothing tells.
-        recipe, training: whose fields they are.
-        defaults: of this preset and optimizer; they come before those of the fields.
+        settings: those of this run. An old file does not say how many devices there were, so the number of now counts.
+        recipe, training: the objects whose fields they are.
+        defaults: those of this preset and optimizer; they win over the defaults of the fields.
     """
     of_fields = {f.name: f.default for of in (recipe, training) for f in fields(of) if f.default is not MISSING}
     known = {"devices": settings["devices"], **of_fields, **defaults}
@@ -137,9 +137,9 @@ def _recorded(training: ElraTrainingArguments) -> list[str]:
 
 
 def command_line() -> str:
-    """The command that started this process, as a user can type it in the same folder (on several machines: on each).
+    """Return the command that started this process, as a user can type it in the same folder, on every machine.
 
-    Whatever launcher started several processes, torchrun starts them again.
+    Several processes are started again by torchrun, whatever launcher started them.
     """
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     program, *words = sys.argv
@@ -154,6 +154,6 @@ def command_line() -> str:
 
 
 def _from_here(path: str) -> str:
-    """A path, relative where it is below this folder."""
+    """Return a path, relative if it is below this folder."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative

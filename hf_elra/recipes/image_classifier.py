@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# At a constant rate, as the paper runs them for comparison: batch 256, no accumulation.
+# The paper runs these for comparison at a constant rate, with batches of 256 and no accumulation.
 FAMILIES: dict[str, dict[str, Any]] = {
     "elra_spectral": {},
     "adam": {"learning_rate": 1e-3},
@@ -90,8 +90,8 @@ class ImageClassifierArguments:
             or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
         from_scratch (bool): take only the architecture of such a model, not its weights.
         image_size (int): resize the shorter side of images to it and cut out the middle; by default they stay as they
-            are, and have to be square and of one size.
-        crop_size (int): cut so many pixels out of every image: at random with ``flip+crop``, in evaluation from the
+            are, and must be square and of one size.
+        crop_size (int): cut this many pixels out of every image: at random with ``flip+crop``, in evaluation from the
             middle. Default: all.
         augmentation (str): ``none``, ``flip`` or ``flip+crop`` (reflect-padded by 4 pixels).
         resume (bool): go on from the last checkpoint of an interrupted run.
@@ -156,7 +156,7 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
         ConfigurationError: the model is not known, here or on the hub.
     """
     names: dict[str, Any] = {
-        "num_labels": len(data.classes),  # timm's need it beside the names
+        "num_labels": len(data.classes),  # models of timm need it beside the names
         "id2label": dict(enumerate(data.classes)),
         "label2id": {name: i for i, name in enumerate(data.classes)},
     }
@@ -183,10 +183,10 @@ def build_model(recipe: ImageClassifierArguments, data: ImageSplits) -> Any:
 
 
 def use_normalisation_of(recipe: ImageClassifierArguments, model: Any, data: ImageSplits) -> None:
-    """Give a model that is not ours images as it expects them: normalised by its own numbers, grey ones as colour.
+    """Give a model of the hub images as it expects them: normalised by its own numbers, grey images as colour.
 
-    The numbers are its image processor's (``preprocessor_config.json``) or timm's (``pretrained_cfg``); without any,
-    those of the images stay.
+    The numbers are those of its image processor (``preprocessor_config.json``) or of timm (``pretrained_cfg``). If it
+    has none, those of the images stay.
 
     Raises:
         ConfigurationError: the model takes fewer channels than the images have.
@@ -219,19 +219,19 @@ def _image_processor(model_name: str) -> dict[str, Any] | None:
 
 
 def build_processor(recipe: ImageClassifierArguments, data: ImageSplits) -> SmallImageProcessor:
-    """Build what makes an image into the input of the model that is trained on these images; saved with it."""
+    """Build the image processor that is saved with a model that is trained on these images."""
     mean, std = (values.flatten().tolist() for values in (data.train.mean, data.train.std))
     return SmallImageProcessor(mean, std, recipe.image_size, recipe.crop_size, data.train.channels)
 
 
 def classes_of(logits: Any, labels: Any) -> torch.Tensor:
-    """Predicted classes, taken batch by batch so that logits are not kept."""
+    """Return the predicted classes; called batch by batch, so that logits are not kept."""
     logits = logits[0] if isinstance(logits, tuple | list) else logits
     return logits.argmax(-1)
 
 
 def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """``compute_metrics`` of the Trainer, after :func:`classes_of`."""
+    """Return the accuracy: ``compute_metrics`` of the Trainer, after :func:`classes_of`."""
     result: dict[str, float] = metrics.load("accuracy").compute(
         predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
     )

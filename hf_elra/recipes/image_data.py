@@ -2,9 +2,9 @@
 
 Sources: ``digits`` (1,797 real images in this package), a name on the hub, or a local path: a folder of idx files
 (MNIST's own format), an npz file, parquet files, or a folder of images by class. Images that fit into memory are kept
-there as uint8 and gathered, augmented and normalised as whole batches, on the device that trains if they fit there too;
-no loader process is needed then. Others stay encoded on disk and are decoded batch by batch, which loader processes can
-do side by side. Models are in ``image_models.py``.
+there as uint8. They are gathered, augmented and normalised as whole batches, on the device that trains if they fit
+there too; no loader process is needed then. Other images stay encoded on disk and are decoded batch by batch, which
+loader processes can do side by side. Models are in ``image_models.py``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ImageSplits:
         name: where they come from, for reports.
         train, test: the images.
         classes: names of the classes.
-        lossy_copy: they are a JPEG-compressed copy in an npz file, not the data set as it is published.
+        lossy_copy: whether they are a JPEG-compressed copy in an npz file, not the data set as it is published.
     """
 
     name: str
@@ -67,11 +67,11 @@ class ImageSplits:
 
 
 class EncodedImages:
-    """Images that stay encoded on disk; indexing with row numbers decodes those, as a uint8 tensor.
+    """Images that stay encoded on disk; indexing with row numbers decodes these rows, as a uint8 tensor.
 
     Args:
         rows: a ``datasets.Dataset``.
-        name: of its image column.
+        name: name of its image column.
         decode: turns a PIL image into a uint8 array of shape (height, width) or (height, width, channels).
         shape: (number, channels, height, width).
     """
@@ -85,7 +85,7 @@ class EncodedImages:
         self.rows, self.name, self.decode, self.shape = rows, name, decode, shape
 
     def dim(self) -> int:
-        """4."""
+        """Four: number, channels, height, width."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class EncodedImages:
             return self._decode_all(self.rows[rows.tolist()][self.name], len(rows))
 
     def decoded(self, what: str) -> Tensor:
-        """All images; a bar called ``what`` tells how far it is where that takes long."""
+        """Return all images; a progress bar called ``what`` is shown where that takes long."""
         with naming_broken_images():
             return self._decode_all(tqdm(self.rows[self.name], what, delay=5), len(self))
 
@@ -112,7 +112,7 @@ class EncodedImages:
 
 @contextlib.contextmanager
 def naming_broken_images() -> Iterator[None]:
-    """Turn what goes wrong in reading an image file into an error that names the file."""
+    """Turn an exception of reading an image file into an error that names the file."""
     try:
         yield
     except OSError as error:
@@ -130,12 +130,12 @@ class ImageDataset(Dataset):
         images: uint8, (number, channels, height, width), in memory or encoded.
         labels: int64, (number,).
         augmentation: one of :data:`AUGMENTATIONS`.
-        crop_size: cut so many pixels out of every image: at random with ``flip+crop``, else from the middle.
-        mean, std: of every channel, in [0, 1]; by default those of ``images``.
-        seed: of the augmentation.
+        crop_size: cut this many pixels out of every image: at random with ``flip+crop``, else from the middle.
+        mean, std: mean and standard deviation of every channel, in [0, 1]; by default those of ``images``.
+        seed: seed of the augmentation.
 
     Attributes:
-        channels: what grey images are repeated to, for a model that takes colour.
+        channels: number of channels to hand out; grey images are repeated for a model that takes colour.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ImageDataset(Dataset):
         self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def to(self, device: Any) -> ImageDataset:
-        """Move the images to a device, where batches are then made; images that do not fit there stay here."""
+        """Move the images to a device, where batches are then made; images that do not fit stay where they are."""
         device = torch.device(device)
         if isinstance(self.images, EncodedImages):
             return self
@@ -184,7 +184,7 @@ class ImageDataset(Dataset):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what is handed out."""
+        """Return channels, height and width of the images that are handed out."""
         height, width = self.images.shape[2:] if self.crop_size is None else (self.crop_size, self.crop_size)
         return (self.channels, height, width)
 
@@ -192,11 +192,11 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row, without the batch dimension."""
+        """Return one row, without the batch dimension."""
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these rows."""
+        """Return the batch of these rows."""
         rows = torch.as_tensor(indices, device=self.images.device)
         pixels = self.images[rows].to(torch.float32)
         if pixels.shape[1] != self.channels:
@@ -211,7 +211,7 @@ class ImageDataset(Dataset):
 
 
 def as_batch(rows: Any) -> dict[str, Tensor]:
-    """Collator of :class:`ImageDataset`: its batches are ready; single rows are stacked."""
+    """The collator of :class:`ImageDataset`: its batches are ready, and single rows are stacked."""
     if isinstance(rows, dict):
         return rows
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -248,9 +248,9 @@ def augment(pixels: Tensor, how: str, generator: torch.Generator, crop_size: int
 
 
 def channel_statistics(images: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel of uint8 images, on the scale [0, 1].
+    """Return mean and standard deviation of every channel of uint8 images, on the scale [0, 1].
 
-    Of images that stay encoded, :data:`SAMPLED_IMAGES` evenly spread over them are looked at.
+    If images stay encoded, :data:`SAMPLED_IMAGES` of them, spread evenly, are looked at.
     """
     if isinstance(images, EncodedImages):
         images = images[torch.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).long()]
@@ -282,13 +282,13 @@ def load_images(
         source: ``digits``; a folder of idx files, of parquet files or of images by class (``train/CLASS/x.png`` and
             ``test/`` or ``validation/``); an npz file with ``train_images``, ``train_labels``, ``test_images``,
             ``test_labels``; or a name on the hub.
-        augmentation: of the training images.
+        augmentation: augmentation of the training images.
         image_size: resize to this many pixels; by default images of one size stay as they are.
-        crop_size: then cut out so many; see :class:`ImageDataset`.
-        seed: of the augmentation.
+        crop_size: then cut out this many; see :class:`ImageDataset`.
+        seed: seed of the augmentation.
 
     Raises:
-        ConfigurationError: nothing of the kind is there, or it holds no images; the message says what was looked for.
+        ConfigurationError: the source is missing or holds no images; the message says what was looked for.
     """
     path = Path(source)
     if source == DIGITS:
@@ -329,7 +329,7 @@ def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | Encode
         images = images.permute(0, 3, 1, 2)
     if images.dim() != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ConfigurationError(
-            f"dataset={name!r} holds {images.dtype} of shape {tuple(images.shape)}; wanted are uint8 images of shape "
+            f"dataset={name!r} holds {images.dtype} of shape {tuple(images.shape)}; uint8 images are needed, of shape "
             "(number, height, width) or (number, height, width, channels)."
         )
     if image_size is not None and images.shape[-2:] != (image_size, image_size):
@@ -341,13 +341,13 @@ def _as_images(array: Any, image_size: int | None, name: str) -> Tensor | Encode
 
 
 def _as_labels(array: Any, what: str, name: str) -> Tensor:
-    """Class numbers, one for each image; a column of them counts as well."""
+    """Return class numbers, one for each image; a column vector counts as well."""
     labels = np.asarray(array)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iufb":
         raise ConfigurationError(
-            f"dataset={name!r}: {what} are {labels.dtype} of shape {labels.shape}; wanted is one class number for each "
+            f"dataset={name!r}: {what} are {labels.dtype} of shape {labels.shape}; one class number is needed for each "
             "image, shape (number,)."
         )
     return torch.as_tensor(labels.astype(np.int64))
@@ -381,7 +381,7 @@ def _named_arrays(arrays: Any, name: str) -> dict[str, Any]:
     wanted = {f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")}
     if not wanted <= found:
         raise ConfigurationError(
-            f"dataset={name!r} holds {', '.join(sorted(found))}; wanted are {', '.join(sorted(wanted))}."
+            f"dataset={name!r} holds {', '.join(sorted(found))}; needed are {', '.join(sorted(wanted))}."
         )
     return {key: arrays[key] for key in wanted}
 
@@ -408,7 +408,7 @@ def read_idx(path: Path) -> np.ndarray:
     """Read an idx file of unsigned bytes (MNIST's format), gzipped or not.
 
     Raises:
-        ConfigurationError: it is no such file, or cut short.
+        ConfigurationError: it is not an idx file, or it was cut short.
     """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
@@ -417,7 +417,7 @@ def read_idx(path: Path) -> np.ndarray:
     except (EOFError, OSError, zlib.error) as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error}.") from None
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ConfigurationError(f"{str(path)!r} is no idx file of unsigned bytes.")
+        raise ConfigurationError(f"{str(path)!r} is not an idx file of unsigned bytes.")
     dimensions = content[3]
     shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).astype(int))
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
@@ -432,7 +432,7 @@ def _local_dataset(path: Path) -> Any:
     if path.is_dir() and (parquet := sorted(path.rglob("*.parquet"))):
         try:
             return datasets.load_dataset("parquet", data_files=_by_split(parquet, path))
-        except Exception as error:  # pyarrow's, for a file that is none, or datasets', for columns that differ
+        except Exception as error:  # pyarrow raises for a file that is not parquet, datasets for columns that differ
             raise ConfigurationError(
                 f"dataset={str(path)!r} holds parquet files that cannot be read: {error.__cause__ or error}"
             ) from error
@@ -443,7 +443,7 @@ def _local_dataset(path: Path) -> Any:
             return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
         except Exception as error:
             raise ConfigurationError(f"dataset={str(path)!r} holds no images that can be read: {error}") from error
-    raise ConfigurationError(f"dataset={str(path)!r} is no folder and no npz file.")
+    raise ConfigurationError(f"dataset={str(path)!r} is neither a folder nor an npz file.")
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[str]]:
@@ -454,7 +454,7 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[str]]:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a file's name says, or else the nearest of its folders: test-00000.parquet, test/00000.parquet."""
+    """Return the split that a file or its nearest folder is named after: test-00000.parquet, test/00000.parquet."""
     for part in reversed(file.parts):
         words = set(re.split("[^a-z]+", part.lower()))
         for split, names in SPLIT_WORDS.items():
@@ -470,25 +470,27 @@ def _hub_dataset(name: str) -> Any:
         return datasets.load_dataset(name)
     except Exception as error:
         raise ConfigurationError(
-            f"dataset={name!r} is no local path and could not be loaded from the hub: {error}"
+            f"dataset={name!r} is not a local path and could not be loaded from the hub: {error}"
         ) from error
 
 
 def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, Any]:
-    """Images and labels of a ``datasets.DatasetDict``: decoded into memory if they fit there."""
+    """Return images and labels of a ``datasets.DatasetDict``, decoded into memory if they fit there."""
     datasets = needed_by_recipes("datasets")
 
     present = [split for split in TEST_SPLITS if split in splits]
     if "train" not in splits or not present:
         raise ConfigurationError(
-            f"dataset={name!r} has the splits {', '.join(splits)}; wanted are train, and test or validation "
+            f"dataset={name!r} has the splits {', '.join(splits)}; train, and test or validation, are needed "
             "(in a folder of images: train/CLASS/x.png and test/CLASS/x.png)."
         )
     features = splits["train"].features
     image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
-    label = next((key for key in features if "label" in key), None)  # CIFAR-100's fine one comes first
+    label = next((key for key in features if "label" in key), None)  # the fine labels of CIFAR-100 come first
     if image is None or label is None:
-        raise ConfigurationError(f"dataset={name!r} has the columns {', '.join(features)}; no images with labels.")
+        raise ConfigurationError(
+            f"dataset={name!r} has the columns {', '.join(features)}; images with labels are needed."
+        )
     if not str(features[label].dtype).startswith(("int", "uint")):
         raise ConfigurationError(f"dataset={name!r}: the column {label} holds no class numbers.")
     # ImageNet's own test split on the hub has no labels, only -1.
@@ -515,7 +517,7 @@ def _from_datasets(splits: Any, name: str, image_size: int | None) -> dict[str, 
 
 
 def _pixels(picture: Any, *, image_size: int | None, colour: bool, name: str) -> np.ndarray:
-    """One decoded image; with ``image_size`` its shorter side is resized to it and the middle cut out."""
+    """Return a decoded image; with ``image_size`` its shorter side is resized to it and the middle is cut out."""
     picture = with_8_bits(picture, colour=colour)
     if image_size is None:
         if picture.width != picture.height:

@@ -2,8 +2,8 @@
 
 One configuration names the architecture and the shape of the images; importing this module registers it with
 ``AutoConfig`` and ``AutoModelForImageClassification``. The residual networks here have the stem for small images: a 3×3
-convolution and no pooling; those for large images are Transformers' own. Images are expected normalised, shape (batch,
-channels, height, width); how they get there is in ``image_data.py``.
+convolution and no pooling; those for large images are Transformers' own. Models expect normalised
+images of shape (batch, channels, height, width), which ``image_data.py`` makes.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class SmallImageClassifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave PyTorch's own initialisation, but for what a model built on the meta device never had."""
+        """Leave PyTorch's initialisation as it is; initialise only what was built on the meta device."""
         if hasattr(module, "reset_parameters") and any(p.is_meta for p in module.parameters(recurse=False)):
             reset: Any = module.reset_parameters
             reset()
@@ -209,9 +209,9 @@ class SmallImageProcessor(BaseImageProcessor):
     """Makes images of any kind into what a classifier was trained on; saved beside the model.
 
     Args:
-        image_mean, image_std (list of float): of every channel, on the scale [0, 1].
+        image_mean, image_std (list of float): mean and standard deviation of every channel, on the scale [0, 1].
         image_size (int, optional): resize the shorter side to it and cut out the middle; None leaves the size.
-        crop_size (int, optional): then cut so many pixels out of the middle.
+        crop_size (int, optional): then cut this many pixels out of the middle.
         num_channels (int): 1 for grey, 3 for colour.
     """
 
@@ -262,7 +262,7 @@ class SmallImageProcessor(BaseImageProcessor):
 
 
 def with_8_bits(picture: Any, *, colour: bool) -> Any:
-    """Return a PIL image as 8-bit colour or grey; grey values of 16 bits are scaled, where PIL would cut them off."""
+    """Return a PIL image as 8-bit colour or grey; grey values of 16 bits are scaled, while PIL would cut them off."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits, or integers that may stand for 8 or for 16
@@ -287,7 +287,7 @@ def shorter_side_to(picture: Any, size: int) -> Any:
     return picture.crop((left, top, left + size, top + size))
 
 
-with contextlib.suppress(ImportError):  # Transformers at its oldest offers this class only beside torchvision
+with contextlib.suppress(ImportError):  # the oldest Transformers offers this class only beside torchvision
     AutoImageProcessor.register(
         SmallImageClassifierConfig, image_processor_classes={"pil": SmallImageProcessor}, exist_ok=True
     )

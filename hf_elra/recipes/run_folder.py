@@ -1,7 +1,7 @@
-"""The output folder of a run: may it be used, is there something to resume, and what is written into it.
+"""The output folder of a run: whether it may be used, what can be resumed, and what is written into it.
 
 A folder holds a run if it holds a ``settings.json`` that this package wrote; the run is finished once ``metrics.json``
-is there. Checkpoints are the Trainer's. No other folder that holds anything is ever emptied.
+is there. The Trainer writes checkpoints. A folder that holds anything else is never emptied.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from hf_elra.trainer.checkpoints import last_whole_checkpoint
 SETTINGS, METRICS, SAMPLE, LOG = "settings.json", "metrics.json", "sample.txt", "log_history.json"
 
 PART = ".part"
-"""Ending of a JSON file that is being written."""
+"""The ending of a JSON file while it is being written."""
 
 MARK = {"written_by": "hf_elra"}
-"""What ``settings.json`` says beside the settings, to tell a run of ours from somebody's folder."""
+"""An entry of ``settings.json`` beside the settings, which tells a run of ours from any other folder."""
 
 ALWAYS_WRITTEN = {
     *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
     *("preset", "dataset", "elra_control_cycle"),
 }
-"""What tells a ``settings.json`` from before :data:`MARK`."""
+"""Names by which a ``settings.json`` from before :data:`MARK` is known."""
 
 LENGTH = ("max_steps", "num_train_epochs", "elra_max_samples", "elra_max_tokens")
 """Settings in which a resumed run may differ from the interrupted one."""
 
 
 class AlreadyFinished(Exception):
-    """The run that was asked for is there already; its text says so."""
+    """Raised where the run that was asked for is finished already; the text says so."""
 
 
 def check_run_folder(
@@ -50,15 +50,15 @@ def check_run_folder(
 
     Args:
         folder: the output folder; it need not exist.
-        settings: what decides the trajectory; a run is resumed only with the same.
+        settings: what decides the trajectory; a run is resumed only with the same settings.
         resume: go on with an interrupted run.
-        overwrite: replace a run that is there. With ``resume`` too, an interrupted run goes on, a finished one is left
-            alone, and only a run with other settings is replaced.
-        defaults: the values that settings had which an earlier version did not write down.
+        overwrite: replace a run that is there. Together with ``resume`` an interrupted run goes on, a finished one is
+            left alone, and only a run with other settings is replaced.
+        defaults: values of settings that an earlier version did not write down.
 
     Raises:
-        ConfigurationError: the folder cannot be used that way; nothing was touched.
-        AlreadyFinished: with both ``resume`` and ``overwrite``, there is nothing left to do.
+        ConfigurationError: the folder cannot be used like this; nothing was touched.
+        AlreadyFinished: with both ``resume`` and ``overwrite``, if there is nothing left to do.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -72,7 +72,7 @@ def check_run_folder(
     written = read_settings(path / SETTINGS)
     if written is None:
         raise ConfigurationError(
-            f"output_dir={folder!r} holds files that are no run of this script; choose another folder."
+            f"output_dir={folder!r} holds files that are not a run of this script; choose another folder."
         )
     finished = (path / METRICS).is_file()
     before = {**(defaults or {}), **written}
@@ -108,9 +108,9 @@ def check_run_folder(
 
 
 def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> None:
-    """Empty the folder unless a run goes on from ``checkpoint``, saying so, and write down the settings.
+    """Empty the folder, with a message, unless a run goes on from ``checkpoint``; then write down the settings.
 
-    The folder itself stays, which may be a link or a mount point.
+    The folder itself stays, since it may be a link or a mount point.
     """
     path = Path(folder)
     if checkpoint is not None:
@@ -121,7 +121,7 @@ def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> 
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in list(path.iterdir()):
-                if file.name == SETTINGS:  # replaced below: were this cut short, the folder must still count as ours
+                if file.name == SETTINGS:  # replaced below; if this is cut short, the folder must still count as ours
                     continue
                 if file.is_dir() and not file.is_symlink():
                     shutil.rmtree(file)
@@ -135,10 +135,10 @@ def start_run(folder: str, settings: dict[str, Any], checkpoint: str | None) -> 
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Read the ``settings.json`` of a run of ours, without :data:`MARK`; None if there is none or it is not ours."""
+    """Return the ``settings.json`` of a run of ours without :data:`MARK`, or None if there is none."""
     try:
         content = read_json(path)
-    except (OSError, ValueError, RecursionError):  # a folder, no text, no JSON
+    except (OSError, ValueError, RecursionError):  # it is a folder, or not text, or not JSON
         return None
     if not isinstance(content, dict):
         return None

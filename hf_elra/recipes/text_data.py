@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PYTHON_DOCS = "python-docs"
-_HELD_OUT = 20  # one document in so many is for validation where no validation text is given
-_TOKENIZER_SAMPLE = 50_000_000  # characters; more change a BPE's pieces little and cost memory
+_HELD_OUT = 20  # one document in this many is for validation, if no validation text is given
+_TOKENIZER_SAMPLE = 50_000_000  # characters; more of them hardly change the pieces of a BPE, and cost memory
 _BLOCK_FORMAT = 1  # part of the cache key: raise it when packing changes
 
 
@@ -79,7 +79,7 @@ def load_texts(
     datasets = needed_by_recipes("datasets")
     try:
         loaded = datasets.load_dataset(dataset, dataset_config)
-    except Exception as error:  # the hub's errors are many: offline, no such name, gated, no such configuration
+    except Exception as error:  # the hub raises many: offline, no such name, gated, no such configuration
         hint = nearest(dataset, [PYTHON_DOCS])
         raise ConfigurationError(
             f"dataset={dataset!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).{hint} "
@@ -87,7 +87,7 @@ def load_texts(
         ) from error
     if "train" not in loaded:
         raise ConfigurationError(
-            f"dataset={dataset!r} has the split(s) {', '.join(loaded)}; wanted is one called train. Give its file with "
+            f"dataset={dataset!r} has the split(s) {', '.join(loaded)}; one called train is needed. Give its file with "
             "--train_file instead."
         )
     train = _column(loaded["train"], text_column, f"dataset={dataset!r}")
@@ -101,7 +101,7 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
     """Read the documents of a txt (``<|endoftext|>`` between them), jsonl, csv or parquet file, gzipped or not."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigurationError(f"{flag}={path!r} does not exist or is no file.")
+        raise ConfigurationError(f"{flag}={path!r} does not exist or is not a file.")
     kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
     if kind in ("jsonl", "json", "csv", "parquet"):
         if file.stat().st_size == 0:
@@ -109,7 +109,7 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
         datasets = needed_by_recipes("datasets")
         try:
             loaded = datasets.load_dataset(kind.removesuffix("l"), data_files=glob.escape(path), split="train")
-        except Exception as error:  # each way of being damaged has its own, from datasets, pyarrow, gzip or zlib
+        except Exception as error:  # datasets, pyarrow, gzip and zlib raise their own errors for damaged files
             reason = str(error.__cause__ or error) or "nothing is in it"
             raise ConfigurationError(f"{flag}={path!r} cannot be read as {kind}: {reason}") from error
         documents = _column(loaded, text_column, f"{flag}={path!r}")
@@ -118,7 +118,7 @@ def read_documents(path: str, flag: str, text_column: str) -> list[str]:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as stream:
                 documents = [part.strip() for part in stream.read().split(END_OF_TEXT)]
         except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-            raise ConfigurationError(f"{flag}={path!r} is no UTF-8 text: {error}.") from error
+            raise ConfigurationError(f"{flag}={path!r} is not UTF-8 text: {error}.") from error
     documents = [document for document in documents if document]
     if not documents:
         raise ConfigurationError(f"{flag}={path!r} holds no text.")
@@ -133,7 +133,7 @@ def _column(data: Dataset, name: str, source: str) -> list[str]:
         )
     kind = data.features[name]
     if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ConfigurationError(f"{source}: its column {name!r} holds {kind}, no text. Choose with --text_column.")
+        raise ConfigurationError(f"{source}: its column {name!r} holds {kind}, not text. Choose with --text_column.")
     documents = [document for document in data[name] if document is not None]
     if not documents:
         raise ConfigurationError(f"{source}: its column {name!r} holds no text. Choose with --text_column.")
@@ -151,9 +151,9 @@ def hold_out(documents: list[str], name: str) -> Texts:
 
 
 def python_documentation() -> list[str]:
-    """The English documentation every Python carries: ``pydoc_data.topics`` and the standard library's docstrings.
+    """Return the English documentation that every Python carries: ``pydoc_data.topics`` and docstrings.
 
-    One document per topic and per module, in a fixed order; nothing is imported but ``pydoc_data``.
+    One document per topic and per module of the standard library, in a fixed order; only ``pydoc_data`` is imported.
     """
     from pydoc_data import topics
 
@@ -273,7 +273,7 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_siz
 
 
 class _Source:
-    """Documents and tokenizer for ``_blocks``; pickles as the key of its content, which makes that the cache's key."""
+    """Documents and tokenizer for ``_blocks``; it pickles as a key of its content, which is then the cache's key."""
 
     def __init__(self, documents: list[str], tokenizer: Any, key: dict[str, Any]) -> None:
         self.documents, self.tokenizer, self.key = documents, tokenizer, key
@@ -301,7 +301,7 @@ def _blocks(source: _Source, block_size: int) -> Iterator[dict[str, list[int]]]:
 
 
 def unigram_entropy(blocks: Dataset) -> float:
-    """Entropy of the distribution of single tokens in ``blocks``, in nats per token.
+    """Return the entropy of the distribution of single tokens in ``blocks``, in nats per token.
 
     No model that ignores context can have a lower loss on this text.
     """

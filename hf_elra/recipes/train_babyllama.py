@@ -22,7 +22,7 @@ def main(words: list[str]) -> None:
     """Train, evaluate, save."""
     recipe, training = babyllama.parse_arguments(words)
     defaults = babyllama.defaults_of(recipe.preset, optimizer_name(training))
-    for package in ("datasets", "evaluate"):  # said before the training that ends in them
+    for package in ("datasets", "evaluate"):  # a missing package is reported before the training, not at its end
         needed_by_recipes(package)
     run = TrainingRun(recipe, training, babyllama.NOT_OF_THE_TRAJECTORY, "tokens", defaults)
 

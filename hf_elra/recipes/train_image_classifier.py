@@ -21,7 +21,7 @@ def main(words: list[str]) -> None:
     """Train, evaluate, save."""
     recipe, training = image_classifier.parse_arguments(words)
     defaults = image_classifier.defaults_of(recipe.preset, optimizer_name(training))
-    needed_by_recipes("evaluate")  # said before the training that ends in it
+    needed_by_recipes("evaluate")  # a missing package is reported before the training, not at its end
     run = TrainingRun(recipe, training, image_classifier.NOT_OF_THE_TRAJECTORY, "images", defaults)
 
     with training.main_process_first():

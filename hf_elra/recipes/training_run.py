@@ -1,6 +1,6 @@
-"""One run of a training script, whatever it trains: folder, training that a signal may stop, results, exit code.
+"""One run of a training script: its folder, training that a signal may stop, results, and the exit code.
 
-What may happen to the output folder is decided in ``run_folder.py``; what is trained, in ``train_….py``.
+``run_folder.py`` decides what may happen to the output folder; ``train_….py`` decides what is trained.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TABLE = "training.md"
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal and saved; the text says how to go on (empty on all processes but the first).
+    """Raised where a signal stopped the training, which is saved; on the first process the text says how to go on.
 
     Attributes:
-        exit_code: the shell's, 128 + the signal's number.
+        exit_code: 128 + the number of the signal, as in a shell.
     """
 
     def __init__(self, text: str, exit_code: int) -> None:
@@ -40,22 +40,22 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Training ended at a loss that is no number; its results are written."""
+    """Raised where training ended at a loss that is not a number; its results are written."""
 
 
 class TrainingRun:
-    """A run in ``training.output_dir``, new or resumed; made before any work, so that nothing is lost to a bad folder.
+    """A run in ``training.output_dir``, new or resumed. It is made before any work, so that a bad folder costs nothing.
 
     Args:
-        recipe: the script's own settings, a dataclass with ``resume`` and ``overwrite``.
-        training: the Trainer's.
+        recipe: settings of the script, a dataclass with ``resume`` and ``overwrite``.
+        training: settings of the Trainer.
         ignored: settings of ``recipe`` in which a resumed run may differ.
-        unit: what progress is counted in, ``"tokens"`` or ``"images"``.
-        defaults: values of the flags that are not given, where they are not those of the fields.
+        unit: unit of progress, ``"tokens"`` or ``"images"``.
+        defaults: values of flags that are not given, where they differ from the defaults of the fields.
 
     Attributes:
         callbacks: for the Trainer.
-        checkpoint: where the run goes on from, or None.
+        checkpoint: the one that the run goes on from, or None.
 
     Raises:
         ConfigurationError: the folder cannot be used.
@@ -84,16 +84,16 @@ class TrainingRun:
         self.callbacks = [self._stop, self._progress]
 
     def train(self, trainer: Any, headline: str) -> list[dict[str, Any]]:
-        """Train to the end, evaluate there, save the model; return all evaluations, the last one of what was saved.
+        """Train to the end, evaluate and save the model; return all evaluations, the last one of the saved model.
 
         Args:
-            trainer: was given :attr:`callbacks`.
-            headline: printed first.
+            trainer: a Trainer that was given :attr:`callbacks`.
+            headline: a line that is printed first.
 
         Raises:
-            Interrupted: by SIGINT or SIGTERM.
+            Interrupted: if SIGINT or SIGTERM stopped it.
         """
-        disable_progress_bar()  # of saving, which would cut through the lines of progress
+        disable_progress_bar()  # progress bars of saving would cut through the lines of progress
         trainer.remove_callback(PrinterCallback)
         self._progress.trainer = self._stop.trainer = trainer
         if trainer.is_world_process_zero():
@@ -138,7 +138,7 @@ class TrainingRun:
         return metrics
 
     def check_finite(self, loss: float) -> None:
-        """Raise :class:`Diverged` where a run has led nowhere, so that scripts that wait for it learn of it."""
+        """Raise :class:`Diverged` if the final loss is not finite, so that scripts waiting for the run learn of it."""
         if not math.isfinite(loss):
             raise Diverged(
                 f"the run diverged: its validation loss is {loss}. Lower --learning_rate, or choose --optim elra or "
@@ -146,13 +146,13 @@ class TrainingRun:
             )
 
     def speed(self, metrics: dict[str, Any]) -> str:
-        """Seconds and speed, as text."""
+        """Return seconds and speed as text."""
         unit, since = self._progress.unit, " since the last resume" if self.checkpoint else ""
         return f"{metrics['train_seconds']:.0f} s, {metrics[f'{unit}_per_second']:,.0f} {unit}/s{since}"
 
 
 def check_trainable(training: ElraTrainingArguments) -> None:
-    """Refuse what the Trainer would stumble over later, or ignore."""
+    """Refuse settings that the Trainer would fail on later, or ignore."""
     if uses_elra(training):
         optimizer_arguments(training, None)
     for name, least in (

@@ -1,4 +1,4 @@
-"""What a number was measured on: machine and versions, to be written beside it."""
+"""Machine and versions, to be written beside every number that was measured."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ def draw_paths(
     """Draw paths over a function's level lines.
 
     Args:
-        title: of the picture.
-        function: of a tensor of shape (2, ...).
+        title: title of the picture.
+        function: a function of a tensor of shape (2, ...).
         paths: by optimizer, the points in the function's own coordinates: walked in these, and in coordinates turned
             by 45°.
         file: the PNG file.
-        limit: a path of so many updates did not arrive.
+        limit: a path with this many updates did not arrive.
     """
     if (plt := _pyplot()) is None:
         return
@@ -55,7 +55,7 @@ def draw_paths(
 
 
 def draw_learning_rates(title: str, paths: dict[str, list[float]], file: File) -> None:
-    """Draw learning rates over updates, on a logarithmic scale, by what they began with."""
+    """Draw learning rates over updates, on a logarithmic scale, one curve for each first rate."""
     if (plt := _pyplot()) is None:
         return
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -68,13 +68,13 @@ def draw_learning_rates(title: str, paths: dict[str, list[float]], file: File) -
 
 
 def draw_curves(runs: dict[str, dict[str, list[float]]], across: list[str], up: str, label: str, file: File) -> None:
-    """Draw ``up`` of every run over each of ``across``, side by side.
+    """Draw ``up`` of every run over each of ``across``, in panels side by side.
 
     Args:
         runs: values by name, by title of the run.
-        across: names of the horizontal values, a picture each.
+        across: names of the horizontal values, one panel each.
         up: name of the vertical values.
-        label: of the vertical axis.
+        label: label of the vertical axis.
         file: the PNG file.
     """
     if (plt := _pyplot()) is None:

@@ -1,9 +1,9 @@
 """What a run has seen and what is left of it: losses, samples, tokens, epochs, control cycles, resume position.
 
-The stock loop believes that an update is one batch. ``Accounting`` puts right what it counts: epochs, the number of
+The stock loop assumes that an update is one batch. ``Accounting`` corrects what it counts: epochs, the number of
 updates, the resume position, intervals, the position in a learning-rate schedule. ``ElraCallback`` keeps the totals, is
-part of every checkpoint, and ends control cycles. How far a run is, is computed in ``control/progress.py``; how many
-micro-batches an update has, in ``update_size.py``.
+part of every checkpoint, and ends control cycles. ``control/progress.py`` computes how far a run is;
+``update_size.py`` decides how many micro-batches an update has.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from hf_elra.trainer.update_size import UpdateSize
 logger = logging.getLogger(__name__)
 
 LOSSES_ON_DEVICE = 1000
-"""So many losses are collected before they are fetched; a loss fetched alone would make the host wait for the GPU."""
+"""Losses are fetched this many at a time, since the host would wait for the GPU at every loss otherwise."""
 
 
 def finite_values(losses: list[Any]) -> list[float]:
-    """Fetch losses, which may be on a device, all at once; those that are not finite are left out."""
+    """Fetch losses, which may be on a device, all at once; leave out those that are not finite."""
     tensors = bool(losses) and all(isinstance(loss, Tensor) for loss in losses)
     values = torch.stack(losses).tolist() if tensors else map(float, losses)
     return [value for value in values if math.isfinite(value)]
 
 
 class Accounting:
-    """Counts for a Trainer what its updates were made of, and how far it is.
+    """Counts what the updates of a Trainer are made of, and how far it is.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size (UpdateSize): of its updates; where ``size.control`` is None the stock counts stand.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size (UpdateSize): the size of its updates; if ``size.control`` is None the stock counts are left as they are.
 
     Attributes:
         progress: how far the run is.
@@ -59,29 +59,29 @@ class Accounting:
         self._trainer = trainer
         self._size = size
         self.progress = TrainingProgress()
-        self._loss = SumOfFinite()  # of the update that runs, so far
+        self._loss = SumOfFinite()  # so far, in the running update
         self._samples = self._tokens = 0
-        self._rows_drawn: int | None = None  # by it, over all processes; None where the sampler does not tell
+        self._rows_drawn: int | None = None  # rows drawn by it over all processes; None if the sampler does not say
         self._rows_are_known = False
         self._rows_to_skip = 0
         self._first_epoch_of_call = True
         self._schedule_length: int | None = None
-        self._share_before = 0.0  # of the run
+        self._share_before = 0.0  # totals of the run
         self._users_accumulation = 1
 
     def prepare(self) -> None:
-        """The Trainer's arguments are there, or other ones than before."""
+        """Take the Trainer's arguments, which are new or have changed."""
         self.progress = TrainingProgress()
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of the next update."""
+        """Return the number of micro-batches of the next update."""
         return self._size.accumulation(self.progress)
 
     # ---- before the loop ----
 
     def skips_last_batch(self) -> bool:
-        """Whether the last, incomplete batch of an epoch is left out (paper, section 3.5)."""
+        """Return whether the last, incomplete batch of an epoch is left out (paper, section 3.5)."""
         trainer = self._trainer
         if not trainer.elra_active or not trainer.elra_settings.elra_skip_last_batch:
             return False
@@ -104,7 +104,7 @@ class Accounting:
     def initial_values(self, stock_values: Any, args: Any, loader: Any) -> Any:
         """Return the seven counts of ``stock_values`` for a run whose updates may change in size.
 
-        Where samples, tokens or updates limit the run, there may be any number of epochs.
+        If samples, tokens or updates limit the run, there may be any number of epochs.
         """
         control, sized = self._size.control, has_length(loader)
         if control is None:
@@ -144,7 +144,7 @@ class Accounting:
         return epochs, per_epoch, examples, samples, batch, in_epoch, self._schedule_length
 
     def _without_incomplete_updates(self, values: Any, args: Any, sized: bool) -> Any:
-        """The stock counts, without the incomplete group of micro-batches at the end of an epoch."""
+        """Return the stock counts, without the incomplete group of micro-batches at the end of an epoch."""
         epochs, _, examples, _, batch, micro_batches, max_steps = values
         accumulation = args.gradient_accumulation_steps
         whole = micro_batches // accumulation
@@ -162,7 +162,7 @@ class Accounting:
         return control.max_tokens is not None or (control.decides_at_cycles and cycle.unit == "tok")
 
     def _samples_of(self, batch_size: int) -> int:
-        """Samples of a micro-batch over all processes that have data of their own, from the loader's batch size."""
+        """Return the samples of a micro-batch over all processes that have their own data, from the batch size."""
         trainer = self._trainer
         if splits_batches(trainer.args):
             return batch_size
@@ -170,7 +170,7 @@ class Accounting:
         return int(batch_size * (total // trainer._train_batch_size))
 
     def _warn_of_limits(self, control: BatchControl) -> None:
-        """Tell where what was asked for cannot be had with these data."""
+        """Warn if something that was asked for cannot be had with these data."""
         trainer = self._trainer
         first, per_epoch = control.controller.initial_accumulation, self.progress.batches_per_epoch
         wanted = first * (max(factor for _, factor in control.schedule.steps) if control.schedule else 1)
@@ -186,10 +186,10 @@ class Accounting:
             )
 
     def begin(self, stock_position: tuple[int, int]) -> tuple[int, int]:
-        """The Trainer's state is there, made anew or read from a checkpoint: take the position in the data from it.
+        """Take the position in the data from the Trainer's state, which is new or was read from a checkpoint.
 
         Returns:
-            Epochs to skip, and batches of the next one; ``stock_position`` where updates are stock.
+            Epochs to skip, and batches of the next one; ``stock_position`` if updates are stock.
         """
         control, trainer, progress = self._size.control, self._trainer, self.progress
         if control is None:
@@ -210,58 +210,58 @@ class Accounting:
         if progress.batches_per_epoch and progress.epoch_is_over(self.accumulation):
             progress.restart(progress.epoch + 1)
         batches, rows = divmod(progress.taken, progress.samples_per_batch)
-        if rows and not self._rows_are_known:  # no sampler to leave them out of: better twice than never
+        if rows and not self._rows_are_known:  # no sampler can leave them out: better twice than never
             progress.taken, rows = progress.taken - rows, 0
         self._rows_to_skip = rows
         self._show_totals()
         return progress.epoch, batches
 
     def saved_position(self) -> dict[str, Any] | None:
-        """The position in the data in the checkpoint that is resumed, see :meth:`position`; None without one."""
+        """Return the position in the data of the checkpoint that is resumed (see :meth:`position`), or None."""
         position: dict[str, Any] | None = ElraCallback.saved_attributes(self._trainer.state).get("data_position")
         return position
 
     def position(self) -> dict[str, Any]:
-        """Where in the data the run is, and how large its updates are, as JSON values for the checkpoint."""
+        """Return the position in the data and the size of updates, as JSON values for the checkpoint."""
         return {**self.progress.state_dict(), **self._size.state_dict(self.progress)}
 
     def skip_rows(self, loader: Any) -> None:
-        """Where a checkpoint lies within a batch of the present size, let the sampler go on after its last row."""
+        """Let the sampler go on after the last row of a checkpoint that lies within a batch of the present size."""
         plain = plain_batch_sampler(loader) if self._rows_are_known else None
         if self._size.control is not None and plain is not None and self._rows_to_skip:
             plain.sampler = RowsSkipped(plain.sampler, self._rows_to_skip)
 
     def schedule_length(self, num_training_steps: int) -> int:
-        """Updates that a learning-rate schedule is made for: those of the first size."""
+        """Return the number of updates that a learning-rate schedule is made for: updates of the first size."""
         if self._size.control is None or num_training_steps <= 0 or self._schedule_length is None:
             return num_training_steps
         return self._schedule_length
 
-    # ---- what the loop believes ----
+    # ---- what the loop assumes ----
 
     @contextlib.contextmanager
     def an_update_is_a_batch(self) -> Iterator[None]:
-        """Let the loop believe that an update is one batch, which is a group of micro-batches."""
+        """Make the loop take an update for one batch; the batch is a group of micro-batches."""
         args, control = self._trainer.args, self._size.control
         self._users_accumulation = args.gradient_accumulation_steps
         if control is not None and not control.asked_for:
-            # Then it is the user's number, whatever it was before.
+            # In this case it is the user's number, whatever it was before.
             control.controller = BatchSizeController(self._users_accumulation)
         with set_meanwhile(args, **({} if control is None else {"gradient_accumulation_steps": 1})):
             yield
 
     def as_the_user_set_it(self) -> Any:
-        """A context in which the arguments are the user's, for what is saved and told within an epoch."""
+        """Return a context in which the arguments are the user's, for what is saved and logged within an epoch."""
         return set_meanwhile(self._trainer.args, gradient_accumulation_steps=self._users_accumulation)
 
     def begin_epoch(self) -> None:
-        """The loop begins an epoch: the first one of a call goes on where a checkpoint stopped."""
+        """Begin an epoch; the first one of a call goes on where a checkpoint stopped."""
         if not self._first_epoch_of_call:
             self.progress.restart(self.progress.epoch + 1)
         self._first_epoch_of_call = False
 
     def has_ended(self) -> bool:
-        """Whether the run has reached its end."""
+        """Return whether the run has reached its end."""
         if self._size.control is not None:
             return not self.progress.updates_left(self.accumulation)
         state = self._trainer.state
@@ -270,11 +270,11 @@ class Accounting:
     # ---- an update ----
 
     def begin_update(self) -> None:
-        """Forget what an interrupted update has left behind."""
+        """Forget the counts of an update that was interrupted."""
         self._loss, self._samples, self._tokens, self._rows_drawn = SumOfFinite(), 0, 0, None
 
     def take(self, micro_batches: int) -> None:
-        """So many micro-batches were taken from the data for this update."""
+        """Count micro-batches that were taken from the data for this update."""
         rows = self.progress.take(micro_batches)
         self._rows_drawn = rows if self._rows_are_known else None
 
@@ -292,16 +292,16 @@ class Accounting:
         """Add micro-batches to the update that runs.
 
         Args:
-            loss: their part of the update's mean: it is divided already by the update's micro-batches, or by its
-                targets.
-            samples, tokens: of this process.
+            loss: their part of the update's mean, which is divided already by the micro-batches or targets of the
+                update.
+            samples, tokens: those of this process.
         """
         self._loss.add(loss.detach().float())
         self._samples += samples
         self._tokens += tokens
 
     def end_update(self) -> Any:
-        """Its gradients are there: tell the optimizer its mean loss; add it to the counts of the run.
+        """Tell the optimizer the mean loss of the update, whose gradients are complete, and count the update.
 
         Returns:
             The mean loss over all processes that have one; it may be on the device.
@@ -317,9 +317,9 @@ class Accounting:
             total = trainer.accelerator.reduce(numbers, reduction="sum").tolist()
             loss = total[0] / total[1] if total[1] else math.nan
             samples, tokens = round(total[2]), round(total[3])
-            of_process = torch.where(finite, of_process, loss)  # one without a loss goes by that of the others
+            of_process = torch.where(finite, of_process, loss)  # a process without a loss uses that of the others
         if (optimizer := trainer.elra_optimizer) is not None:
-            optimizer.observe_loss(of_process)  # the optimizer itself takes the mean
+            optimizer.observe_loss(of_process)  # the optimizer takes the mean over processes itself
             if processes > 1:
                 optimizer.process_group = torch.distributed.group.WORLD
         trainer.elra_callback.count(samples if drawn is None else drawn, tokens, loss)
@@ -329,7 +329,7 @@ class Accounting:
     # ---- after it ----
 
     def correct_state(self, samples: int, tokens: int) -> None:
-        """After an update: the true epoch, the updates still to come, and a schedule that follows the data."""
+        """Correct, after an update, the epoch, the number of updates to come, and the position in a schedule."""
         trainer, control = self._trainer, self._size.control
         if control is None:
             return
@@ -346,13 +346,13 @@ class Accounting:
                 schedule.step()
 
     def begin_intervals(self) -> None:
-        """Remember how far the run is, where training begins or goes on."""
+        """Remember how far the run is when training begins or goes on."""
         self._share_before = 0.0 if self._size.control is None else self.progress.fraction(self.accumulation)
 
     def time_intervals(self) -> None:
-        """After an update: let intervals that are shares of the run follow the data.
+        """Let intervals that are shares of the run follow the data; called after every update.
 
-        The stock ones are a fixed number of updates, which comes round ever more seldom as updates grow.
+        Stock intervals are a fixed number of updates, which takes ever longer as updates grow.
         """
         if self._size.control is None:
             return
@@ -366,12 +366,12 @@ class Accounting:
                 setattr(state, name, state.global_step + (0 if passed else 1))
 
     def true_epoch(self) -> float:
-        """Epochs of data seen, also before the stock count is corrected."""
+        """Return the epochs of data seen, also before the stock count is corrected."""
         epochs = None if self._size.control is None else self.progress.epochs(self.accumulation)
         return (self._trainer.state.epoch or 0.0) if epochs is None else epochs
 
     def _refuse_tokens(self, control: BatchControl) -> None:
-        """Raise a ConfigurationError for what counts tokens, where there are none."""
+        """Raise a ConfigurationError if something counts tokens and the data have none."""
         trainer = self._trainer
         none = f"the model's main input, {getattr(trainer.model, 'main_input_name', 'input_ids')!r}, holds no tokens"
         cycle = trainer.elra_settings.control_cycle(trainer.train_dataset)
@@ -394,8 +394,8 @@ class ElraCallback(TrainerCallback, ExportableState):
     """Counts samples and tokens over all processes, and ends control cycles.
 
     Its counts, those of passes, the running cycle's losses, the position in the data and the batch-size controller are
-    part of every checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. It is the
-    first one of all callbacks, so that every other one sees the corrected state (:func:`put_first`).
+    in every checkpoint (``trainer_state.json``, under ``stateful_callbacks``) and continue on resume. It is the
+    first of all callbacks, so that the others see the corrected state (:func:`put_first`).
 
     Args:
         control_cycle (str): length of a cycle, e.g. ``"1ep"``.
@@ -410,11 +410,11 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.samples_before = self.updates_before = 0  # where a run was resumed
         self.cycle_losses = CycleLosses()
         self._waiting: list[Any] = []  # losses that are still on the device
-        self.full_batch = 0  # samples in a whole micro-batch of data of unknown length, as far as seen
+        self.full_batch = 0  # samples in a whole micro-batch as seen so far, for data of unknown length
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         self._take_in()
         attributes = {
             "samples": self.samples,
@@ -437,18 +437,18 @@ class ElraCallback(TrainerCallback, ExportableState):
         return saved["attributes"] if saved else {}
 
     def count(self, samples: int, tokens: int, loss: Any) -> None:
-        """Add one update: samples and tokens over all processes, its mean loss, which may stay on its device."""
+        """Add one update: samples and tokens over all processes, and its mean loss, which may be on a device."""
         self.samples += samples
         self.tokens += tokens
         control = self.trainer.batch_control
-        if control is None or not control.decides_at_cycles:  # nobody asks for the cycle's losses
+        if control is None or not control.decides_at_cycles:  # nobody needs the losses of the cycle
             return
         self._waiting.append(loss)
         if len(self._waiting) >= LOSSES_ON_DEVICE:
             self._take_in()
 
     def _take_in(self) -> None:
-        """Fetch the losses that wait, all at once, and add the finite ones to the cycle's."""
+        """Fetch all waiting losses at once, and add the finite ones to those of the cycle."""
         losses, self._waiting = self._waiting, []
         for value in finite_values(losses):
             self.cycle_losses.add(value)
@@ -465,7 +465,7 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.trainer.elra.logs.begin()
         self.trainer.elra.accounting.begin_intervals()
         self._cycle.completed = 0
-        self._advance(state)  # cycles that ended before a resume are over already
+        self._advance(state)  # cycles that ended before a resume do not end again
 
     def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
         self.trainer.elra.accounting.begin_epoch()
@@ -475,7 +475,7 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         elra = self.trainer.elra
-        # The true epoch first: it is in the cycle's logs; a decision then changes what is still to come.
+        # The true epoch comes first, as it is in the logs of the cycle; the decision then changes what is to come.
         elra.accounting.correct_state(self.samples, self.tokens)
         elra.logs.tell_new_batch()
         cycle_is_over = self._advance(state)
@@ -510,11 +510,11 @@ class ElraCallback(TrainerCallback, ExportableState):
 
 
 def put_first(trainer: Any, callback: ElraCallback | None = None) -> None:
-    """Put a Trainer's :class:`ElraCallback` first in the row, and tell it its Trainer.
+    """Make the :class:`ElraCallback` of a Trainer the first of its callbacks, and tell it its Trainer.
 
     Args:
-        trainer: whose callbacks may have been changed for those of a checkpoint.
-        callback: takes the place of the one there; None to keep that.
+        trainer: a Trainer, whose callbacks may be those of a checkpoint by now.
+        callback: the new one; None to keep the present one.
     """
     callbacks = trainer.callback_handler.callbacks
     found = trainer.callback_handler.pop_callback(ElraCallback)

@@ -41,7 +41,7 @@ LANGUAGE_MODEL_MIN_STEP_NORM = 0.1
 class LauncherFlags:
     """The ``--elra_*`` flags that the launcher took from the command line; they win over arguments.
 
-    ``honoured`` becomes true when a Trainer has read them; the file ``tell`` is made then, if there is one.
+    ``honoured`` becomes true when a Trainer has read them. If there is a path ``tell``, that file is made then.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class LauncherFlags:
     tell: Path | None = None
 
     def honour(self) -> None:
-        """A Trainer has read them."""
+        """Note that a Trainer has read them."""
         if not self.honoured and self.tell is not None:
             self.tell.touch()
         self.honoured = True
@@ -82,8 +82,8 @@ class ElraSettings:
             unknown length.
         elra_skip_last_batch (bool): skip the last, incomplete batch of an epoch (paper, section 3.5). Default: True.
         elra_batch_control (str): ``off``; ``elra``: the batch grows at the end of a control cycle when noise dominates
-            (section 3.3), with any optimizer; ``noise``: it follows the noise scale, from at least two micro-batches
-            an update on; ``linear``: it grows by its first size every 200 updates; ``schedule``: as
+            (section 3.3), with any optimizer; ``noise``: it follows the noise scale, which needs updates of at least
+            two micro-batches; ``linear``: it grows by its first size every 200 updates; ``schedule``: as
             ``elra_batch_schedule`` says. Default: ``elra`` with ELRA, ``linear`` with elra_spectral where that has no
             momentum; ``off`` with all others and with Trainers that make batches of their own (TRL's GRPO).
         elra_batch_growth (float): factor of a change. Default: 1.5.
@@ -92,7 +92,7 @@ class ElraSettings:
         elra_max_batch_size (int, optional): most samples of an update, over all processes. Default: no limit.
         elra_initial_accumulation (int, optional): micro-batches of the first updates, m_0. Default:
             ``gradient_accumulation_steps``.
-        elra_gradient_decay (bool): scale gradients by m_0/m (section 3.4); of ours the steps. Default: False.
+        elra_gradient_decay (bool): scale gradients (with our optimizers: steps) by m_0/m (section 3.4). Default: False.
         elra_batch_schedule (str, optional): multiples of the first batch over the progress of training,
             ``0:1,0.5:2,0.75:4``.
         elra_max_micro_batch (str, optional): most samples of one forward pass on a device: micro-batches of an update
@@ -170,9 +170,9 @@ class ElraSettings:
 
     @classmethod
     def of(cls, args: Any, *, only_checked: bool = False) -> ElraSettings:
-        """Return the settings in force for ``args``: the launcher's, else those of ``args``, else the defaults.
+        """Return the settings in force: those of the launcher, else those of ``args``, else the defaults.
 
-        The launcher's count as honoured then, unless they are ``only_checked``.
+        The launcher's settings count as honoured then, unless they are ``only_checked``.
         """
         if not only_checked:
             LAUNCHER_FLAGS.honour()
@@ -251,13 +251,13 @@ class ElraSeq2SeqTrainingArguments(ElraTrainingArguments, Seq2SeqTrainingArgumen
 
 
 class OneLineParser(HfArgumentParser):
-    """An ``HfArgumentParser`` that says what is wrong in one line, raised, instead of after a page of usage."""
+    """An ``HfArgumentParser`` that raises an error of one line, instead of printing a page of usage."""
 
     def error(self, message: str) -> Any:  # noqa: D102
         raise ConfigurationError(f"{message}.")
 
     def parse(self, words: list[str]) -> tuple[Any, ...]:
-        """Parse all of ``words``; a flag that is not known is an error with the nearest one that is."""
+        """Parse all of ``words``; the error for an unknown flag names the nearest known one."""
         *results, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -277,11 +277,11 @@ def uses_elra(args: Any) -> bool:
 
 
 def control_of(optimizer_class: type, momentum: float | None = None) -> str:
-    """Return ``elra_batch_control`` as it suits an optimizer: with no momentum the batch averages over the noise.
+    """Return the ``elra_batch_control`` that suits an optimizer: without momentum the batch averages over the noise.
 
     Args:
-        optimizer_class: any.
-        momentum: of it; None for its default.
+        optimizer_class: class of any optimizer.
+        momentum: its momentum; None for its default.
     """
     if issubclass(optimizer_class, ELRA):
         return "elra"
@@ -355,16 +355,16 @@ def replaced_defaults(
 ) -> dict[str, Any]:
     """Check the arguments of a run with ELRA; return what it uses in place of stock defaults that would harm it.
 
-    It is told, and ``args``, which are the user's and may serve another run, stay as they are.
+    A warning names the replaced defaults. ``args`` are the user's, may serve another run, and are not changed.
 
     Args:
-        args: of the Trainer.
+        args: arguments of the Trainer.
         deepspeed: whether DeepSpeed is in use.
-        fsdp_version: of FSDP, where it is in use.
-        ours: what messages call the optimizer.
+        fsdp_version: version of FSDP, if it is in use.
+        ours: name of the optimizer in messages.
 
     Raises:
-        ConfigurationError: a setting rules ELRA out.
+        ConfigurationError: a setting cannot be combined with ELRA.
     """
     refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
     replaced: dict[str, Any] = {}
@@ -395,7 +395,7 @@ def replaced_defaults(
                 _plain(args.lr_scheduler_type),
                 ours,
             )
-        if args.weight_decay > 1e-3 and ours == "ELRA":  # elra_spectral scales it, as AdamW does
+        if args.weight_decay > 1e-3 and ours == "ELRA":  # elra_spectral scales weight decay, as AdamW does
             logger.warning(
                 "weight_decay=%g shrinks the weights by this share at every update, whatever the learning rate "
                 "(half gone after %d updates). The paper uses 3e-4; AdamW's 0.1 at a rate of 5e-4 amounts to 5e-5.",
@@ -410,7 +410,7 @@ def _plain(value: Any) -> str:
 
 
 def _given_by_user(args: TrainingArguments, name: str) -> bool:
-    """A value is the user's own if ELRA's arguments hold it, if it is no default, or if it is on the command line."""
+    """Return whether the user gave a value: ELRA's arguments hold it, or it differs from the default, or is a flag."""
     if isinstance(args, ElraSettings):
         return True
     default = {f.name: f.default for f in dataclasses.fields(args)}[name]
@@ -447,7 +447,7 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
             f"elra_min_step_norm={min_step_norm:g} is a setting of optim=elra; {name} needs no floor. Leave it out."
         )
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
-    # Its constructor knows what is valid.
+    # The constructor of the optimizer knows what is valid.
     constructor: Any = optimizer_class
     constructor([torch.nn.Parameter(torch.zeros(1))], **arguments, weight_decay=args.weight_decay)
     return arguments
@@ -475,7 +475,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
             )
         if name not in valid:
             raise ConfigurationError(
-                f"optim_args: {name!r} is no argument of {optimizer_class.__name__}.{nearest(name, valid)} "
+                f"optim_args: {name!r} is not an argument of {optimizer_class.__name__}.{nearest(name, valid)} "
                 f"Valid names: {', '.join(valid)}."
             )
         values[name] = _convert(name, value, hints[name])

@@ -1,12 +1,12 @@
-"""Boosting (ELRA, section 3.7): evaluate and deploy a mean of the points of training, train on from the last one.
+"""Boosting (ELRA, section 3.7): evaluate and deploy a mean of the points of training; train on from the last point.
 
-The paper's is the mean of a control cycle's points. The other one, for a rate that is never brought down, weights the
-points of the whole run by a power of their number, so that it needs no length. ``Averaging`` does it for a Trainer; the
-running mean itself is in ``optim/averaging.py``. With boosting on, ``evaluate``, ``predict`` and ``save_model``
-use the mean, with BatchNorm statistics of its own; the training step never sees it. Checkpoints hold both points:
-``model.safetensors`` is the one that training goes on from, ``boosted.safetensors`` the mean. When training is over the
-mean stays in the model, unless that is the best one of ``load_best_model_at_end``, and the last point is kept beside it
-for a training that goes on. Works with any optimizer.
+The mean of the paper is that of a control cycle's points. The other mean is for a rate that is never brought down: it
+weights the points of the whole run by a power of their number, so that the length of the run need not be known.
+``Averaging`` does it for a Trainer; the running mean itself is in ``optim/averaging.py``. With boosting on,
+``evaluate``, ``predict`` and ``save_model`` use the mean, with BatchNorm statistics of its own; the training step never
+sees it. Checkpoints hold both points: ``model.safetensors`` is the one that training goes on from,
+``boosted.safetensors`` the mean. When training is over the mean stays in the model, unless ``load_best_model_at_end``
+put the best model there. The last point is kept beside it for a training that goes on. Works with any optimizer.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from hf_elra.trainer.batch_control import updates_per_cycle
 from hf_elra.trainer.update_size import UpdateSize
 
 POWER = 8
-"""Of a point's number, in the mean of a whole run."""
+"""The power of a point's number that weights the point in the mean of a whole run."""
 POINTS_PER_CYCLE = 50
-"""Points of a cycle in the mean, by default, where the length of a cycle is known."""
+"""How many points of a cycle are in the mean by default, if the length of a cycle is known."""
 
 
 class _TakesBatches(nn.Module):
@@ -44,7 +44,7 @@ class _TakesBatches(nn.Module):
 
 
 def _holds(tensor: Tensor, value: Tensor) -> bool:
-    """Whether a tensor is a value, as far as its type can be."""
+    """Return whether a tensor equals a value, as far as its type can hold it."""
     return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
 
 
@@ -52,8 +52,8 @@ class Averaging:
     """Keeps the mean of a Trainer's points; does nothing while ``mean`` is None.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size, accounting: of its updates.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size, accounting: size and counts of its updates.
 
     Attributes:
         over: ``"cycle"``, ``"run"`` or ``"off"``.
@@ -67,11 +67,11 @@ class Averaging:
         self.over = "off"
         self.mean: WeightAverage | None = None
         self._at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
-        self._last_point: dict[str, Tensor] | None = None  # beside a model that was left at the mean
+        self._last_point: dict[str, Tensor] | None = None  # the last point, beside a model that was left at the mean
         self._updates_per_cycle: float | None = None  # at the first batch
 
     def prepare(self, over: str) -> None:
-        """Take the points that are averaged: ``"cycle"``, ``"run"`` or ``"off"``.
+        """Set which points are averaged: ``"cycle"``, ``"run"`` or ``"off"``.
 
         Raises:
             ConfigurationError: the Trainer shards its parameters.
@@ -84,8 +84,8 @@ class Averaging:
             )
 
     def begin(self, resume_from_checkpoint: str | None) -> None:
-        """Model and optimizer are there: begin a mean, or take that of a checkpoint."""
-        self.mean = None  # that of an earlier training, or trial, is of other points
+        """Begin a mean, or read that of a checkpoint, once model and optimizer exist."""
+        self.mean = None  # the mean of an earlier training, or of a trial, is of other points
         if self.over == "off":
             return
         self.mean = WeightAverage(self._trainer.model, POWER if self.over == "run" else None)
@@ -104,7 +104,7 @@ class Averaging:
 
     @property
     def every(self) -> int:
-        """Every how many updates a point is taken: as asked for, or for so many points a cycle at the present batch."""
+        """Return the updates from one point to the next: as asked for, or for about 50 points a cycle."""
         trainer = self._trainer
         if trainer.elra_settings.elra_boost_every is not None:
             return int(trainer.elra_settings.elra_boost_every)
@@ -134,19 +134,19 @@ class Averaging:
             self._at_the_mean = False
 
     def save_beside_last_point(self, folder: str) -> None:
-        """Write the mean into a checkpoint, which holds the point that training goes on from."""
+        """Write the mean into a checkpoint, beside the point that training goes on from."""
         if self.mean is not None and self._trainer.args.should_save and not self._at_the_mean:
             self.mean.save(folder)
 
     def take_best(self, checkpoint: str) -> None:
-        """The best checkpoint was loaded: put its mean into the model, if it has one, as that was evaluated."""
+        """Put the mean of the best checkpoint, which was loaded, into the model: it is what was evaluated."""
         if self.mean is not None and self.mean.load(checkpoint):
             self._put()
 
     # ---- the end of training, and going on ----
 
     def end(self) -> None:
-        """Leave the mean in the model, which training is over with."""
+        """Leave the mean in the model at the end of training."""
         if self.mean is None or self.mean.count == 0 or self._at_the_mean:
             return
         moved = self.mean.mean.keys() | self._tensors(parameters=False).keys()
@@ -160,10 +160,10 @@ class Averaging:
         self._at_the_mean = True
 
     def go_on(self, resume_from_checkpoint: str | None) -> None:
-        """Training begins: if it goes on where this Trainer ended at the mean, put the last point into the model again.
+        """Put the last point into the model again if training goes on where this Trainer ended at the mean.
 
-        The optimizer's memory is of that point. A model that somebody changed since, or that is made anew, or read from
-        a checkpoint, is taken as it is.
+        The memory of the optimizer belongs to that point. A model that was changed since, made anew or read from a
+        checkpoint is taken as it is.
         """
         last, self._last_point, self._at_the_mean = self._last_point, None, False
         anew = self._trainer.model_init is not None or resume_from_checkpoint is not None
@@ -182,7 +182,7 @@ class Averaging:
         return {**dict(model.named_parameters() if parameters else ()), **dict(model.named_buffers())}
 
     def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
-        """Training batches, the same at every call; the random state outside is left alone."""
+        """Return training batches, the same at every call; the random state outside is not changed."""
         trainer = self._trainer
         if trainer.train_dataset is None:
             return
@@ -192,7 +192,7 @@ class Averaging:
             torch.manual_seed(trainer.args.seed)
             data: Any = trainer.train_dataset
             sized = hasattr(data, "__len__")
-            datasets = sys.modules.get("datasets")  # where nobody imported it, no data are of its kind
+            datasets = sys.modules.get("datasets")  # if nobody imported it, no data can be of its kind
             if datasets is not None and isinstance(data, datasets.Dataset):
                 data = trainer._remove_unused_columns(data, description="training")
                 collate = trainer.data_collator

@@ -37,15 +37,15 @@ class BatchControl:
     """What the flags ask for, checked.
 
     Attributes:
-        controller: knows the number of micro-batches of an update.
-        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"linear"`` (with the updates),
-            ``"schedule"``, or ``"off"``: it stays.
+        controller: the object that has the number of micro-batches of an update.
+        mode: ``"elra"`` or ``"noise"`` if the controller changes that number; ``"linear"`` or ``"schedule"`` if the
+            updates seen do; ``"off"`` if it stays.
         schedule: multiples of the first number over training, or None.
         gradient_decay: scale gradients by m_0/m.
         max_samples, max_tokens: budgets that end the run, or None.
         max_pass: most samples of one forward pass; ``"auto"``; None to run micro-batches as they come.
-        measures_noise: take the noise scale.
-        asked_for: False where none of all this is wanted, and only the position in the data is kept.
+        measures_noise: whether the noise scale is measured.
+        asked_for: False if no flag asks for any of this, and only the position in the data is kept.
     """
 
     controller: BatchSizeController
@@ -60,29 +60,29 @@ class BatchControl:
 
     @property
     def decides_at_cycles(self) -> bool:
-        """Whether the losses of control cycles, or their ends, are what changes the batch."""
+        """Whether the batch changes at the ends of control cycles, or by their losses."""
         return self.mode in ("elra", "noise")
 
     @property
     def follows_the_data(self) -> bool:
-        """Whether the batch changes with how much was seen."""
+        """Whether the batch changes with the amount of data seen."""
         return self.mode in ("linear", "schedule")
 
 
 def build_batch_control(
     settings: ElraSettings, args: Any, train_dataset: Any, default: str = "off", *, always: bool = False
 ) -> BatchControl | None:
-    """Build what ``settings`` ask for; None where updates are the stock Trainer's.
+    """Build what ``settings`` ask for; None if updates are those of the stock Trainer.
 
     Args:
         settings: the flags.
         args: the Trainer's arguments.
         train_dataset: the Trainer's training data.
-        default: what ``elra_batch_control`` is where it is not given; see :func:`default_control`.
-        always: whether a control is built where nothing is asked for, too.
+        default: the ``elra_batch_control`` if it is not given; see :func:`default_control`.
+        always: whether a control is built even if nothing is asked for.
 
     Raises:
-        ConfigurationError: flags that contradict each other or the data; the message names the flag.
+        ConfigurationError: flags contradict each other or the data; the message names the flag.
     """
     control = settings.elra_batch_control
     if control is None:
@@ -169,10 +169,10 @@ def build_batch_control(
 
 
 def control_for(trainer: Any, settings: ElraSettings, wanted: str) -> BatchControl | None:
-    """Return the control that ``settings`` ask for, else the ``wanted`` one, as far as a Trainer leaves it to us.
+    """Return the control that ``settings`` ask for, else the ``wanted`` one, if the Trainer allows it.
 
-    Where a Trainer makes batches of its own, what was not asked for is off. Elsewhere groups do the accumulation with
-    an optimizer of ours also where nothing is asked for, as they know where in the data a run is.
+    If a Trainer makes batches of its own, whatever was not asked for is off. With an optimizer of ours, groups do the
+    accumulation in all other Trainers even if nothing is asked for, as they know the position in the data.
     """
     kind = type(trainer)
     default = default_control(kind, wanted)
@@ -201,15 +201,15 @@ def control_for(trainer: Any, settings: ElraSettings, wanted: str) -> BatchContr
 
 
 def default_control(trainer_class: type, wanted: str) -> str:
-    """Return the ``wanted`` control, but ``"off"`` in a Trainer that overrides how batches are made.
+    """Return the ``wanted`` control, or ``"off"`` for a Trainer that overrides how batches are made.
 
-    TRL's GRPO, for one, counts on a fixed accumulation.
+    For example, TRL's GRPO relies on a fixed accumulation.
     """
     return "off" if makes_own_batches(trainer_class) else wanted
 
 
 def makes_own_batches(trainer_class: type) -> bool:
-    """Whether a Trainer overrides how batches are made."""
+    """Return whether a Trainer overrides how batches are made."""
     return any(
         not cls.__module__.startswith(("transformers.", "hf_elra."))
         and any(name in vars(cls) for name in ("get_batch_samples", "_prepare_inputs", "_inner_training_loop"))
@@ -218,7 +218,7 @@ def makes_own_batches(trainer_class: type) -> bool:
 
 
 def _check_noise(control: str, first: int, args: Any) -> None:
-    """Refuse to take the noise scale where there is nothing to take it from."""
+    """Refuse to measure the noise scale with FSDP, or if updates do not have two micro-batches to compare."""
     flag = "elra_batch_control=noise" if control == "noise" else "elra_log_noise_scale"
     if args.fsdp:
         raise ConfigurationError(
@@ -275,9 +275,9 @@ def _check_cycle(settings: ElraSettings, control: str, args: Any, train_dataset:
 
 
 def tokens_of_first_row(train_dataset: Any) -> int | None:
-    """Tokens of the first sample of map-style data of token rows; None for anything else.
+    """Return the tokens of the first sample of map-style data of token rows; None for anything else.
 
-    It reads the row, which may draw random numbers: only for those who need it.
+    This reads the row, which may draw random numbers. Call it only where the number is needed.
     """
     map_style = hasattr(train_dataset, "__getitem__") and not isinstance(train_dataset, IterableDataset | Mapping)
     if not map_style or not number_of_rows(train_dataset):
@@ -288,17 +288,17 @@ def tokens_of_first_row(train_dataset: Any) -> int | None:
 
 
 def _samples_of_cycle(cycle: ControlCycle, train_dataset: Any) -> float | None:
-    """Samples in a control cycle, as far as the training data tell beforehand."""
+    """Return the samples in a control cycle, or None if the training data do not tell beforehand."""
     tokens = tokens_of_first_row(train_dataset) if cycle.unit == "tok" else None
     return cycle.samples(number_of_rows(train_dataset), tokens)
 
 
 @contextlib.contextmanager
 def budget_as_max_steps(args: Any, budget: int | None) -> Iterator[None]:
-    """Let the Trainer take a budget in samples or tokens for ``max_steps`` where that is not given.
+    """Give the Trainer a budget in samples or tokens as ``max_steps``, if that is not given.
 
-    For data of unknown length it insists on one; a budget bounds the number of updates too, as each holds at least one
-    sample and one token.
+    The Trainer insists on ``max_steps`` for data of unknown length. A budget bounds the number of updates too, as each
+    update has at least one sample and one token.
     """
     given = args.max_steps if args is not None else None
     if budget is not None and given is not None and given <= 0:
@@ -311,7 +311,7 @@ def budget_as_max_steps(args: Any, budget: int | None) -> Iterator[None]:
 
 
 def updates_per_cycle(trainer: Any) -> float | None:
-    """Updates of the first size in a control cycle of a run; None where that is not known beforehand."""
+    """Return the updates of the first size in a control cycle; None if that is not known beforehand."""
     data, args = trainer.train_dataset, trainer.args
     cycle = ControlCycle.parse(trainer.elra_settings.control_cycle(data))
     if cycle.unit == "ba":

@@ -1,4 +1,4 @@
-"""Callbacks that a user sees: progress bar and lines, a clean stop on Ctrl-C. What counts is in ``accounting.py``."""
+"""Callbacks that a user sees: progress bar and lines, a clean stop on Ctrl-C. Counting is in ``accounting.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 
 class DataProgressBar(ProgressCallback):
-    """The stock progress bar, in samples or tokens where updates differ in size.
+    """The stock progress bar, in samples or tokens if updates differ in size.
 
     Its total is that of the limit that ends the run: tokens, samples, updates, or the samples of all epochs.
     """
@@ -42,7 +42,7 @@ class DataProgressBar(ProgressCallback):
 
 
 def suit_progress_bar(trainer: Any, in_data: bool) -> None:
-    """Give a Trainer that has a stock progress bar one ``in_data``, or back."""
+    """Replace the stock progress bar of a Trainer by one ``in_data``, or the other way round."""
     bars = trainer.callback_handler.callbacks
     for position, callback in enumerate(bars):
         if type(callback) is ProgressCallback and in_data:
@@ -55,7 +55,7 @@ class StopOnSignal(TrainerCallback):
     """On SIGINT (Ctrl-C) or SIGTERM finish the update, save a checkpoint and stop; a second signal stops at once.
 
     ``received`` is the signal's number, or None. The previous handlers come back when training ends. A signal to one of
-    several processes stops them all after the same update; ``trainer`` is to be set for that.
+    several processes stops them all after the same update; ``trainer`` has to be set for that.
     """
 
     trainer: Any = None
@@ -110,13 +110,13 @@ class ProgressLine(TrainerCallback):
 
     @property
     def total(self) -> int:
-        """Tokens or images since the run's beginning."""
+        """Return the tokens or images since the beginning of the run."""
         seen = self.trainer.elra_callback
         return int(seen.tokens if self.unit == "tokens" else seen.samples)
 
     @property
     def done(self) -> int:
-        """Tokens or images since training began or was resumed."""
+        """Return the tokens or images since training began or was resumed."""
         return self.total - self._first
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102

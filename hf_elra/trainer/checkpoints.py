@@ -1,8 +1,8 @@
 """When a checkpoint is written, and which one of a folder can be resumed: the newest that was written to its end.
 
 A process that is killed while it saves, or a full disk, leaves a checkpoint that is cut short. Files are not loaded
-here, only checked: that they are all there and as long as they say themselves. What is in a checkpoint is the Trainer's
-business.
+here. They are only checked: all have to be there, and as long as their headers say. The Trainer decides what is in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 PICKLED = (".pt", ".pth", ".bin")  # torch.save's zip files
-OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # in its errors, which do not keep the system's own
+OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # words in its errors, which leave out the system's own
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint in ``folder`` that is whole, or None; those passed over are named in a warning."""
+    """Return the newest whole checkpoint in ``folder``, or None; a warning names those that are passed over."""
     path = Path(folder)
     numbered = []
     for candidate in path.iterdir() if path.is_dir() else ():
@@ -67,11 +67,11 @@ def damage_of(checkpoint: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(folder: str | Path, update: int) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into a :class:`CheckpointError`.
+    """Turn an error that occurs while a checkpoint is written into a :class:`CheckpointError`.
 
     Args:
         folder: where the checkpoints are.
-        update: the number of this one.
+        update: number of the update whose checkpoint is written.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def _reason(error: Exception) -> str:
 
 
 def _whole_safetensors(file: Path) -> bool:
-    """Whether a file is as long as its header says."""
+    """Return whether a file is as long as its header says."""
     try:
         with safe_open(file, framework="pt"):
             return True

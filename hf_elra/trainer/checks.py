@@ -1,6 +1,6 @@
-"""What a Trainer is refused for, or warned of, before it trains, and what it decides by.
+"""Checks of a Trainer before it trains: what is refused, what is warned of, and by which values it decides.
 
-Each flag's own check is in ``arguments.py``, those of the batch flags are in ``batch_control.py``.
+Single flags are checked in ``arguments.py``, batch flags in ``batch_control.py``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SETTINGS = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "deepspeed", "fsdp"),
 )
-"""The arguments that a Trainer with the mixin decides by."""
+"""Return the arguments that a Trainer with the mixin decides by."""
 
 
 def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
-    """The class of the optimizer that a Trainer has or will make, if it is one of ours.
+    """Return the class of the optimizer that a Trainer has or will make, if it is one of ours.
 
-    As in the stock Trainer one that is there already, made or passed in, goes before a class that was passed in, and
-    that before the name in the arguments; with a ``model_init`` every training makes its own.
+    The order is that of the stock Trainer: an existing optimizer counts before a class that was passed in, and the
+    class before the name in the arguments. With a ``model_init`` every training makes its own optimizer.
     """
     there = None if trainer.model_init is not None else unwrap_optimizer(trainer.optimizer)
     given = trainer.optimizer_cls_and_kwargs
@@ -53,29 +53,29 @@ def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
 
 
 def decided_by(trainer: Any) -> tuple[list[Any], list[Any]]:
-    """What a Trainer decides by: values, and objects that may be changed for others."""
+    """Return what a Trainer decides by: values, and objects that may be replaced by others."""
     values = [getattr(trainer.args, name, None) for name in SETTINGS]
     objects = [type(trainer.args), optimizer_of_ours(trainer), trainer.optimizer_cls_and_kwargs, trainer.train_dataset]
     return values, objects
 
 
 def are_the_same(one: tuple[list[Any], list[Any]] | None, other: tuple[list[Any], list[Any]]) -> bool:
-    """Whether :func:`decided_by` said the same at two times."""
+    """Return whether two results of :func:`decided_by` are the same."""
     if one is None:
         return False
     return one[0] == other[0] and all(a is b for a, b in zip(one[1], other[1], strict=True))
 
 
 def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings: ElraSettings) -> dict[str, Any]:
-    """Check what a Trainer has with its optimizer; return what it uses in place of harmful stock defaults.
+    """Check that a Trainer suits its optimizer; return what it uses in place of harmful stock defaults.
 
     Args:
-        trainer (Trainer): any.
-        ours: the class of its optimizer, if that is one of ours.
+        trainer (Trainer): any Trainer.
+        ours: class of its optimizer, if it is one of ours.
         settings: the flags.
 
     Raises:
-        ConfigurationError: it cannot be used with what the Trainer has.
+        ConfigurationError: the optimizer cannot be used with what the Trainer has.
     """
     if ours is None:
         if without_effect := settings.idle_without_elra():
@@ -110,7 +110,7 @@ def suiting_control(trainer: Any, ours: type[LossAwareOptimizer] | None) -> str:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise a ConfigurationError for a model that is frozen altogether."""
+    """Raise a ConfigurationError if no parameter of the model is trained."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigurationError(
             f"model: no parameter of this {type(model).__name__} has requires_grad=True, so that there is nothing to "
@@ -119,7 +119,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_made(trainer: Any, made: Any) -> None:
-    """Raise a ConfigurationError where ``create_optimizer`` made another optimizer than the one of ours it should."""
+    """Raise a ConfigurationError if ``create_optimizer`` did not make the optimizer of ours that is named."""
     if trainer.elra_active and trainer.elra_optimizer is None:
         raise ConfigurationError(
             f"optim={optimizer_name(trainer.args)} is not what {type(trainer).__name__}.create_optimizer makes, which "

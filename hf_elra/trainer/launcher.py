@@ -2,8 +2,8 @@
 
 ``hf-elra run script.py ARGS…`` and ``accelerate launch -m hf_elra.run script.py ARGS…`` end here. The launcher takes
 the ``--elra_*`` flags out of the arguments and runs the script as ``__main__``. Python processes that the script
-starts, as ``trl sft`` does, get both through the environment (``children/sitecustomize.py``). What these flags mean is
-said in ``arguments.py``.
+starts, as ``trl sft`` does, get both through the environment (``children/sitecustomize.py``). ``arguments.py`` says
+what the flags mean.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_elra.trainer.upstream import optimizer_names
 
 USAGE = "usage: hf-elra run [-m] SCRIPT_OR_MODULE [ARGS ...]   (ARGS may hold --elra_* flags the script does not know)"
 FLAGS, HONOURED = "HF_ELRA_FLAGS", "HF_ELRA_HONOURED"
-"""What children are told in: the flags, as JSON, and the file that one makes whose Trainer has read them."""
+"""Environment variables for child processes: the flags as JSON, and a file that a child makes once it has read them."""
 
 
 def run(words: list[str]) -> int:
@@ -79,9 +79,9 @@ def run(words: list[str]) -> int:
 
 @contextlib.contextmanager
 def told_to_children(flags: list[str]) -> Iterator[Path]:
-    """Let Python processes that are started in a ``with`` block know our optimizers, and these ``--elra_*`` flags.
+    """Pass our optimizers and these ``--elra_*`` flags to Python processes that are started in a ``with`` block.
 
-    Gives the file that is made when a Trainer of theirs has read the flags.
+    Yields the path of a file that is made when a Trainer in one of them has read the flags.
     """
     kept = {name: os.environ.get(name) for name in (FLAGS, HONOURED, "PYTHONPATH")}
     folder = str(Path(__file__).parent / "children")
@@ -100,7 +100,7 @@ def told_to_children(flags: list[str]) -> Iterator[Path]:
 
 
 def take_flags_of_parent() -> None:
-    """In a process that a script under the launcher has started: take the flags that the launcher was given."""
+    """Take the flags that the launcher was given, in a process that its script has started."""
     take_elra_flags(json.loads(os.environ[FLAGS]))
     LAUNCHER_FLAGS.tell = Path(os.environ[HONOURED])
 
@@ -109,7 +109,7 @@ def run_and_leave(words: list[str]) -> NoReturn:
     """:func:`run`, then end the process with its exit code; of several, all together."""
     try:
         code = run(words)
-    except SystemExit as end:  # the script's own
+    except SystemExit as end:  # the exit code of the script
         if isinstance(end.code, str):
             raise
         code = int(end.code or 0)
@@ -119,7 +119,7 @@ def run_and_leave(words: list[str]) -> NoReturn:
 
 
 def check_module(name: str) -> None:
-    """Raise a ConfigurationError if there is no module of this name to run, or package with a ``__main__``."""
+    """Raise a ConfigurationError if there is no module of this name, and no package with a ``__main__``."""
     try:
         found = importlib.util.find_spec(name)
         folders = None if found is None else found.submodule_search_locations
@@ -138,7 +138,7 @@ def check_module(name: str) -> None:
 
 
 def check_script(target: str) -> str:
-    """Return the path of a script, or of a command that is one; raise a ConfigurationError if it cannot be run."""
+    """Return the path of a script or of a command written in Python; raise a ConfigurationError if it cannot be run."""
     if not os.path.exists(target):
         command = shutil.which(target)
         if command is not None and _is_python(Path(command)):
@@ -156,7 +156,7 @@ def check_script(target: str) -> str:
 
 
 def _can_run(path: Path) -> bool:
-    """Whether Python can run a file or folder; an error within a ``.py`` file is Python's to tell."""
+    """Return whether Python can run a file or folder; errors within a ``.py`` file are left to Python."""
     if path.is_dir():
         return (path / "__main__.py").exists()
     if path.suffix in (".py", ".pyc") or zipfile.is_zipfile(path):
@@ -169,7 +169,7 @@ def _can_run(path: Path) -> bool:
 
 
 def _is_python(command: Path) -> bool:
-    """Whether a command is a script for Python, as pip and others write them."""
+    """Return whether a command is a script for Python, as pip and others write them."""
     with command.open("rb") as file:
         head = file.read(512)
     return head.startswith(b"#!") and b"python" in head

@@ -1,6 +1,6 @@
-"""How a process ends that trained beside others: together with them, and without gloo's threads aborting it.
+"""How a process ends that trained with others: together with them, and without being aborted by threads of gloo.
 
-What is trained, and the exit code, is the business of whoever calls.
+The caller decides what is trained and what the exit code is.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 
 def part() -> None:
-    """Wait for the other processes of the group, then leave it; gloo now and then aborts one whose neighbour has gone.
+    """Wait for the other processes of the group, then leave it; gloo may abort a process whose neighbour has gone.
 
-    Does nothing without a group, or with one that is not gloo's. To be called on all processes.
+    Does nothing without a group, or with another backend than gloo. Call it on all processes.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.barrier()
@@ -26,12 +26,12 @@ def part() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with an exit code as ``sys.exit`` does; among several on CPUs skip the interpreter's clean-up.
+    """End the process with an exit code like ``sys.exit``; with several on CPUs, skip the interpreter's clean-up.
 
     A thread of gloo may still hold tensors, even after the group was destroyed, because a wrapped model keeps it alive.
-    Their release needs the interpreter, and aborts the process (SIGABRT, exit code -6) where that is being cleaned up:
-    a launcher then calls a training failed that was complete. So threads are waited for, exit functions run and output
-    is flushed as usual, and the rest is left to the system.
+    Their release needs the interpreter. While that is cleaned up, it aborts the process (SIGABRT, exit code -6), and a
+    launcher reports a complete training as failed. So threads are joined, exit functions run and output is flushed as
+    usual, and the rest is left to the system.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a run's logs say beside the stock numbers, and the warnings about updates that went wrong.
+"""What the logs of a run say beside the stock numbers, and the warnings about updates that went wrong.
 
 The numbers are the optimizer's own, the sizes of updates, decisions about them, true speeds, and passes forward and
 back. What is counted is in ``accounting.py`` and ``trials.py``.
@@ -36,8 +36,8 @@ class Logs:
     """Completes the logs of a Trainer.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size, accounting, micro_batches, trials: of it.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size, accounting, micro_batches, trials: its collaborators.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Logs:
         self._micro_batches = micro_batches
         self._trials = trials
         self._told_accumulation: int | None = None
-        self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update and numbers of the last log
-        self._levels: LossLevels | None = LossLevels()  # since training began or went on; None once a rise was told
-        self._losses: list[Any] = []  # which may be on the device, until the next log
+        self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update number and counts at the last log
+        self._levels: LossLevels | None = LossLevels()  # since training began or went on; None after a warning
+        self._losses: list[Any] = []  # losses until the next log, which may be on the device
 
     def begin(self) -> None:
-        """Training begins, or goes on: what was counted before is not told again."""
+        """Begin or resume a training; warnings do not mention what was counted before."""
         self._told_accumulation = None if self._size.control is None else self._accounting.accumulation
         self._levels, self._losses = LossLevels(), []
         state, optimizer = self._trainer.state, self._trainer.elra_optimizer
@@ -65,7 +65,7 @@ class Logs:
     # ---- an update ----
 
     def add_loss(self, loss: Any) -> None:
-        """Take in the mean loss of an update, which may be on the device."""
+        """Take the mean loss of an update, which may be on the device."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is None or self._levels is None:
             return
@@ -84,7 +84,7 @@ class Logs:
         return float(optimizer.alpha * float(group["lr"]) / group["base_lr"])
 
     def complete(self, logs: dict[str, Any]) -> None:
-        """Add to what the stock Trainer logs."""
+        """Add our numbers to what the stock Trainer logs."""
         if "loss" in logs:
             if (optimizer := self._trainer.elra_optimizer) is not None:
                 metrics = optimizer.metrics
@@ -132,7 +132,7 @@ class Logs:
             )
 
     def _warn_of_a_rise(self, alpha: float) -> None:
-        """Warn once where losses have risen again, step by step, so that none of the steps was taken back."""
+        """Warn once if losses have risen again in small steps, none of which was taken back."""
         self._judge_losses()
         levels = self._levels
         if levels is None or levels.risen is None or levels.lowest is None:
@@ -163,14 +163,14 @@ class Logs:
     # ---- decisions about the batch ----
 
     def tell_decision(self, decision: BatchDecision, mean: float, std: float) -> None:
-        """A control cycle is over: log what was decided, and the ``mean`` and ``std`` of its losses."""
+        """Log what was decided at the end of a control cycle, and the ``mean`` and ``std`` of its losses."""
         entry, numbers = dataclasses.asdict(decision), {"cycle_loss": mean, "cycle_std": std}
         if (scale := self._noise_scale()) is not None:
             entry["noise_scale"] = numbers["noise_scale"] = scale
         self._log_decision(entry, numbers)
 
     def tell_new_batch(self) -> None:
-        """Where the batch follows the data, log that it changes with the next update."""
+        """Log that the batch changes with the next update, if it follows the data."""
         control = self._size.control
         if control is None or not control.follows_the_data:
             return
@@ -182,7 +182,7 @@ class Logs:
         self._log_decision({"condition": control.mode, "change": change, "accumulation": now}, {})
 
     def _log_decision(self, entry: dict[str, Any], numbers: dict[str, float]) -> None:
-        """Write a decision about the batch to the log history, and what of it is a number to all logs."""
+        """Write a decision about the batch to the log history, and its numbers to all logs."""
         trainer, seen = self._trainer, self._trainer.elra_callback
         size = entry["accumulation"] * self._accounting.progress.samples_per_batch
         more = {"accumulation": entry["accumulation"], "batch_size": size}

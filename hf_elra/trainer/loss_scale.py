@@ -1,12 +1,12 @@
-"""Is a loss divided by ``num_items_in_batch``, or the mean over its own pass? Seen from the first one, not tried.
+"""Is a loss divided by ``num_items_in_batch``, or is it the mean over its own pass? The first pass tells.
 
-Many models accept the argument and ignore it (BERT's classifiers, for one), and so do many a ``compute_loss_func`` and
-many a subclass's ``compute_loss``. Transformers then takes the sum of the passes' mean losses, times the number of
-processes, for the mean. So the first pass of a run is given a number that knows whether the loss was made with it, and
-a loss that was not is divided by the number of passes, or by their share of the targets (``micro_batches.py``), before
-it goes back. User code is called once for every pass.
+Many models accept the argument and ignore it, for example BERT's classifiers. So do many functions given as
+``compute_loss_func``, and ``compute_loss`` of many subclasses. Transformers then takes the sum of the mean losses of
+all passes, times the number of processes, for the mean. Therefore the first pass of a run gets a number that knows
+whether the loss was made with it. A loss that was not is divided by the number of passes, or by their share of the
+targets (``micro_batches.py``), before its backward pass. User code is called once for every pass.
 
-It is assumed that a loss that was made with the number is divided by it, and that one kind of loss is used all along.
+Two things are assumed: a loss that was made with the number is divided by it, and all losses of a run are of one kind.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from hf_elra.trainer.upstream import says_loss_is_scaled, stock_step_reads_what_
 class NotedNumber(Tensor):
     """A number that knows whether a loss depends on it: by the graph of the loss, or because its value was read."""
 
-    # What is computed with it is an ordinary tensor.
+    # Results of computations with it are ordinary tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     leaf: Tensor
     was_read: bool
 
     @classmethod
     def of(cls, number: Tensor | float, device: torch.device) -> NotedNumber:
-        """Return the number, as a float, for a loss that is yet to be computed."""
+        """Return the number as a float, for a loss that will be computed."""
         leaf = torch.as_tensor(number, device=device).detach()
         leaf = (leaf if leaf.is_floating_point() else leaf.float()).clone().requires_grad_()
-        noted: NotedNumber = leaf.clone().as_subclass(cls)  # no leaf itself: user code may change it in place
+        noted: NotedNumber = leaf.clone().as_subclass(cls)  # it is not a leaf, since user code may change it in place
         noted.leaf, noted.was_read = leaf, False
         return noted
 
     def was_used_in(self, loss: Tensor) -> bool:
-        """Whether a loss was, or may have been, computed with the number."""
+        """Return whether a loss was, or may have been, computed with the number."""
         waiting: list[Any] = [loss.grad_fn]
         met: set[Any] = {None}
         while waiting and not self.was_read:
@@ -70,9 +70,9 @@ for _name in ("item", "tolist", "numpy", "detach", "long", "int", "__int__", "__
 
 
 class SumOfFinite:
-    """Adds up the parts of a mean loss; those that are not finite are left out, and the others make up for them.
+    """Adds up the parts of a mean loss. Parts that are not finite are left out, and the others count for more.
 
-    A part without targets has a loss of 0/0 and a gradient of zero, which changes the update in its length alone. If a
+    A part without targets has a loss of 0/0 and a gradient of zero, which changes only the length of the update. If a
     loss is not finite for a reason that matters, the gradient is not finite either, and the optimizer sees that.
     """
 
@@ -82,9 +82,9 @@ class SumOfFinite:
         self._finite: Any = 0.0
 
     def add(self, loss: Tensor, weight: Any = 1.0) -> None:
-        """Add a part, scaled already; ``weight`` is its part of the whole, in any unit. Does not wait for a GPU."""
+        """Add a part that is scaled already; ``weight`` is its share, in any unit. Does not wait for a GPU."""
         finite = loss.isfinite()
-        if not isinstance(weight, Tensor):  # filled in on the device: a copy from the host would wait for it
+        if not isinstance(weight, Tensor):  # it is filled on the device, as a copy from the host would wait
             weight = torch.full_like(loss, weight, dtype=torch.float32)
         self._sum = self._sum + torch.where(finite, loss, 0.0)
         self._whole = self._whole + weight
@@ -92,7 +92,7 @@ class SumOfFinite:
 
     @property
     def value(self) -> Any:
-        """The mean loss; NaN where no part of it is finite, 0 without parts."""
+        """Return the mean loss: NaN if no part is finite, 0 without parts."""
         return self._sum * (self._whole / self._finite) if isinstance(self._finite, Tensor) else self._sum
 
 
@@ -100,29 +100,29 @@ class LossScale:
     """Makes the loss of every pass its part of the update's mean, whoever computes it.
 
     Args:
-        trainer (Trainer): whose losses they are.
+        trainer (Trainer): the Trainer whose losses they are.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._divides: bool | None = None  # by num_items_in_batch; None until a loss was seen
+        self._divides: bool | None = None  # whether by num_items_in_batch; None until a loss was seen
 
     def forget(self) -> None:
-        """Training begins: model and loss may be other ones than before."""
+        """Begin a training, with a model and a loss that may have changed."""
         self._divides = None
 
     def is_divided(self, num_items: Any, passes: int) -> bool | None:
-        """Whether the losses of an update's passes come divided; None where that is still to be seen.
+        """Return whether losses of passes are divided already; None if that is not known yet.
 
-        Not looked at: a subclass that says so itself (``loss_is_scaled_for_ga``), or whose ``_prepare_inputs`` does
-        more than move tensors (TRL's GRPO).
+        Two kinds of subclass are not looked at: one that says so itself (``loss_is_scaled_for_ga``), and one whose
+        ``_prepare_inputs`` does more than move tensors (TRL's GRPO).
         """
         trainer = self._trainer
         if (says := says_loss_is_scaled(trainer)) is not None:
             return says
         if num_items is None:
             return False
-        alone = passes == 1 and trainer.accelerator.num_processes == 1  # divided by its own items or not is the same
+        alone = passes == 1 and trainer.accelerator.num_processes == 1  # both are the same then
         own_inputs = type(trainer)._prepare_inputs is not Trainer._prepare_inputs
         return True if alone or own_inputs else self._divides
 
@@ -131,8 +131,9 @@ class LossScale:
 
         Args:
             stock_step (callable): ``training_step`` of the stock Trainer.
-            model, inputs, num_items: what it is called with.
-            passes (int): of the update. A mean over the pass is divided by ``current_gradient_accumulation_steps``.
+            model, inputs, num_items: its arguments.
+            passes (int): number of passes of the update. A mean over the pass is divided by
+                ``current_gradient_accumulation_steps``.
         """
         trainer = self._trainer
         divided = self.is_divided(num_items, passes)
@@ -150,7 +151,7 @@ class LossScale:
                 trainer.compute_loss = users
 
     def _stock_divides(self, num_items: Any) -> bool:
-        """Whether the stock training step divides by ``current_gradient_accumulation_steps``."""
+        """Return whether the stock training step divides by ``current_gradient_accumulation_steps``."""
         trainer = self._trainer
         says = says_loss_is_scaled(trainer) if stock_step_reads_what_a_trainer_says(Trainer) else None
         if says is not None:
@@ -158,7 +159,7 @@ class LossScale:
         return trainer.compute_loss_func is None and (num_items is None or not trainer.model_accepts_loss_kwargs)
 
     def _scaled_loss(self, compute_loss: Any, asks: bool, *args: Any, **kwargs: Any) -> Any:
-        """Compute a loss, and divide it where the stock training step does not divide a mean."""
+        """Compute a loss, and divide a mean that the stock training step does not divide."""
         trainer, num_items = self._trainer, kwargs.get("num_items_in_batch")
         if not asks:
             return compute_loss(*args, **kwargs) / trainer.current_gradient_accumulation_steps
@@ -166,7 +167,7 @@ class LossScale:
         number = NotedNumber.of(num_items, trainer.args.device)
         averages = trainer.args.average_tokens_across_devices
         with set_meanwhile(trainer.args, average_tokens_across_devices=False):
-            # A mean would be multiplied by the processes, too.
+            # A mean would also be multiplied by the number of processes.
             loss = compute_loss(*args, **{**kwargs, "num_items_in_batch": number})
         if loss.grad_fn is not None:
             self._divides = number.was_used_in(loss)

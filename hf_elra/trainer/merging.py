@@ -1,9 +1,9 @@
-"""Several micro-batches concatenated into one, so that a larger batch is one forward pass instead of accumulation.
+"""Concatenates several micro-batches, so that a larger batch is one forward pass instead of accumulation.
 
-Works on what collators return: tensors whose first dimension is the sample, lists of one entry per sample, and mappings
-of such, nested. What cannot be concatenated without changing its meaning raises :class:`CannotMerge`, and the caller
-accumulates. Which micro-batches go into one pass is decided by :func:`plan_passes`; how large a pass may be, in
-``micro_batches.py``.
+It works on what collators return: tensors whose first dimension is the sample, lists with one entry per sample, and
+nested mappings of these. If micro-batches cannot be concatenated without a change of meaning, :class:`CannotMerge` is
+raised and the caller accumulates. :func:`plan_passes` decides which micro-batches go into one pass;
+``micro_batches.py`` decides how large a pass may be.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LABEL_PADDING = -100
 
 
 class CannotMerge(Exception):
-    """The micro-batches cannot be concatenated; the message says why."""
+    """Raised where micro-batches cannot be concatenated; the message says why."""
 
 
 def plan_passes(sizes: Sequence[tuple[int, int]], limit: float, *, padded: bool = False) -> list[int]:
@@ -27,9 +27,9 @@ def plan_passes(sizes: Sequence[tuple[int, int]], limit: float, *, padded: bool 
 
     Args:
         sizes: rows and row width (elements, before padding) of every micro-batch.
-        limit: most rows of a pass; with ``padded`` most elements, every row padded to the widest. A micro-batch larger
-            than the limit is a pass of its own.
-        padded: what ``limit`` counts.
+        limit: most rows of a pass; with ``padded`` most elements, where every row is padded to the widest. A
+            micro-batch larger than the limit is a pass of its own.
+        padded: whether ``limit`` counts elements.
     """
     passes: list[int] = []
     rows = width = 0
@@ -46,14 +46,14 @@ def plan_passes(sizes: Sequence[tuple[int, int]], limit: float, *, padded: bool 
 def merge_micro_batches(batches: Sequence[Any], *, pad_token_id: int = 0, add_attention_mask: bool = False) -> Any:
     """Concatenate micro-batches along the sample dimension; rows of tokens are padded on the right to the longest.
 
-    Labels are padded with -100, token ids with ``pad_token_id``, masks and the like with 0. Padding on the right shifts
-    no position, whichever side the collator pads on.
+    Labels are padded with -100, token ids with ``pad_token_id``, masks and similar tensors with 0. Padding on the right
+    shifts no position, whichever side the collator pads on.
 
     Args:
         batches: mappings of equal structure.
         pad_token_id: id that fills up rows of tokens.
-        add_attention_mask: where rows differ in length and there is no mask, add one; without it such micro-batches
-            cannot be merged.
+        add_attention_mask: whether to add a mask if rows differ in length and there is none; without it such
+            micro-batches cannot be merged.
 
     Raises:
         CannotMerge: the parts differ in structure, or their meaning would change.

@@ -1,9 +1,9 @@
 """Updates made of a changing number of micro-batches, inside the stock training loop.
 
-The loop is left at one step per update: ``take`` takes as many micro-batches as are wanted from the data and returns
-them as *one* group, and ``step`` runs over it, merged into as few forward passes as are allowed. Which number is wanted
-is decided in ``update_size.py``; what counts batches is put right in ``accounting.py``; how micro-batches are
-concatenated is in ``merging.py``; whether a loss is a mean, in ``loss_scale.py``. Works with any optimizer.
+The loop keeps one step per update: ``take`` takes as many micro-batches as are wanted from the data and returns them as
+*one* group, and ``step`` runs over the group, merged into as few forward passes as are allowed. ``update_size.py``
+decides how many are wanted, ``accounting.py`` corrects what counts batches, ``merging.py`` concatenates micro-batches,
+and ``loss_scale.py`` knows whether a loss is a mean. Works with any optimizer.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class MicroBatches:
     """Takes micro-batches from the data for a Trainer, and runs over them.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size: how many an update has; where ``size.control`` is None they are the stock Trainer's.
-        accounting: is told what was taken.
-        loss_scale: makes every pass's loss its part of the update's mean.
-        trials: says whether a pass fits into memory.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        size: how many an update has; if ``size.control`` is None they are those of the stock Trainer.
+        accounting: counts what was taken.
+        loss_scale: turns the loss of every pass into its part of the update's mean.
+        trials: finds out whether a pass fits into memory.
 
     Attributes:
         in_last_update: micro-batches of the last update; None before it.
-        per_pass: of it, micro-batches that one forward pass had.
-        passes: of the update that runs, what each was over; only where ``keeps_passes``.
+        per_pass: micro-batches that one forward pass of it had.
+        passes: the inputs of every pass of the running update; only if ``keeps_passes``.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class MicroBatches:
         self.passes: list[Any] = []
 
     def begin(self) -> None:
-        """Training begins, or goes on from a checkpoint."""
-        # What fitted is tried again: the run may go on on another device.
+        """Begin a training, or resume it from a checkpoint."""
+        # What fitted is tried again, since the run may have moved to another device.
         self._pass_limit, self._proven_pass, self._merging_refused = math.inf, 0, False
         self._flops_per_element = None
         position = self._accounting.saved_position()
@@ -79,7 +79,7 @@ class MicroBatches:
             self._pass_limit = position["pass_limit"]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
+        """Return what a checkpoint keeps, as JSON values."""
         return {"pass_limit": self._pass_limit if math.isfinite(self._pass_limit) else None}
 
     # ---- taking ----
@@ -87,11 +87,11 @@ class MicroBatches:
     def take(self, stock_take: Any, epoch_iterator: Any, number: int, device: Any) -> tuple[list[Any], Any]:
         """Take the micro-batches of one update, as one group, and count their targets.
 
-        None at all where a run is resumed that had reached its end: the stock Trainer makes one more update then.
+        It is empty if a run is resumed that had reached its end, as the stock Trainer makes one more update then.
 
         Args:
             stock_take (callable): ``get_batch_samples`` of the stock Trainer.
-            epoch_iterator, number, device: what it is called with.
+            epoch_iterator, number, device: its arguments.
         """
         self._accounting.begin_update()
         self.passes = []
@@ -99,7 +99,7 @@ class MicroBatches:
         num_items: Any = None
         if not self._accounting.has_ended():
             batches, num_items = self._take(stock_take, epoch_iterator, number, device)
-        if not batches:  # the loop would ask again for every update that it expects
+        if not batches:  # otherwise the loop would ask again for every update that it expects
             self._trainer.control.should_epoch_stop = True
         return batches, num_items
 
@@ -122,7 +122,7 @@ class MicroBatches:
         return [MicroBatchGroup(batches)] if grouped else batches, num_items
 
     def _is_incomplete(self, batches: list[Any], data: Any, *, one_group: bool) -> bool:
-        """Whether an iterable data set, whose length is not known, has ended within this update."""
+        """Return whether an iterable data set, whose length is not known, has ended within this update."""
         if number_of_rows(self._trainer.train_dataset) is not None:
             return False
         sizes = [rows_of(batch) or 0 for batch in batches]
@@ -131,7 +131,7 @@ class MicroBatches:
         return is_at_its_end(data, self._trainer) and (not one_group or sizes[-1] < seen.full_batch)
 
     def floating_point_ops(self, stock_count: Any, inputs: Any) -> Any:
-        """Sum over a group; the stock one, which counts the model's parameters anew each time, is asked only once."""
+        """Return the sum over a group; the stock function counts parameters at every call, so it is called once."""
         if not isinstance(inputs, MicroBatchGroup):
             return stock_count(inputs)
         name = getattr(self._trainer.model, "main_input_name", "input_ids")
@@ -145,11 +145,11 @@ class MicroBatches:
     # ---- running ----
 
     def step(self, stock_step: Any, model: Any, inputs: Any, num_items: Any) -> Tensor:
-        """Run over a group of micro-batches; gradients meet those of other processes only at the last pass.
+        """Run over a group of micro-batches; gradients are reduced over processes only in the last pass.
 
         Args:
             stock_step (callable): ``training_step`` of the stock Trainer, for one pass.
-            model, inputs, num_items: what the Trainer's is called with.
+            model, inputs, num_items: arguments of the Trainer's own.
         """
         control = self._size.control
         if control is None or not isinstance(inputs, MicroBatchGroup):
@@ -171,7 +171,7 @@ class MicroBatches:
                     if not (may_shrink and should_reduce_batch_size(error)):
                         raise
             model.zero_grad()
-            self._shrink_passes(passes)  # only now, as the error holds on to what filled the memory
+            self._shrink_passes(passes)  # not before, as the error holds on to what filled the memory
         self._keep(passes)
         self.per_pass = len(inputs) / len(passes)
         if control.gradient_decay and self._size.controller is not None:
@@ -185,7 +185,7 @@ class MicroBatches:
     def _run_pass(
         self, stock_step: Any, model: Any, inputs: Any, num_items: Any, passes: int | None, *, backward: bool = True
     ) -> Tensor:
-        """Run one pass of so many; without a group they are as many as the Trainer divides a mean by."""
+        """Run one of several passes; without a group their number is what the Trainer divides a mean by."""
         trainer = self._trainer
         if self._size.control is None and not trainer.elra_active:
             loss: Tensor = stock_step(model, inputs, num_items)
@@ -196,9 +196,9 @@ class MicroBatches:
         return loss
 
     def forward(self, stock_step: Any, model: Any, passes: list[Any], num_items: Any) -> Tensor:
-        """The mean loss over passes, where ``stock_step`` makes no pass back."""
+        """Return the mean loss over passes, with a ``stock_step`` that makes no backward pass."""
         divided, total = self._loss_scale.is_divided(num_items, len(passes)), torch.zeros((), device=self._device)
-        # What is not known yet is seen from the graph of a loss.
+        # If the kind of loss is not known yet, the graph of a loss tells.
         with torch.set_grad_enabled(divided is None):
             for inputs, share in zip(passes, self._shares(passes, divided), strict=True):
                 self._trainer.current_gradient_accumulation_steps = share
@@ -211,21 +211,21 @@ class MicroBatches:
 
     @property
     def next_number(self) -> int:
-        """Micro-batches of the next update."""
+        """Return the number of micro-batches of the next update."""
         if self._size.control is None:
             return int(self._trainer.args.gradient_accumulation_steps)
         return self._accounting.accumulation
 
     def _shares(self, passes: list[Any], divided: bool | None) -> list[Any]:
-        """For each pass what a loss that is a mean over it is divided by."""
-        # Not known yet is no reason for a mean: the first pass finds out, before its loss goes back.
+        """Return, for each pass, what a loss that is a mean over it is divided by."""
+        # If the kind is not known yet, the first pass finds out, before its backward pass.
         return [len(passes)] * len(passes) if divided else self._weights(passes)
 
     def _decay(self, model: Any, factor: float) -> None:
-        """Make the update's step shorter by a factor (ELRA, section 3.4)."""
+        """Make the step of the update shorter by a factor (ELRA, section 3.4)."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if (optimizer := self._trainer.elra_optimizer) is not None:
-            optimizer.gradient_decay = factor  # it measures slopes with the gradients as they are
+            optimizer.gradient_decay = factor  # it measures slopes with unscaled gradients
         elif factor != 1 and gradients:
             torch._foreach_mul_(gradients, factor)
 
@@ -263,7 +263,7 @@ class MicroBatches:
         self._size.noise_scale.add(small, small_square, big * processes, float(_gradient_square(model)))
 
     def _weights(self, passes: list[Any]) -> list[Any]:
-        """Targets (or samples) of the whole update over those of each pass, for losses that are means over a pass."""
+        """Return targets (or samples) of the update over those of each pass, for losses that are means over a pass."""
         accelerator, device = self._trainer.accelerator, self._device
         shifted = is_causal_language_model(self._trainer.model)
         counts = [_targets(inputs, shifted) for inputs in passes]
@@ -296,7 +296,7 @@ class MicroBatches:
             passes = self._concatenate(group, plan)
             if passes is None:
                 return list(group)
-            if not automatic or processes == 1:  # one process alone may run out of memory and begin anew
+            if not automatic or processes == 1:  # a single process may run out of memory and begin anew
                 return passes
             elements = _elements(sizes, plan)
             largest = max(range(len(plan)), key=elements.__getitem__)
@@ -309,7 +309,7 @@ class MicroBatches:
             logger.warning("A forward pass over %d micro-batches does not fit; halving it.", plan[largest])
 
     def _concatenate(self, group: MicroBatchGroup, plan: list[int]) -> list[Any] | None:
-        """Merge by ``plan``; None, with a note, where this collator's output cannot be merged (on any process)."""
+        """Merge by ``plan``; return None, with a warning, if the output of this collator cannot be merged somewhere."""
         trainer = self._trainer
         pad = getattr(getattr(trainer, "processing_class", None), "pad_token_id", None)
         if pad is None:
@@ -334,7 +334,7 @@ class MicroBatches:
         return None
 
     def _shrink_passes(self, passes: list[Any]) -> None:
-        """After running out of memory in a merged pass: halve the limit."""
+        """Halve the limit after a merged pass ran out of memory."""
         self._pass_limit = _largest(passes) / 2
         self._proven_pass = min(self._proven_pass, int(self._pass_limit))
         logger.warning("Out of memory in a merged forward pass; halving it.")
@@ -342,14 +342,14 @@ class MicroBatches:
 
 
 def micro_batches_of(inputs: Any) -> list[Any]:
-    """Return the micro-batches of what the loop takes for a batch: one, or a group."""
+    """Return the micro-batches in what the loop takes for a batch, which is one or a group."""
     return inputs if isinstance(inputs, MicroBatchGroup) else [inputs]
 
 
 def _targets(inputs: Any, shifted: bool) -> Any:
-    """Number of labels that count, or None where there are none to count.
+    """Return the number of labels that count, or None if there are no labels.
 
-    Where labels are ``shifted`` against the predictions, the first of a row is no target.
+    If labels are ``shifted`` against the predictions, the first of a row is no target.
     """
     labels = inputs.get("labels") if hasattr(inputs, "get") else None
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
@@ -360,13 +360,13 @@ def _targets(inputs: Any, shifted: bool) -> Any:
 
 
 def _gradient_square(model: Any) -> Any:
-    """Squared norm of a model's gradient, on its device."""
+    """Return the squared norm of the gradient of a model, on its device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.to(accumulates_in(norm.device)) ** 2
 
 
 def _rows_and_width(batch: Any) -> tuple[int, int]:
-    """Samples of a micro-batch, and elements of a row of its largest tensor."""
+    """Return the samples of a micro-batch, and the elements of a row of its largest tensor."""
     values = batch.values() if hasattr(batch, "values") else [batch]
     largest = max((v.numel() for v in values if isinstance(v, torch.Tensor)), default=0)
     rows = rows_of(batch) or 1
@@ -374,12 +374,12 @@ def _rows_and_width(batch: Any) -> tuple[int, int]:
 
 
 def _largest(passes: list[Any]) -> int:
-    """Elements of the largest pass."""
+    """Return the elements of the largest pass."""
     return max(rows * width for rows, width in map(_rows_and_width, passes))
 
 
 def _elements(sizes: list[tuple[int, int]], plan: list[int]) -> list[int]:
-    """Elements of every pass, rows padded to the widest."""
+    """Return the elements of every pass, with rows padded to the widest."""
     elements, position = [], 0
     for number in plan:
         part = sizes[position : position + number]

@@ -2,7 +2,7 @@
 
 Each hook calls a collaborator that does one thing, most often with the stock hook as an argument. The collaborators are
 plain objects, made together in :class:`Collaborators`; the module of each says what it does. ``ElraTrainer`` and
-``ElraSeq2SeqTrainer`` are stock trainers with the mixin. ``with_elra`` puts it in front of any other subclass;
+``ElraSeq2SeqTrainer`` are stock Trainers with the mixin. ``with_elra`` puts it in front of any other subclass;
 ``registry.py`` uses that for trainers built by code that does not know this package.
 """
 
@@ -40,10 +40,10 @@ else:
 
 
 class Collaborators:
-    """What the hooks of a Trainer call; each keeps its own numbers from one hook to the next.
+    """The objects that the hooks of a Trainer call; each keeps its own numbers from one hook to the next.
 
     Args:
-        trainer: whose they are. It may not be made yet: nothing of it is read here.
+        trainer: their Trainer. Nothing of it is read here, so it need not be complete yet.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -60,16 +60,16 @@ class Collaborators:
 class ElraTrainerMixin(_Base):
     """Put in front of ``Trainer`` or a subclass of it: ``class MyTrainer(ElraTrainerMixin, SomeTrainer)``.
 
-    With ``optim="elra"`` the optimizer is told the true mean loss of every update: over all micro-batches of the group
+    With ``optim="elra"`` the optimizer gets the true mean loss of every update: over all micro-batches of the group
     and, through one all-reduce, over all processes. Logs get ``alpha``, ``step_norm``, ``restarts`` and ``cosine``, and
-    ``learning_rate`` there is α times a scheduler's factor. With any other optimizer only the counting is added.
+    their ``learning_rate`` is α times the factor of a scheduler. With any other optimizer only the counting is added.
 
     Attributes:
         elra: the collaborators.
         elra_settings: the ``--elra_*`` flags in force.
         elra_active: whether the optimizer is one of ours.
         average_over: the points that are averaged: ``"off"``, ``"cycle"`` or ``"run"``.
-        replaced_defaults: what is used in place of stock defaults that would work against ELRA.
+        replaced_defaults: values that are used in place of stock defaults that would work against ELRA.
     """
 
     elra: Collaborators
@@ -79,7 +79,7 @@ class ElraTrainerMixin(_Base):
     replaced_defaults: Mapping[str, Any] = types.MappingProxyType({})
     _prepared_for: tuple[list[Any], list[Any]] | None = None
 
-    # ---- what a user reads ----
+    # ---- attributes for users ----
 
     @property
     def elra_optimizer(self) -> Any:
@@ -94,12 +94,12 @@ class ElraTrainerMixin(_Base):
 
     @property
     def weight_average(self) -> WeightAverage | None:
-        """The mean of the points of training; None where there is none."""
+        """The mean of the points of training, or None."""
         return self.elra.averaging.mean
 
     @property
     def batch_control(self) -> BatchControl | None:
-        """What the batch flags ask for; None where updates are the stock Trainer's."""
+        """What the batch flags ask for; None if updates are those of the stock Trainer."""
         return self.elra.size.control
 
     @property
@@ -115,9 +115,9 @@ class ElraTrainerMixin(_Base):
         self.prepare_elra()
 
     def prepare_elra(self) -> None:
-        """Take over what the Trainer holds. The optimizer's own arguments were checked before it was made."""
+        """Take over what the Trainer holds. The arguments of the optimizer were checked before it was made."""
         self._prepared_for = None
-        if "elra" not in vars(self):  # its class was changed after it was made
+        if "elra" not in vars(self):  # the class was changed after the Trainer was made
             self.elra = Collaborators(self)
         ours = checks.optimizer_of_ours(self)
         self.elra_settings, self.elra_active = ElraSettings.of(self.args), ours is not None
@@ -134,25 +134,25 @@ class ElraTrainerMixin(_Base):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether :meth:`prepare_elra` has seen what the Trainer holds now; anyone may change it between trainings."""
+        """Whether :meth:`prepare_elra` has seen what the Trainer holds now, which may change between trainings."""
         return checks.are_the_same(self._prepared_for, checks.decided_by(self))
 
     def begin_training(self, resume_from_checkpoint: Any) -> Any:
-        """Called by ``train``, with its argument; returns the checkpoint to resume from, or None."""
+        """Return the checkpoint to resume from, or None; ``train`` calls this with its argument."""
         checkpoint = checks.checkpoint_to_resume(self, resume_from_checkpoint)
         self.elra.averaging.go_on(checkpoint or None)
         return checkpoint
 
     def get_train_dataloader(self):
-        """Stock, without the last incomplete batch of an epoch (paper, section 3.5)."""
+        """The stock hook, without the last incomplete batch of an epoch (paper, section 3.5)."""
         return self.elra.accounting.train_loader(super().get_train_dataloader)
 
     def set_initial_training_values(self, args, dataloader):
-        """Stock counts, for updates that may change in size."""
+        """The stock counts, for updates that may change in size."""
         return self.elra.accounting.initial_values(super().set_initial_training_values, args, dataloader)
 
     def _init_training_state(self, *args, **kwargs):
-        """Stock; the position in the data is that of the checkpoint, to the sample."""
+        """The stock hook; the position in the data is that of the checkpoint, exact to the sample."""
         position = super()._init_training_state(*args, **kwargs)
         put_first(self)  # a checkpoint may have brought its own
         self.elra.loss_scale.forget()
@@ -175,7 +175,7 @@ class ElraTrainerMixin(_Base):
         return made
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """Stock, over updates of the first size; where a default schedule would work against ELRA, a constant one."""
+        """The stock schedule over updates of the first size; a constant one in place of a harmful default."""
         with set_meanwhile(self.args, **self.replaced_defaults):
             return super().create_scheduler(self.elra.accounting.schedule_length(num_training_steps), optimizer)
 
@@ -185,20 +185,20 @@ class ElraTrainerMixin(_Base):
         self.elra.averaging.begin(resume_from_checkpoint)
         return prepared
 
-    # ---- the loop; between its hooks it calls ElraCallback ----
+    # ---- the loop, which also calls ElraCallback between these hooks ----
 
     def _run_epoch(self, *args, **kwargs):
-        """Stock; meanwhile the loop believes that an update is one batch, which is a group."""
+        """The stock hook; meanwhile the loop takes an update for one batch, which is a group."""
         with self.elra.accounting.an_update_is_a_batch():
             super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one update, as one group."""
+        """Return the micro-batches of one update, as one group."""
         data = self.elra.line_losses.watch(epoch_iterator)
         return self.elra.micro_batches.take(super().get_batch_samples, data, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run over micro-batches; after the last ones of an update tell the optimizer the update's mean loss."""
+        """Run over micro-batches; after the last ones of an update, give the optimizer the mean loss of the update."""
         accounting, stock_step = self.elra.accounting, super().training_step
         samples, tokens = accounting.count(micro_batches_of(inputs))
         self.elra.line_losses.before_pass(stock_step, model, num_items_in_batch)
@@ -210,7 +210,7 @@ class ElraTrainerMixin(_Base):
         return loss
 
     def floating_point_ops(self, inputs):
-        """Stock, summed over a group."""
+        """The stock number, summed over a group."""
         return self.elra.micro_batches.floating_point_ops(super().floating_point_ops, inputs)
 
     def _track_num_input_tokens(self, inputs):
@@ -218,17 +218,17 @@ class ElraTrainerMixin(_Base):
             super()._track_num_input_tokens(batch)
 
     def _clip_grad_norm(self, model):
-        """Stock, but no clipping by default with ELRA."""
+        """The stock hook, but without clipping by default with ELRA."""
         return None if "max_grad_norm" in self.replaced_defaults else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Stock norm of the gradient; ELRA computes it anyway, and :meth:`log` shows that one."""
+        """The stock norm of the gradient; ELRA computes it anyway, and :meth:`log` shows that one."""
         if grad_norm is None and self.elra_optimizer is not None and not self.is_deepspeed_enabled:
             return None
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _get_learning_rate(self) -> float:
-        """With an optimizer of ours α times what a scheduler makes of it."""
+        """With an optimizer of ours: α times the factor of a scheduler."""
         return self.elra.logs.learning_rate(super()._get_learning_rate)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -237,24 +237,24 @@ class ElraTrainerMixin(_Base):
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
-        """Stock, with the optimizer's own numbers beside the training loss."""
+        """The stock hook, with the numbers of the optimizer beside the training loss."""
         self.elra.logs.complete(logs)
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation, checkpoints, and the end ----
 
     def evaluate(self, *args, **kwargs):
-        """Stock evaluation, of the mean where boosting is on."""
+        """The stock evaluation, of the mean if boosting is on."""
         with self.elra.averaging.in_use():
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        """Stock, but a checkpoint that cannot be written is an error that says where training can go on."""
+        """The stock hook; if a checkpoint cannot be written, the error says from where training can go on."""
         with explained(str(self.args.output_dir), self.state.global_step):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Save the mean where boosting is on; a checkpoint gets both points."""
+        """Save the mean if boosting is on; a checkpoint gets both points."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             self.elra.averaging.save_beside_last_point(str(output_dir or self.args.output_dir))
@@ -263,27 +263,27 @@ class ElraTrainerMixin(_Base):
             super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self):
-        """Stock; with boosting the best point is the mean in that checkpoint, if it has one: that was evaluated."""
+        """The stock hook; with boosting the best point is the mean in that checkpoint, which was evaluated."""
         super()._load_best_model()
         self.elra.averaging.take_best(str(self.state.best_model_checkpoint))
 
     def predict(self, *args, **kwargs):
-        """Stock prediction, by the mean where boosting is on."""
+        """The stock prediction, by the mean if boosting is on."""
         with self.elra.averaging.in_use():
             return super().predict(*args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
-        """Stock upload, of the mean where boosting is on."""
+        """The stock upload, of the mean if boosting is on."""
         with self.elra.averaging.in_use():
             return super().push_to_hub(*args, **kwargs)
 
 
 class ElraTrainer(ElraTrainerMixin, Trainer):
-    """``transformers.Trainer`` that tells ELRA the loss; use it with :class:`ElraTrainingArguments`."""
+    """A ``transformers.Trainer`` that gives ELRA the loss; use it with :class:`ElraTrainingArguments`."""
 
 
 class ElraSeq2SeqTrainer(ElraTrainerMixin, Seq2SeqTrainer):
-    """``transformers.Seq2SeqTrainer`` that tells ELRA the loss; use it with :class:`ElraSeq2SeqTrainingArguments`."""
+    """A ``transformers.Seq2SeqTrainer`` that gives ELRA the loss; use :class:`ElraSeq2SeqTrainingArguments` with it."""
 
 
 @functools.cache

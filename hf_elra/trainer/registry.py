@@ -1,10 +1,10 @@
 """Makes ``--optim elra`` a name that Transformers knows, and every Trainer that uses it loss-aware.
 
-``register()`` runs when ``hf_elra.trainer`` is imported; ``import hf_elra`` sees to that as soon as the arguments of
-Transformers are there. It adds the names of ``OPTIMIZERS`` to the enumeration and the table that Transformers looks
-optimizers up in, and wraps three methods of ``Trainer``: ``__init__``, ``train`` and the set-up of a hyperparameter
-trial. There a Trainer (or any subclass, from any library) whose arguments or optimizer are ours gets
-``ElraTrainerMixin`` in front of its class. Others are left as they are.
+``register()`` runs when ``hf_elra.trainer`` is imported, and ``import hf_elra`` imports it as soon as the arguments of
+Transformers are imported. It adds the names of ``OPTIMIZERS`` to the enumeration and the table in which Transformers
+looks optimizers up, and wraps three methods of ``Trainer``: ``__init__``, ``train`` and the set-up of a hyperparameter
+trial. In these a Trainer (or any subclass, from any library) whose arguments or optimizer are ours gets
+``ElraTrainerMixin`` in front of its class. Other Trainers are left as they are.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def _wrap_init(initialise: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs).arguments
         arguments, data = given.get("args"), given.get("train_dataset")
-        if arguments is not None:  # wrong settings are refused before the Trainer makes folders or moves models
+        if arguments is not None:  # refuse wrong settings before the Trainer makes folders or moves models
             _check(type(self), arguments, given.get("model"), data)
         with budget_as_max_steps(arguments, _budget(arguments, data)):
             initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin):  # which sees to itself
+        if not isinstance(self, ElraTrainerMixin):  # the mixin prepares itself
             look_again(self)
 
     return __init__
@@ -103,12 +103,12 @@ _WRAPPERS = {"__init__": _wrap_init, "train": _wrap_train, "_hp_search_setup": _
 
 
 def look_again(trainer: Any) -> None:
-    """Put the mixin in front of a Trainer's class where something asks for it by now; let it take over what changed.
+    """Put the mixin in front of a Trainer's class if something needs it by now, and let it take over what has changed.
 
-    A Trainer's arguments, data and optimizer may be changed after it was made, and trials of a search do so.
+    Arguments, data and optimizer of a Trainer may change after it was made, as trials of a hyperparameter search do.
 
     Raises:
-        ConfigurationError: a setting cannot be used; the Trainer is left as it was then.
+        ConfigurationError: a setting cannot be used; the Trainer is not changed then.
     """
     stock: Any = type(trainer)
     if isinstance(trainer, ElraTrainerMixin):
@@ -138,7 +138,7 @@ def _check(trainer_class: type, args: Any, model: Any, train_dataset: Any) -> No
 
 
 def _control_of(args: Any) -> str:
-    """The batch control that suits the optimizer that ``args`` name."""
+    """Return the batch control that suits the optimizer that ``args`` name."""
     if not uses_elra(args):
         return "off"
     optimizer_class = OPTIMIZERS[optimizer_name(args)]
@@ -146,7 +146,7 @@ def _control_of(args: Any) -> str:
 
 
 def _budget(args: Any, train_dataset: Any) -> int | None:
-    """The budget in samples or tokens that ends a run over data of unknown length; None for other data."""
+    """Return the budget in samples or tokens that ends a run over data of unknown length; None for other data."""
     if args is None or train_dataset is None or has_length(train_dataset):
         return None
     settings = ElraSettings.of(args, only_checked=True)

@@ -1,8 +1,8 @@
 """Rows of the training data: how many there are, how many a micro-batch drew, and how to go on after some of them.
 
-A sample is a row that the sampler drew. A tensor's first dimension is not always that: padding-free collators make one
-row of a whole micro-batch, image processors put all patches into one dimension, and a mapping of data sets has the
-length of its keys. The counts over a run are in ``accounting.py``.
+A sample is a row that the sampler drew. The first dimension of a tensor does not always say how many there are:
+padding-free collators make one row of a whole micro-batch, image processors put all patches into one dimension, and a
+mapping of data sets has the length of its keys. The counts over a run are in ``accounting.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TEXT = ("input_ids", "labels", "label", "decoder_input_ids")
 
 
 def number_of_rows(data: Any) -> int | None:
-    """Rows of training data, of all data sets of a mapping together; None where that is not known."""
+    """Return the rows of training data, of all data sets of a mapping together; None if that is not known."""
     if isinstance(data, Mapping):
         rows = [number_of_rows(part) for part in data.values()]
         return None if None in rows else sum(number for number in rows if number is not None)
@@ -28,17 +28,17 @@ def number_of_rows(data: Any) -> int | None:
 
 
 def splits_batches(args: Any) -> bool:
-    """Whether a batch of the loader is split between the processes, instead of one for each."""
+    """Return whether a batch of the loader is split between processes, instead of one batch for each."""
     return bool(getattr(args.accelerator_config, "split_batches", False))
 
 
 def samples_per_micro_batch(args: Any, batch_size: int) -> int:
-    """Samples of a micro-batch over all processes, from the loader's ``batch_size``."""
+    """Return the samples of a micro-batch over all processes, from the ``batch_size`` of the loader."""
     return batch_size if splits_batches(args) else batch_size * args.world_size
 
 
 def plain_batch_sampler(loader: Any) -> BatchSampler | None:
-    """The batch sampler of a loader whose batches have one size, the last of an epoch excepted; else None."""
+    """Return the batch sampler of a loader whose batches all have one size, except the last of an epoch; else None."""
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None
     sampler = getattr(loader, "batch_sampler", None)
@@ -63,14 +63,14 @@ class RowsSkipped(Sampler):
     def __len__(self) -> int:
         return max(0, len(self.sampler) - self.rows)
 
-    def __getattr__(self, name: str) -> Any:  # set_epoch and the like
+    def __getattr__(self, name: str) -> Any:  # set_epoch and others
         if name == "sampler":
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
 
 def rows_of(batch: Any) -> int | None:
-    """Rows that a micro-batch was made of, as far as its contents tell; for where the sampler does not."""
+    """Return the rows that a micro-batch was made of, if its contents tell; used if the sampler does not tell."""
     if isinstance(batch, list | tuple) and batch and not any(isinstance(part, torch.Tensor) for part in batch):
         return len(batch)
     if not isinstance(batch, Mapping):
@@ -87,7 +87,7 @@ def rows_of(batch: Any) -> int | None:
 
 
 def is_padding_free(batch: Any) -> bool:
-    """Whether a micro-batch is one row of tokens that may hold several sequences, told apart by their positions."""
+    """Return whether a micro-batch is one row of tokens with several sequences, which their positions tell apart."""
     if not isinstance(batch, Mapping) or batch.get("attention_mask") is not None:
         return False
     tokens = batch.get("input_ids")
@@ -96,12 +96,12 @@ def is_padding_free(batch: Any) -> bool:
 
 
 def _packed_sequences(batch: Mapping[str, Any]) -> int | None:
-    """Sequences in a padding-free micro-batch; None for any other."""
+    """Return the sequences in a padding-free micro-batch; None for any other."""
     if not is_padding_free(batch):
         return None
     if (ends := batch.get("cu_seq_lens_q")) is not None:
         return len(ends.flatten()) - 1
     if (numbers := batch.get("seq_idx")) is not None:
         return int(numbers.unique().numel())
-    positions = batch["position_ids"].reshape(-1, batch["input_ids"].shape[1])[0]  # alike in all of several dimensions
+    positions = batch["position_ids"].reshape(-1, batch["input_ids"].shape[1])[0]  # alike in all dimensions
     return int(positions.eq(positions.min()).sum())

@@ -1,8 +1,8 @@
-"""Passes through the model that are not training, and leave nothing behind; how many passes there were at all.
+"""Passes through the model that do not train and leave nothing behind; and the count of all passes.
 
 ``Trials`` finds out whether a pass fits into memory. ``LineLosses`` gives an optimizer the mean loss at points along a
-line. (Whether a loss is divided by its number of targets is not tried but seen, in ``loss_scale.py``; the statistics of
-BatchNorm at a mean of points are taken in ``optim/averaging.py``.)
+line. Two other things are not tried here: ``loss_scale.py`` sees from a training pass whether a loss is divided by its
+number of targets, and ``optim/averaging.py`` takes the statistics of BatchNorm at a mean of points.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class PassCounts:
     backwards: int = 0
 
     def begin(self, saved: dict[str, Any]) -> None:
-        """Training begins, or goes on from what a checkpoint holds."""
+        """Begin a training, or resume it with the counts of a checkpoint."""
         self.forwards, self.backwards = saved.get("forwards", 0), saved.get("backwards", 0)
 
     def add(self, *, backward: bool) -> None:
-        """There was a pass forward, and one back."""
+        """Count a forward pass and a backward pass."""
         self.forwards += 1
         self.backwards += backward
 
@@ -49,8 +49,8 @@ class LookAhead:
     """An iterator over training data whose next items can be looked at before they are taken.
 
     Args:
-        data (iterator): of micro-batches.
-        is_last (callable): whether the item that ``data`` gave last is its last one.
+        data (iterator): an iterator over micro-batches.
+        is_last (callable): returns whether the latest item of ``data`` is its last one.
     """
 
     def __init__(self, data: Iterator[Any], is_last: Callable[[], bool]) -> None:
@@ -71,7 +71,7 @@ class LookAhead:
         return item
 
     def peek(self, number: int) -> list[Any]:
-        """Return the next items, at most ``number``, which stay there."""
+        """Return the next items, at most ``number``, without taking them."""
         while len(self._waiting) < number:
             try:
                 self._waiting.append(self._draw())
@@ -81,12 +81,12 @@ class LookAhead:
 
     @property
     def is_at_its_end(self) -> bool:
-        """Whether the item that was taken last is the last one."""
+        """Whether the latest item that was taken is the last one."""
         return self._last_is_out and not self._waiting
 
 
 def is_at_its_end(data: Any, trainer: Any) -> bool:
-    """Whether the micro-batch that a Trainer took last from ``data`` is the last one of its epoch."""
+    """Return whether the latest micro-batch that a Trainer took from ``data`` is the last one of its epoch."""
     return data.is_at_its_end if isinstance(data, LookAhead) else data_are_at_their_end(trainer)
 
 
@@ -94,7 +94,7 @@ class Trials:
     """Tries passes for a Trainer.
 
     Args:
-        trainer (Trainer): whose model and data they are.
+        trainer (Trainer): the Trainer whose model and data are used.
 
     Attributes:
         counts: all passes of the run.
@@ -105,13 +105,13 @@ class Trials:
         self.counts = PassCounts()
 
     def fits(self, stock_step: Any, model: Any, inputs: Any, num_items: Any) -> bool:
-        """Whether a pass over ``inputs`` and back fits into the memory of every process, by trial; changes nothing.
+        """Try whether a pass forward and back over ``inputs`` fits into the memory of every process; change nothing.
 
-        What user code does in ``compute_loss`` beside the loss, it does once more here.
+        Side effects of user code in ``compute_loss`` happen once more here.
 
         Args:
             stock_step (callable): ``training_step`` of the stock Trainer.
-            model, inputs, num_items: what it is called with.
+            model, inputs, num_items: its arguments.
         """
         accelerator, fits = self._trainer.accelerator, True
         with nothing_changes(model), accelerator.no_sync(model=model):
@@ -137,8 +137,8 @@ class LineLosses:
     whenever ``step`` is called.
 
     Args:
-        trainer (Trainer): with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        accounting, micro_batches, trials: of it.
+        trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
+        accounting, micro_batches, trials: its collaborators.
     """
 
     def __init__(self, trainer: Any, accounting: Accounting, micro_batches: MicroBatches, trials: Trials) -> None:
@@ -154,11 +154,11 @@ class LineLosses:
 
     @property
     def are_needed(self) -> bool:
-        """Whether the optimizer asks for them."""
+        """Whether the optimizer asks for losses along the line."""
         return bool(getattr(self._trainer.elra_optimizer, "needs_line_loss", False))
 
     def watch(self, data: Any) -> Any:
-        """Return the iterator over training data, as one that can be looked ahead in where that is needed."""
+        """Return the iterator over training data; if the optimizer needs it, as one that can look ahead."""
         if not self.are_needed:
             return data
         if self._data is None or self._data.data is not data:
@@ -166,26 +166,26 @@ class LineLosses:
         return self._data
 
     def before_pass(self, stock_step: Any, model: Any, num_items: Any) -> None:
-        """Micro-batches are about to be run over: remember how.
+        """Remember how the next micro-batches are run.
 
         Args:
             stock_step (callable): ``training_step`` of the stock Trainer.
-            model, num_items: what it is called with.
+            model, num_items: its arguments.
         """
         self._micro_batches.keeps_passes = self.are_needed
         if not self.are_needed:
             return
-        if not self._micro_batches.passes:  # the first ones of an update
+        if not self._micro_batches.passes:  # these are the first ones of an update
             self._put_random_numbers_back = random_numbers_of(model)
         self._stock_step, self._model, self._num_items = stock_step, model, num_items
 
     def offer(self) -> None:
-        """The gradients of an update are there: give the optimizer the function."""
+        """Give the optimizer the function, once the gradients of an update are complete."""
         if self.are_needed:
             self._trainer.elra_optimizer.line_loss = self.line_loss
 
     def withdraw(self) -> None:
-        """The optimizer has made its step."""
+        """Take the function back after the step of the optimizer."""
         if self._put_random_numbers_back is not None:
             self._trainer.elra_optimizer.line_loss = None
         self._stock_step = self._model = self._num_items = self._put_random_numbers_back = None
@@ -195,21 +195,21 @@ class LineLosses:
     ) -> float:
         """Return the mean loss at x - s·u, over all processes; forward only, and nothing is left behind.
 
-        Dropout masks are the same at every s: those of the update's own passes, so that at s = 0 the loss of its own
-        micro-batches is the one that was observed. What user code does in ``compute_loss`` beside the loss, it does
-        once more here; a loss that is made of gradients cannot be had.
+        Dropout masks are the same at every s. They are those of the passes of the update, so that at s = 0 the loss of
+        its micro-batches is the observed one. Side effects of user code in ``compute_loss`` happen once more here. A
+        loss that needs gradients cannot be computed.
 
         Args:
-            s (float): in units of the direction.
-            direction (list of list of Tensor): u; for each of the optimizer's ``param_groups``, in their order, for
-                each of its parameters that has a gradient. Default: the gradients.
-            batches (str or int): ``"same"``: the micro-batches of this update. A number k: those of the next k
-                updates, at their present size, each update counting the same. They are drawn from the data now, kept,
-                and trained on when it is their turn. Those that the epoch does not have any more are left out; where
-                it has none, the micro-batches of this update are taken.
+            s (float): length, in units of the direction.
+            direction (list of list of Tensor): u, as one list for each of the optimizer's ``param_groups``, with one
+                tensor for each parameter that has a gradient. Default: the gradients.
+            batches (str or int): ``"same"`` for the micro-batches of this update. A number k for those of the next k
+                updates at their present size; each update counts the same. They are drawn from the data now, kept, and
+                trained on in their turn. At the end of an epoch there may be fewer; if none are left, the
+                micro-batches of this update are used.
 
         Raises:
-            ConfigurationError: ``batches`` is neither.
+            ConfigurationError: ``batches`` is neither of these.
         """
         if batches != "same" and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
             raise ConfigurationError(f"batches={batches!r} must be 'same', or a number of updates of at least 1.")
@@ -227,21 +227,21 @@ class LineLosses:
         return float(loss)
 
     def _next_updates(self, number: int) -> list[tuple[list[Any], Any]]:
-        """Micro-batches of so many of the next updates, as far as the epoch has them, each with its number of items."""
-        if self._data is None:  # a Trainer that takes its batches otherwise
+        """Return the micro-batches of the next updates, as far as the epoch has them, each with its number of items."""
+        if self._data is None:  # this Trainer takes its batches in another way
             return []
         size, trainer = self._micro_batches.next_number, self._trainer
         waiting = self._data.peek(number * size)
         updates = [waiting[first : first + size] for first in range(0, len(waiting), size)]
         if updates and self._accounting.skips_last_batch():
             last, whole = updates[-1], trainer.elra_callback.full_batch
-            if len(last) < size or (rows_of(last[-1]) or 0) < whole:  # which training skips too
+            if len(last) < size or (rows_of(last[-1]) or 0) < whole:  # training skips it too
                 updates.pop()
         return [(update, trainer._get_num_items_in_batch(update, trainer.args.device)) for update in updates]
 
     @contextlib.contextmanager
     def _moved(self, s: float, direction: list[list[Tensor]] | None) -> Iterator[None]:
-        """Let parameters be at x - s·u for the length of a ``with`` block."""
+        """Move parameters to x - s·u for the length of a ``with`` block."""
         groups = [[p for p in g["params"] if p.grad is not None] for g in self._trainer.elra_optimizer.param_groups]
         parts = direction or [[p.grad for p in group] for group in groups]
         moves = [pair for group, part in zip(groups, parts, strict=True) for pair in zip(group, part, strict=True)]
@@ -258,7 +258,7 @@ class LineLosses:
 
     @contextlib.contextmanager
     def _forward_only(self) -> Iterator[None]:
-        """Let the stock training step make no backward pass, and leave nothing behind."""
+        """Make the stock training step skip its backward pass and leave nothing behind."""
         trainer, accelerator = self._trainer, self._trainer.accelerator
         share, users = trainer.current_gradient_accumulation_steps, vars(accelerator).get("backward")
         accelerator.backward = lambda loss, **kwargs: None

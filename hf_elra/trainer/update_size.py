@@ -1,7 +1,7 @@
-"""How many micro-batches an update has, and what that is decided by while training runs.
+"""How many micro-batches an update has, and how that is decided while training runs.
 
-What the flags ask for is in ``batch_control.py``, the rules of a decision in ``control/batch_size.py``; how a decision
-is told, in ``logs.py``.
+What the flags ask for is in ``batch_control.py``, the rules of a decision are in ``control/batch_size.py``, and how a
+decision is logged is in ``logs.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class UpdateSize:
     """The number of micro-batches of the next update.
 
     Attributes:
-        control: what was asked for; None where updates are the stock Trainer's, and nothing here is used.
-        controller: of the present training, a copy of the control's.
-        noise_scale: of the gradient, where it is measured.
+        control: what was asked for; None if updates are those of the stock Trainer, and nothing here is used.
+        controller: the controller of the present training, a copy of that of the control.
+        noise_scale: noise scale of the gradient, if it is measured.
     """
 
     def __init__(self) -> None:
@@ -30,28 +30,28 @@ class UpdateSize:
         self.noise_scale: NoiseScale | None = None
 
     def prepare(self, control: BatchControl | None) -> None:
-        """Take what was asked for."""
+        """Set what was asked for."""
         self.control = control
         self.controller = None if control is None else control.controller
 
     def begin(self, cycle: str, progress: TrainingProgress, most_samples: int | None) -> None:
-        """Training begins: start with the first size.
+        """Begin a training with the first size.
 
         Args:
             cycle: length of a control cycle.
-            progress: whose micro-batches are counted.
-            most_samples: of an update; None for no limit.
+            progress: position in the data, which counts micro-batches.
+            most_samples: most samples of an update; None for no limit.
         """
         assert self.control is not None
         self.controller = dataclasses.replace(self.control.controller)
-        if most_samples is not None:  # auto_find_batch_size makes smaller batches
+        if most_samples is not None:  # auto_find_batch_size has made batches smaller
             self.controller.max_accumulation = most_samples // progress.samples_per_batch
         if self.control.mode == "elra":
             self._limit_to(ControlCycle.parse(cycle), progress)
         self.noise_scale = NoiseScale() if self.control.measures_noise else None
 
     def _limit_to(self, cycle: ControlCycle, progress: TrainingProgress) -> None:
-        """Let no update outgrow a control cycle, whose losses are to say whether updates should grow."""
+        """Limit updates to a control cycle, whose losses have to say whether updates should grow."""
         assert self.controller is not None
         per_batch, batches = progress.samples_per_batch, progress.batches_per_epoch
         samples = cycle.samples(None if batches is None else batches * per_batch, progress.tokens_per_sample)
@@ -61,7 +61,7 @@ class UpdateSize:
             self.controller.max_accumulation = most if given is None else min(most, given)
 
     def accumulation(self, progress: TrainingProgress) -> int:
-        """Micro-batches of the next update: the controller's number or a multiple of the first, at most an epoch's."""
+        """Return the micro-batches of the next update: the controller's number or a multiple of the first one."""
         assert self.control is not None
         assert self.controller is not None
         number, first = self.controller.accumulation, self.controller.initial_accumulation
@@ -76,11 +76,11 @@ class UpdateSize:
         return number
 
     def end_cycle(self, mean: float, std: float, progress: TrainingProgress) -> BatchDecision | None:
-        """A control cycle is over: decide, where the number of micro-batches is controlled at all.
+        """Decide at the end of a control cycle, if the number of micro-batches is controlled at all.
 
         Args:
-            mean, std: of the losses of the cycle.
-            progress: whose micro-batches are counted.
+            mean, std: mean and standard deviation of the losses of the cycle.
+            progress: position in the data, which counts micro-batches.
         """
         if self.control is None or self.controller is None or not self.control.decides_at_cycles:
             return None
@@ -94,7 +94,7 @@ class UpdateSize:
         return dataclasses.replace(decision, accumulation=self.accumulation(progress))
 
     def state_dict(self, progress: TrainingProgress) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
+        """Return what a checkpoint keeps, as JSON values."""
         assert self.controller is not None
         return {
             "samples_per_batch": progress.samples_per_batch,
@@ -103,7 +103,7 @@ class UpdateSize:
         }
 
     def load_state_dict(self, state: dict[str, Any], progress: TrainingProgress) -> None:
-        """Go on from a checkpoint; micro-batches may be of another size than they were in it."""
+        """Continue from a checkpoint, in which micro-batches may have been of another size."""
         assert self.control is not None
         if self.control.decides_at_cycles:
             assert self.controller is not None

@@ -1,9 +1,9 @@
-"""Every private name of Transformers and Accelerate that this package uses, in one table; how it is reached.
+"""Every private name of Transformers and Accelerate that this package uses, in one table, and how it is reached.
 
-Private are names with an underscore, and public ones without a word of documentation that says what we count on. They
-were checked with the versions in ``CHECKED``. ``tests/trainer/test_upstream.py`` has one test a name, so that a new
-release of either library says at once which of them has moved. Where one access serves several modules, or a name has
-to be handled with care, there is a function for it here.
+A name is private if it has an underscore, or if no documentation says what we rely on. All were checked with the
+versions in ``CHECKED``. ``tests/trainer/test_upstream.py`` has one test per name, so that a new release of either
+library shows at once which of them has moved. If one access serves several modules, or a name needs care, there is a
+function for it here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Upstream:
     """A private name.
 
     Args:
-        name: dotted: of a module, or beginning with ``trainer.`` an attribute of a Trainer that has trained.
-        room: the module that reads it; ``trainer.upstream`` where others ask the functions below.
-        why: what for.
-        parameters: of a function: the parameters that we pass or read, in this order.
+        name: dotted name in a module, or, beginning with ``trainer.``, an attribute of a Trainer that has trained.
+        room: the module that reads it; ``trainer.upstream`` if others call the functions below.
+        why: what it is used for.
+        parameters: parameters of a function that we pass or read, in this order.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Upstream:
         """Return what the name stands for.
 
         Args:
-            trainer: one that has trained.
+            trainer: a Trainer that has trained.
 
         Raises:
-            AttributeError: it is gone.
+            AttributeError: the name is gone.
         """
         first, *rest = self.name.split(".")
         found: Any = trainer
@@ -102,7 +102,7 @@ UPSTREAM = (
     Upstream(f"{_TRAINER}_save_checkpoint", _HOOK, "writes a checkpoint", ("model", "trial")),
     Upstream(f"{_TRAINER}save_model", _HOOK, "_internal_call is for checkpoints", ("output_dir", "_internal_call")),
     Upstream(f"{_TRAINER}_load_best_model", _HOOK, "loads the best checkpoint", ()),
-    # What is called.
+    # Functions that are called.
     Upstream(
         f"{_TRAINER}_remove_unused_columns", "trainer.averaging", "batches as in training", ("dataset", "description")
     ),
@@ -163,11 +163,11 @@ UPSTREAM = (
     Upstream("accelerate.utils.memory.should_reduce_batch_size", "trainer.micro_batches", "was it memory?"),
     Upstream("accelerate.utils.memory.clear_device_cache", "trainer.micro_batches", "after running out of memory"),
 )  # fmt: skip
-"""All of them. ``loss_is_scaled_for_ga`` is not here, as older versions of the Trainer do not have it."""
+"""All private names but ``loss_is_scaled_for_ga``, which older versions of the Trainer do not have."""
 
 
 def optimizer_handlers() -> dict[Any, Any]:
-    """Return the table in which Transformers looks up what makes an optimizer of its name."""
+    """Return the table in which Transformers looks up the function that makes an optimizer."""
     handlers: dict[Any, Any] = trainer_optimizer._OPTIMIZER_HANDLERS
     return handlers
 
@@ -189,13 +189,13 @@ def add_enum_member(enumeration: Any, name: str, value: str) -> None:
     enumeration._value2member_map_[value] = member
     if hasattr(enumeration, "_hashable_values_"):  # Python >= 3.13
         enumeration._hashable_values_.append(value)
-    # Read from a file, as arguments are from training_args.bin, it brings this package with it.
+    # If it is read from a file, such as training_args.bin, this package is imported.
     member.__reduce_ex__ = lambda protocol: (member_of, (enumeration, value))
     type.__setattr__(enumeration, name, member)
 
 
 def member_of(enumeration: Any, value: str) -> Any:
-    """Return the member with this value: what a pickled member that was added here is read by."""
+    """Return the member with this value; pickled members that were added here are read by this function."""
     return enumeration(value)
 
 
@@ -207,23 +207,23 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def fsdp_version(trainer: Any) -> int | None:
-    """Return the version of FSDP in use, None where it is not; Accelerate's own configuration can set it, too."""
+    """Return the version of FSDP in use, or None; the configuration of Accelerate can set it, too."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     version: int | None = getattr(plugin, "fsdp_version", None)
     return version
 
 
 def data_are_at_their_end(trainer: Any) -> bool:
-    """Whether the batch that the training data gave last is the last one of their pass."""
+    """Return whether the latest batch of the training data is the last one of their pass."""
     return bool(trainer.accelerator.gradient_state.end_of_dataloader)
 
 
 def says_loss_is_scaled(trainer: Any) -> bool | None:
-    """What a Trainer says itself about its loss: whether it is scaled for accumulation; None if it says nothing."""
+    """Return whether a Trainer itself says that its loss is scaled for accumulation; None if it says nothing."""
     says: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
     return says
 
 
 def stock_step_reads_what_a_trainer_says(trainer_class: Any) -> bool:
-    """Whether this version's training step goes by :func:`says_loss_is_scaled`."""
+    """Return whether the training step of this version uses :func:`says_loss_is_scaled`."""
     return hasattr(trainer_class, "loss_is_scaled_for_ga")

@@ -54,7 +54,7 @@ def test_optim_args_are_typed():
         ("min_step_norm", "not of the form name=value"),
         ("weight_decay=0.1", "pass --weight_decay 0.1"),
         ("min_step_norm=3,max_step_norm=2", "min_step_norm=3.0 is above max_step_norm=2.0"),
-        ("betas=0.9", "'betas' is no argument of ELRA"),
+        ("betas=0.9", "'betas' is not an argument of ELRA"),
     ],
 )
 @pytest.mark.parametrize("arguments_class", [ElraTrainingArguments, TrainingArguments])

@@ -111,7 +111,7 @@ def test_module(tmp_path, monkeypatch):
             ["--optim", "elra", "--elra_min_norm", "1"],
             "unknown flag --elra_min_norm. Did you mean 'elra_min_step_norm'?",
         ),
-        (["--optim", "elra", "--optim_args", "c=2"], "'c' is no argument of ELRA"),
+        (["--optim", "elra", "--optim_args", "c=2"], "'c' is not an argument of ELRA"),
         (["--optim", "elra", "--elra_control_cycle", "soon"], "elra_control_cycle='soon'"),
         (["--optim", "adamw_torch", "--elra_batch_schedule", "0:1"], "needs --elra_batch_control schedule"),
         (["--optim", "elra", "--fp16", "true"], "fp16=True cannot be used"),

@@ -140,7 +140,7 @@ def test_a_name_that_comes_after_the_trainer_installs_all_of_it(tmp_path, optim)
 def test_wrong_settings_that_come_after_the_trainer_install_nothing(tmp_path):
     run = Trainer(llama(), arguments(tmp_path, TrainingArguments, max_steps=2), train_dataset=token_rows())
     run.args.optim, run.args.optim_args = "elra", "c=2"
-    with pytest.raises(hf_elra.ConfigurationError, match="'c' is no argument of ELRA"):
+    with pytest.raises(hf_elra.ConfigurationError, match="'c' is not an argument of ELRA"):
         run.train()
     assert type(run) is Trainer
     run.args.optim, run.args.optim_args = "adamw_torch", None

@@ -271,8 +271,8 @@ def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
     [
         ({"elra_min_step_norm": 0.1}, "elra_min_step_norm=0.1 is a setting of optim=elra; elra_spectral needs no"),
         ({"optim_args": "momentum=2"}, "momentum=2.0 must be a number in"),
-        ({"optim_args": "embeddings=1"}, "'embeddings' is no argument of ELRASpectral"),
-        ({"optim_args": "experts=1"}, "'experts' is no argument of ELRASpectral"),
+        ({"optim_args": "embeddings=1"}, "'embeddings' is not an argument of ELRASpectral"),
+        ({"optim_args": "experts=1"}, "'experts' is not an argument of ELRASpectral"),
         ({"elra_boost_mean": "all"}, "elra_boost_mean='all' must be one of off, cycle, run"),
         ({"elra_boost_mean": "off", "elra_boost_every": 2}, "elra_boost_every=2 does nothing"),
     ],

@@ -171,7 +171,7 @@ def test_a_run_that_diverged_ends_with_results_too(tmp_path, story, rate, perple
         (["--optim", "elar"], "--optim elar is unknown. Did you mean 'elra'?"),
         (
             ["--optim", "elra", "--optim_args", "min_norm=1"],
-            "optim_args: 'min_norm' is no argument of ELRA. Did you mean 'min_step_norm'?",
+            "optim_args: 'min_norm' is not an argument of ELRA. Did you mean 'min_step_norm'?",
         ),
         (["--train_file", "no_such_file.txt"], "train_file='no_such_file.txt' does not exist"),
         (["--dataset", "wiki"], "--dataset and --train_file are two texts; give one of them."),

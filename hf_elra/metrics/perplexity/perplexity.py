@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Perplexity(evaluate.Metric):
-    """exp of the mean loss per token, weighted by numbers of tokens."""
+    """The exponential of the mean loss per token, weighted by numbers of tokens."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,6 +1,6 @@
-"""The direction of ``elra_spectral``: polar factors U·Vᵀ of matrices, and the like of what is no matrix.
+"""The direction of ``elra_spectral``: polar factors U·Vᵀ of matrices, and what corresponds to them for other tensors.
 
-Which parameters of a model are embeddings or stacked experts is found out here too.
+The functions that find the embeddings and the stacked experts of a model are here too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch.nn.modules.conv import _ConvNd
 from hf_elra.optim.directions import Direction, Groups
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz iteration, those of Muon (K. Jordan et al., 2024): steep where singular values are
-small."""
+"""Coefficients of the Newton-Schulz iteration, as in Muon (K. Jordan et al., 2024): the polynomial is steep where
+singular values are small."""
 NEWTON_SCHULZ_STEPS = 5
 OVER = 1e-3
-"""Share of the largest average below which what has no gradient stands still: after 66 updates at a momentum of 0.9."""
+"""A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
+updates at a momentum of 0.9."""
 
 
 class Spectral(Direction):
@@ -30,8 +31,8 @@ class Spectral(Direction):
     are multiplied.
 
     Args:
-        momentum: share of the averaged gradient that is kept at an update (Nesterov's form); 0 for no average, which
-            is then forgotten.
+        momentum: share of the averaged gradient that is kept at an update (Nesterov's form). With 0 there is no
+            average, and an existing one is dropped.
 
     State per parameter: ``momentum``, the averaged gradient.
     """
@@ -44,7 +45,7 @@ class Spectral(Direction):
     def apply(
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
-        """See :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
+        """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
         directions_of_groups = []
         of_all: list[list[Any]] = [[], [], [], []]
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
@@ -68,7 +69,7 @@ class Spectral(Direction):
         return found
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
-        """Nesterov's average of the gradients, from zero on: its size does not matter to the direction."""
+        """Return Nesterov's average of the gradients, which may begin at zero, as its size does not matter here."""
         if self.momentum == 0 or not params:
             for p in params:
                 state[p].pop("momentum", None)
@@ -81,7 +82,7 @@ class Spectral(Direction):
         return list(torch._foreach_lerp(averages, gradients, 1 - self.momentum))
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
-        """All matrices, whether they have a gradient or not; all parameters where there are none."""
+        """Return all matrices, with or without a gradient; all parameters if there are no matrices."""
         weights = [p for group in groups for p in group["params"]]
         matrices = [
             p
@@ -95,13 +96,14 @@ class Spectral(Direction):
 def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
 
-    Of a matrix (and of a convolution, as output channels by the rest) the polar factor U·Vᵀ of its gradient, so that a
-    rotation of a layer's inputs or outputs rotates the direction; of an embedding every row by itself;
-    of vectors the gradient. Where a gradient, or a row of an embedding, is zero, so is the direction.
+    For a matrix it is the polar factor U·Vᵀ of its gradient, so that a rotation of the inputs or outputs of a layer
+    rotates the direction. A convolution counts as a matrix of output channels by the rest. For an embedding every row
+    is taken by itself, and for a vector it is the gradient. If a gradient, or a row of an embedding, is zero, so is
+    the direction.
 
     Args:
         gradients: floating point tensors of any shapes.
-        embeddings: of each, whether it is an embedding.
+        embeddings: for each, whether it is an embedding.
     """
     directions: list[Tensor] = [torch.empty(0)] * len(gradients)
     by_shape: dict[tuple[object, ...], list[int]] = {}
@@ -127,11 +129,11 @@ def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) 
 
 
 def polar_factor(matrices: Tensor) -> Tensor:
-    """Return U·Vᵀ of each matrix U·S·Vᵀ, nearly: its singular values are between 0.7 and 1.2, small ones less.
+    """Return approximately U·Vᵀ for each matrix U·S·Vᵀ: singular values become 0.7 to 1.2, or less if they were small.
 
     Args:
-        matrices (Tensor, shape (number, rows, columns), rows <= columns): iterated in bfloat16 on a GPU, otherwise in
-            their own type but at least float32, of which the result is. The factor of zero is zero.
+        matrices (Tensor, shape (number, rows, columns), rows <= columns): the iteration runs in bfloat16 on a GPU,
+            else in their own type but at least float32, which is the type of the result. The factor of zero is zero.
 
     Source: Newton-Schulz iteration with the coefficients of Muon.
     """
@@ -150,16 +152,16 @@ def polar_factor(matrices: Tensor) -> Tensor:
 def freeze_inactive(
     directions: Sequence[Tensor], averaged: Sequence[Tensor], gradients: Sequence[Tensor], embeddings: Sequence[bool]
 ) -> None:
-    """Set to zero, in place, directions that only an average's memory of long ago would go on with.
+    """Set to zero, in place, directions that come only from gradients of long ago.
 
-    A direction does not fall with the average that it is made of, so that what has no gradient any more (a rare token's
-    row of an untied embedding, an expert that is not chosen) would walk on as fast as ever. It stops when its gradient
-    is exactly zero and its average below a thousandth of the largest row's of its embedding, or otherwise of the
-    largest mean square of all tensors' averages.
+    A direction does not become shorter with the average that it is made of. Without this, something that has no
+    gradient any more (the row of a rare token in an untied embedding, an expert that is not chosen) would go on as
+    fast as ever. It stops when its gradient is exactly zero and its average is below a thousandth of the largest row
+    of its embedding, or, for other tensors, below a thousandth of the largest root mean square of all averages.
 
     Args:
-        directions, averaged, gradients, embeddings: one of each a parameter, as of :func:`spectral_direction`; those of
-            all groups of an optimizer, which are compared with each other.
+        directions, averaged, gradients, embeddings: one of each per parameter, as for :func:`spectral_direction`, over
+            all groups of an optimizer, since they are compared with each other.
     """
     if not directions:
         return
@@ -178,7 +180,7 @@ def freeze_inactive(
 
 
 def _peaks(gradient: Tensor, embedding: bool) -> Tensor:
-    """The largest absolute value of every row of an embedding, or of the whole."""
+    """Return the largest absolute value of every row of an embedding, or of another tensor as a whole."""
     if gradient.numel() == 0:
         return gradient.new_zeros(1)
     by_rows = gradient.flatten(1) if embedding and gradient.dim() > 1 else gradient.reshape(1, -1)
@@ -186,7 +188,7 @@ def _peaks(gradient: Tensor, embedding: bool) -> Tensor:
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model whose rows belong to tokens: embeddings, and a language model's output layer."""
+    """Return parameters of a model whose rows belong to tokens: embeddings and the output layer of a language model."""
     modules: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     inner = getattr(model, "module", model)  # as DistributedDataParallel wraps it
     modules.append(getattr(inner, "get_output_embeddings", lambda: None)())
@@ -195,23 +197,23 @@ def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def experts_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model that are several matrices in one: those of three dimensions, as Transformers
-    stacks the experts of a mixture, that are no convolution's."""
+    """Return parameters of a model that hold several matrices each: those with three dimensions, as Transformers stacks
+    the experts of a mixture, without those of convolutions."""
     convolved = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
     return [p for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in convolved]
 
 
 KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"embeddings": embeddings_of, "experts": experts_of}
-"""Parameters for which a direction of their own is taken: names of the arguments that tell them, and who finds them."""
+"""Kinds of parameters with a direction of their own: the name of their argument, and the function that finds them."""
 
 
 def unstack(tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
-    """Views of the matrices that are stacked in some tensors, and the other tensors, in order."""
+    """Return views of the matrices that are stacked in some tensors, and the other tensors, in order."""
     return [part for t, is_expert in zip(tensors, stacked, strict=True) for part in (t.unbind() if is_expert else (t,))]
 
 
 def restack(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
-    """Of tensors that :func:`unstack` took apart, the like of which are ``parts``: the whole ones again."""
+    """Put ``parts``, which correspond to what :func:`unstack` made of some tensors, together again."""
     parts = iter(parts)
     return [
         torch.stack([next(parts) for _ in t]) if is_expert else next(parts)
@@ -220,7 +222,7 @@ def restack(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterabl
 
 
 def _near_one(tensor: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Multiply by powers of two, which is exact, so that squares of what is very small do not vanish."""
+    """Multiply by powers of two, which is exact, so that squares of very small numbers do not vanish."""
     if tensor.numel() == 0:
         return tensor
     largest = tensor.abs().amax(dim, keepdim=True)

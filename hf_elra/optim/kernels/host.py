@@ -1,7 +1,8 @@
 """Which updates ELRA makes in the kernels of ``triton.py``, and how its numbers get to the device and back.
 
-A mixin of ``ELRA``, which makes all other updates itself. Numbers live on the host, in ``param_groups[0]["scalars"]``,
-until the first update in kernels; from then on those on the device count, until something is changed on the host.
+This is a mixin of ``ELRA``, which makes all other updates itself. Numbers are on the host, in
+``param_groups[0]["scalars"]``, until the first update in kernels. From then on those on the device count, until
+something is changed on the host.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class UpdatesOnDevice(LossAwareOptimizer):
-    """What ELRA keeps where, and its update in kernels."""
+    """Keeps ELRA's numbers on host or device, and makes its updates in kernels."""
 
     _kernels: FusedUpdate | None = None
     _kernel_error: str | None = None
@@ -30,26 +31,26 @@ class UpdatesOnDevice(LossAwareOptimizer):
     # ---- numbers ----
 
     def _numbers(self) -> dict[str, Any]:
-        """What the optimizer knows besides tensors; reading it changes nothing."""
+        """Return the numbers of the optimizer; reading them changes nothing."""
         scalars = self.param_groups[0]["scalars"]
         kernels = self._kernels
         if kernels is not None and kernels.in_force and not kernels.was_read:
             kernels.pull(scalars)
-            kernels.was_read = not self.param_groups[0]["capturable"]  # a CUDA graph's replay is not noticed here
+            kernels.was_read = not self.param_groups[0]["capturable"]  # the replay of a CUDA graph is not noticed here
             weights = shares([group["step_factor"] for group in self.param_groups])
             for group, weight in zip(self.param_groups, weights, strict=True):
                 group["alpha"], group["step_size"] = scalars["alpha"], scalars["step_size"] * weight
         return scalars
 
     def _numbers_to_change(self) -> dict[str, Any]:
-        """The same, about to be changed on the host, whose numbers count from now on."""
+        """Return the numbers to change them on the host; those of the host count from now on."""
         scalars = self._numbers()
         if self._kernels is not None:
             self._kernels.in_force = False
         return scalars
 
     def _renew_numbers_on_device(self) -> None:
-        """After a change on the host: a captured CUDA graph sees only what is on the device."""
+        """Copy a change on the host to the device, since a captured CUDA graph sees only what is there."""
         kernels = self._kernels
         if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
             kernels.push(self.param_groups[0]["scalars"], kernels.numbers.device)
@@ -63,13 +64,13 @@ class UpdatesOnDevice(LossAwareOptimizer):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold."""
+        """Return what copies and pickles hold."""
         self._numbers()
         self._memory.finish()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled or saved state; the numbers on the device are none of it."""
+        """Take a pickled or saved state, which does not hold the numbers on the device."""
         super().__setstate__(state)
         if self._kernels is not None:
             self._kernels.in_force = False
@@ -77,7 +78,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.
 
-        Where the saved memory layout keeps something else, the last step is forgotten.
+        If the saved memory layout keeps something else, the last step is forgotten.
         """
         key = self._memory.key
         super().load_state_dict(state_dict)
@@ -89,12 +90,12 @@ class UpdatesOnDevice(LossAwareOptimizer):
     # ---- what a training loop calls ----
 
     def end_cycle(self) -> None:
-        """As of every loss-aware optimizer; a captured CUDA graph sees it too."""
+        """End a cycle, as with every loss-aware optimizer; a captured CUDA graph sees it, too."""
         super().end_cycle()
         self._renew_numbers_on_device()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; with ``set_to_none=False`` what is kept of the gradients is copied first."""
+        """As in torch; with ``set_to_none=False`` kept gradients are copied first."""
         if not set_to_none:
             for group in self.param_groups:
                 self._memory.release_gradients(self._part(group, group["params"]))
@@ -104,7 +105,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
 
     @property
     def _memory(self) -> GradientMemory:
-        """The memory layout; made when it is first needed, as neither copying nor unpickling an optimizer makes one."""
+        """The memory layout, made when it is first needed, as copying and unpickling an optimizer make none."""
         if self._made_memory is None:
             settings = self.param_groups[0]
             self._made_memory = MEMORIES[settings["memory"]](copies=settings["capturable"], foreach=settings["foreach"])
@@ -119,22 +120,21 @@ class UpdatesOnDevice(LossAwareOptimizer):
         factors: list[float],
         loss: Tensor | float | None,
     ) -> bool:
-        """Update in kernels, where that can be done; a restart leaves the direction of the step that is tried again in
-        ``p.grad``."""
+        """Update in kernels if possible; after a restart ``p.grad`` holds the direction that is tried again."""
         if not self._takes_kernels(params, gradients):
             return False
-        if self._looks_for_rounding and not self.param_groups[0]["capturable"]:  # with the last step's size
+        if self._looks_for_rounding and not self.param_groups[0]["capturable"]:  # with the size of the last step
             self._numbers()
             for group, group_params, group_gradients in zip(self.param_groups, params, gradients, strict=True):
                 self._warn_of_rounding(group_params, group_gradients, group["step_size"])
         return self._update_with_kernels(params, gradients, factors, loss)
 
     def _takes_kernels(self, params: list[list[Tensor]], gradients: list[list[Tensor]]) -> bool:
-        """Whether this update can be made in kernels; the first one never can.
+        """Return whether this update can be made in kernels; the first one never can.
 
         Raises:
-            ConfigurationError: ``fused=True``, and they never will.
-            RuntimeError: a CUDA graph is being captured, and this update is not fit for it.
+            ConfigurationError: ``fused=True``, and no update can be made in kernels.
+            RuntimeError: a CUDA graph is being captured, and this update cannot be part of one.
         """
         settings = self.param_groups[0]
         used = [p for group in params for p in group]
@@ -161,7 +161,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
             if not (ready and in_force and self._memory.copies):
                 raise RuntimeError(
                     f"ELRA cannot be captured in a CUDA graph now{f': {reason}' if reason else ''}. It needs "
-                    "capturable=True, and two updates since it was made or since anything of it was changed."
+                    "capturable=True, and two updates after the optimizer was made or changed."
                 )
         return ready
 
@@ -178,7 +178,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
                 from hf_elra.optim.kernels import triton
 
                 return triton.why_not(used)
-            except ImportError as error:  # not looked for again
+            except ImportError as error:  # do not try again
                 self._kernel_error = str(error)
         return f"Triton is missing or failed ({self._kernel_error})"
 
@@ -189,7 +189,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
         factors: list[float],
         loss: Tensor | float | None,
     ) -> bool:
-        """Queue the update; False if kernels turn out not to work on this machine, and nothing was done."""
+        """Queue the update; return False, with nothing done, if kernels do not work on this machine."""
         from hf_elra.optim.kernels.triton import FusedUpdate
 
         settings = self.param_groups[0]
@@ -212,7 +212,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
             self._kernel_error, kernels.in_force = f"{type(error).__name__}: {text[:200]}", False
             warn_user(
                 f"ELRA updates parameters without its Triton kernels, which is slower: {self._kernel_error}. "
-                "fused=False does so from the start."
+                "Pass fused=False to do without them from the start."
             )
             return False
         kernels.has_worked = True
@@ -226,7 +226,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
     def _launches(
         self, params: list[list[Tensor]], gradients: list[list[Tensor]], factors: list[float]
     ) -> list[Launch]:
-        """Sort tensors by group, by type, and by whether their gradients must be copied."""
+        """Sort tensors by group, by type, and by whether their gradients have to be copied."""
         from hf_elra.optim.kernels.triton import Launch
 
         memory, seen = self._memory, set()
@@ -255,5 +255,5 @@ class UpdatesOnDevice(LossAwareOptimizer):
 
 
 def _like(p: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor in the memory order of ``p``: itself, or a copy."""
+    """Return a tensor in the memory order of ``p``: itself, or a copy."""
     return tensor if layout(tensor) == layout(p) else torch.empty_like(p).copy_(tensor)

@@ -1,1 +1,1 @@
-"""The methods in plain float64, to be read beside the papers; tests hold the optimizers against them."""
+"""The methods in plain float64, to be read beside the papers; tests compare the optimizers with them."""

@@ -1,6 +1,6 @@
 """ELRA to be read beside the paper: one flat float64 vector, one line per equation, no speed and no groups.
 
-``hf_elra.optim.ELRA`` must walk the same path; the tests compare points, rates and restarts of both after every update.
+``hf_elra.optim.ELRA`` must follow the same path; tests compare points, rates and restarts of both after every update.
 Section and equation numbers are those of the paper (ELRA, 2024).
 """
 
@@ -16,7 +16,7 @@ from hf_elra.optim.reference.restarts import ReferenceRestarts
 
 
 class ReferenceELRA(ReferenceRestarts):
-    """ELRA on one float64 vector, with the arguments of :class:`hf_elra.optim.ELRA` under the same names.
+    """ELRA on one float64 vector; arguments have the names that they have in :class:`hf_elra.optim.ELRA`.
 
     Args:
         x (Tensor, shape (n,), float64): the start point x_0.
@@ -59,7 +59,7 @@ class ReferenceELRA(ReferenceRestarts):
         self.max_relative_step = math.inf if max_relative_step is None else max_relative_step
         self.max_first_step = math.inf if max_first_step is None else max_first_step
         self.weight_decay = weight_decay
-        self.previous_x: Any = None  # a Tensor from the first step on, as is the next one
+        self.previous_x: Any = None  # a Tensor from the first step on, like the next one
         self.previous_gradient: Any = None
 
     def step(self, loss: float, gradient: Tensor) -> None:
@@ -95,7 +95,7 @@ class ReferenceELRA(ReferenceRestarts):
         alpha = min(max(alpha, self.low), self.high)  # section 3.1, bounds
         if norm > 0:
             alpha = min(alpha, self.max_step_norm / norm)  # section 3.5
-            size = max(self.x.norm().item(), 0.01 * math.sqrt(len(self.x)))  # ours: a crop by the weights' size
+            size = max(self.x.norm().item(), 0.01 * math.sqrt(len(self.x)))  # ours: a crop by the size of the weights
             alpha = min(alpha, max(self.max_relative_step * size, self.min_step_norm) / norm)
             if self.previous_x is None and self.x.norm() > 0:  # ours: the first α is a guess
                 alpha = min(alpha, max(self.max_first_step * self.x.norm().item(), self.min_step_norm) / norm)

@@ -1,8 +1,8 @@
 """Makes this package's optimizers known to the Python processes that a script under ``hf-elra run`` starts.
 
 The launcher puts this file's folder on PYTHONPATH for as long as the script runs, so that every Python process below it
-reads this file when it starts. Most of them never train: more of this package is imported only where Transformers'
-arguments are. No other file belongs into this folder, as all of it can be imported by name then.
+reads this file when it starts. Most of them never train, so the rest of this package is imported only together with the
+arguments of Transformers. Put no other file into this folder, as all of it can be imported by name then.
 """
 
 from __future__ import annotations

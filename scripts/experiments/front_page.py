@@ -1,0 +1,232 @@
+"""README's picture and table, and the numbers on two pages, made from the raw files of docs/results.
+
+    python scripts/experiments/front_page.py            # draws docs/pictures/, writes into README.md and two pages
+    python scripts/experiments/front_page.py --check    # says what is not that of the raw files
+
+The picture shows the German captions at batch 16: the one text on which nothing was chosen. After new runs this script
+is all that has to be run again; ``tests/test_readme.py`` runs the check. ``MADE`` says what is written where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+LANGUAGE = RESULTS / "lm"
+CAPTIONS = "multi30k-german-2000000"
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+SHOWN = {"elra_spectral": "elra_spectral, nothing chosen"} | {
+    f"AdamW__cosine__rate_{rate}": f"AdamW, rate {rate}" for rate in RATES
+}
+"""Files of the picture's curves, and what the picture calls them."""
+COLOURS = {
+    "light": {"ink": "#1f2328", "grid": "#d1d9e0", "ours": "#0550ae", "AdamW": "#9a6700"},
+    "dark": {"ink": "#e6edf3", "grid": "#3d444d", "ours": "#6cb6ff", "AdamW": "#d4a72c"},
+}
+MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
+BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
+FINE_TUNING = {
+    "TinyStories": "tinystories", "tinyshakespeare": "tinyshakespeare", "German captions": "multi30k-german",
+    "the children's books again": "stories",
+}  # fmt: skip
+
+
+def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
+    """The runs of one row, over all seeds."""
+    files = sorted(folder.glob(f"{row}-batch{batch}-seed*.json"))
+    return [json.loads(file.read_text("utf-8")) for file in files]
+
+
+# ---- the picture ----
+
+
+def draw(file: Path, colours: dict[str, str]) -> None:
+    """Draw validation losses over tokens, one run (seed 0) a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "front_page"  # the same file from the same runs
+    figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    ends: list[tuple[float, str, str]] = []
+    for row, label in SHOWN.items():
+        result = read(LANGUAGE / CAPTIONS, row)[0]
+        a_step = result["tokens"] / result["updates"] / 1e6
+        points = {entry["step"]: entry["eval_loss"] for entry in result["log_history"] if "eval_loss" in entry}
+        ours = row.startswith("elra")
+        colour = colours["ours" if ours else "AdamW"]
+        axis.plot(
+            [step * a_step for step in points], list(points.values()), marker=MARKERS[row], color=colour,
+            markersize=6, linewidth=2.6 if ours else 1.3, linestyle="-" if ours else "--", zorder=3 if ours else 2,
+        )  # fmt: skip
+        ends.append((list(points.values())[-1], f"{label}: {list(points.values())[-1]:.2f}", colour))
+    height = -1.0
+    for loss, text, colour in sorted(ends):
+        height = max(loss, height + 0.15)  # labels of neighbouring curves do not overlap
+        axis.annotate(
+            text, (2.0, loss), xytext=(2.06, height), color=colour, fontsize=9.5, va="center",
+            fontweight="bold" if text.startswith("elra") else "normal", annotation_clip=False,
+        )  # fmt: skip
+    axis.set_xlim(0.4, 2.03)
+    axis.set_xlabel("million tokens seen", color=colours["ink"])
+    axis.set_ylabel("validation loss, nats per token", color=colours["ink"])
+    axis.tick_params(colors=colours["ink"])
+    axis.grid(color=colours["grid"], linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(colours["grid"])
+    about = {} if file.suffix == ".png" else {"Date": None, "Description": description()}
+    figure.savefig(file, transparent=True, metadata=about)
+    plt.close(figure)
+
+
+def description() -> str:
+    """What the picture shows in numbers; it is kept in the file, so that a picture of other runs is noticed."""
+    ends = {label: read(LANGUAGE / CAPTIONS, row)[0]["validation_loss"] for row, label in SHOWN.items()}
+    return "; ".join(f"{label}: {loss:.4f}" for label, loss in ends.items())
+
+
+# ---- tables and sentences ----
+
+
+def cell(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds; a value alone if there is one."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def losses(folder: str, row: str) -> list[float]:
+    """Validation losses of all seeds at batch 16."""
+    return [run["validation_loss"] for run in read(LANGUAGE / folder, row)]
+
+
+def best_of(folder: str, kind: str) -> tuple[str, list[float]]:
+    """The rate of an AdamW grid with the least mean loss, and its losses."""
+    grid = {
+        file.name.split("rate_")[1].split("-batch")[0]: file.name.split("-batch")[0]
+        for file in (LANGUAGE / folder).glob(f"AdamW__{kind}__rate_*-batch16-seed0.json")
+    }
+    rate = min(grid, key=lambda name: statistics.fmean(losses(folder, grid[name])))
+    return f"{rate} of {len(grid)}", losses(folder, grid[rate])
+
+
+def accuracies(name: str) -> list[float]:
+    """Test accuracies in % after the last epoch, as the method is evaluated: ELRA at the mean of an epoch's points."""
+    found = []
+    for file in sorted((RESULTS / "reproduce" / "mnist").glob(f"{name}-seed*.jsonl")):
+        last = json.loads(file.read_text("utf-8").splitlines()[-1])
+        found.append(100 * last["boosted_accuracy" if name.startswith("elra") else "test_accuracy"])
+    return found
+
+
+def table() -> str:
+    """Return README's table."""
+    lines = [
+        "| task: what is measured | ours, nothing chosen | AdamW at a default rate | AdamW at its best rate |",
+        "|---|---|---|---|",
+    ]
+    for title, folder, kind, default in (
+        ("German captions from scratch, 2 M tokens: loss", CAPTIONS, "cosine", "AdamW__torch_s_defaults"),
+        ("Children's books from scratch, 10 M tokens: loss", "stories-10000000", "cosine", "AdamW__torch_s_defaults"),
+        (
+            "TinyStories, fine-tuned, 0.5 M tokens: loss",
+            "tinystories-from-stories-500000",
+            "linear",
+            "AdamW__linear__rate_5e-5",
+        ),
+    ):
+        rate, best = best_of(folder, kind)
+        ours = cell(losses(folder, "elra_spectral"))
+        lines.append(
+            f"| {title} | `elra_spectral` **{ours}** | {cell(losses(folder, default))} | {cell(best)} ({rate}) |"
+        )
+    lines.append(
+        f"| MNIST, 784-10-10, 100 epochs: accuracy, % | `elra` **{cell(accuracies('elra'), 2)}** | "
+        f"Adam {cell(accuracies('adam'), 2)} | not searched |"
+    )
+    return "\n".join(lines)
+
+
+def fine_tuning() -> str:
+    """The table of the page on fine-tuning: the loss on the new text, and in brackets that on the old one."""
+    rows = {"**elra_spectral**": "elra_spectral"} | {
+        f"AdamW, linear, {rate}{more}": f"AdamW__linear__rate_{rate}"
+        for rate, more in (("3e-3", ""), ("1e-3", ""), ("5e-5", ", Transformers' default"))
+    }
+    runs = {text: LANGUAGE / f"{name}-from-stories-500000" for text, name in FINE_TUNING.items()}
+    lines = [f"| | {' | '.join(runs)} |", f"|---|{'---:|' * len(runs)}"]
+    before = [read(folder, "elra_spectral")[0]["validation_loss_before"] for folder in runs.values()]
+    lines.append(f"| before | {' | '.join(f'{loss:.3f}' for loss in before)} |")
+    for title, row in rows.items():
+        cells = []
+        for folder in runs.values():
+            found = read(folder, row)
+            loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("validation_loss", "kept_loss"))
+            cells.append(f"{loss:.3f} ({kept:.2f})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def result_of_spectral() -> str:
+    """The result on the page of elra_spectral."""
+    ours, (rate, best) = losses(CAPTIONS, "elra_spectral"), best_of(CAPTIONS, "cosine")
+    return (
+        f"German captions, 2 M tokens, batch 16, three seeds: {cell(ours)} nats.\n"
+        f"The best AdamW rate ({rate}) reached {cell(best)}."
+    )
+
+
+MADE = {
+    "README.md": table,
+    "docs/guides/finetuning.md": fine_tuning,
+    "docs/optimizers/elra_spectral.md": result_of_spectral,
+}
+"""What is written between the two marks of a file."""
+
+
+def renewed(path: str) -> str:
+    """Return the text of a file with what is made of the raw files in it."""
+    between = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?=\n{re.escape(END)})", re.S)
+    return between.sub(lambda _: f"\n{MADE[path]()}\n", (ROOT / path).read_text("utf-8"))
+
+
+def stale() -> list[str]:
+    """Return the files that are not those of the raw files."""
+    texts = [path for path in MADE if renewed(path) != (ROOT / path).read_text("utf-8")]
+    pictures = [file for file in map(picture, COLOURS) if description() not in file.read_text("utf-8")]
+    return texts + [str(file.relative_to(ROOT)) for file in pictures]
+
+
+def picture(theme: str) -> Path:
+    """The file of the picture in light or dark."""
+    return PICTURES / f"captions-{theme}.svg"
+
+
+def main(words: list[str]) -> int:
+    """Draw and write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is stale")
+    given = parser.parse_args(words)
+    if given.check:
+        for path in (found := stale()):
+            print(f"{path} is not that of docs/results: python scripts/experiments/front_page.py", file=sys.stderr)
+        return int(bool(found))
+    for path in MADE:
+        (ROOT / path).write_text(renewed(path), "utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for theme, colours in COLOURS.items():
+        draw(picture(theme), colours)
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -64,7 +64,7 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
 
     Args:
         groups: the optimizer's parameter groups, with flags for embeddings, and of ``adapters`` the number of each pair
-            and the factor of its product.
+            and what changes of it are multiplied by in its product.
     """
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     params = {(g, i): groups[g]["params"][i] for g, i in places}
@@ -150,20 +150,16 @@ def adapters_of(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, floa
 
 
 def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> dict[Any, float]:
-    """Rates of pairs, whose product changes by as much as suits it: one of a pair is multiplied by the other one.
-
-    B is zero at first, so that both go by the size of A.
-    """
+    """Return the rates of pairs, whose product changes by as much as suits it."""
     pairs: dict[float, list[Any]] = {}
     for place, (pair, _) in adapters.items():
         pairs.setdefault(pair, []).append(place)
     rates = {}
     for members in pairs.values():
-        scaling = adapters[members[0]][1]
-        norm = max(float(matrix_norm(params[place].detach().flatten(1).float(), 2)) for place in members)
+        multiplied = max(adapters[members[0]][1], LEAST_SIZE)
         side = max(_longer_side(params[place]) for place in members)
         for place in members:
-            rates[place] = ADAPTER / (math.sqrt(side) * max(abs(scaling) * norm, LEAST_SIZE))
+            rates[place] = ADAPTER / (math.sqrt(side) * multiplied)
     return rates
 
 

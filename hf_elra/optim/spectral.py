@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import need_number, settings_of
@@ -176,7 +177,8 @@ def _identities(name: str, given: Any) -> dict[int, bool]:
 
 
 def _pairs(given: Any) -> dict[int, list[float]]:
-    """Of every parameter of a pair its number, from 1, and the factor of the product; else a ConfigurationError."""
+    """Of every parameter of a pair its number, from 1, and what a change of it is multiplied by in the product: that is
+    the factor times the norm of A, as B is zero at first. Raise a ConfigurationError for what is no pair."""
     found = {}
     for number, pair in enumerate(given, 1):
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(p, Tensor) for p in pair[:2])
@@ -185,8 +187,9 @@ def _pairs(given: Any) -> dict[int, list[float]]:
                 f"adapters must be a list of (A, B, factor), not of {type(pair).__name__}; pass "
                 "adapters=adapters_of(model)."
             )
+        norm = max(float(matrix_norm(p.detach().flatten(1).float(), 2)) for p in pair[:2])
         for p in pair[:2]:
-            found[id(p)] = [float(number), float(pair[2])]
+            found[id(p)] = [float(number), abs(float(pair[2])) * norm]
     return found
 
 

@@ -23,8 +23,6 @@ from tests.conftest import llama, trainer, weights
 from tests.contract.cases import CASES
 from tests.contract.processes import two_processes
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*search for a learning rate:UserWarning")
-
 every = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 with_twin = pytest.mark.parametrize("case", [c for c in CASES if c.twin], ids=[c.name for c in CASES if c.twin])
 in_a_trainer = pytest.mark.parametrize("case", [c for c in CASES if c.optim], ids=[c.name for c in CASES if c.optim])
@@ -205,7 +203,7 @@ def test_it_walks_with_its_twin(case, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at", [5, 24, 29])
 def test_a_saved_state_goes_on_bit_for_bit(case, dtype, at):
-    """In a search if there is one, after two retries, and after a NaN."""
+    """In a warm-up if there is one, after two retries, and after a NaN."""
     model = network(dtype)
     optimizer = case.make(model.parameters(), stochastic_rounding=dtype == torch.bfloat16)
     train(model, optimizer, range(at), TROUBLE)
@@ -518,7 +516,6 @@ def test_shards_are_trained_or_refused(case):
 
 @in_a_trainer
 def test_a_resumed_training_goes_on_bit_for_bit(case, tmp_path):
-    """From the first checkpoint that there is; a search puts those off that are due in it."""
     given = dict(optim=case.optim, optim_args=case.optim_args, max_steps=22, save_strategy="steps", save_steps=7)
     whole = trainer(tmp_path, **given)
     whole.train()

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_elra import ELRASpectral, embeddings_of
-from hf_elra.optim.natural_steps import NEW, OFFSET, adapters_of, looks_new, natural_steps
+from hf_elra.optim.natural_steps import HEAD, NEW, OFFSET, adapters_of, looks_new, natural_steps
 from tests.conftest import llama
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
@@ -90,7 +90,7 @@ def test_new_matrices_step_by_the_root_of_their_longer_side():
     assert not any(flag for flags in found.new for flag in flags)
 
 
-def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_as_a_new_one():
+def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_by_its_side():
     torch.manual_seed(0)
     body, other, head = trained(64, 64), trained(96, 64, seed=1), nn.Parameter(torch.randn(40, 64) / 8)
     bias, norm = nn.Parameter(torch.zeros(40)), nn.Parameter(torch.ones(64))
@@ -98,7 +98,7 @@ def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_a
     assert found.new == [[False, False, True], [False, True]]
     assert found.shares[0][:2] == [1.0, 1.0]
     assert found.shares[1][0] == 1.0
-    assert found.rate * found.shares[0][2] == found.rate * found.shares[1][1] == pytest.approx(NEW / 8)
+    assert found.rate * found.shares[0][2] == found.rate * found.shares[1][1] == pytest.approx(HEAD / 8)
     with torch.no_grad():
         for p in (body, other):
             p.mul_(3)

@@ -214,11 +214,9 @@ def test_a_warm_up_ends_with_what_suits_the_weights_whatever_the_first_rate(lr):
 
 def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far():
     rule, alpha = begun(max_correction=4.0)
-    before = alpha
     for update in range(12, 30):
         alpha = rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
-    assert alpha == pytest.approx(4 * before * math.sqrt(61 / 79))
-    assert rule.state["correction"] == pytest.approx(4)
+    assert alpha == pytest.approx(4 * 79**-0.5)
 
 
 def test_slopes_far_below_zero_make_it_smaller():
@@ -239,8 +237,8 @@ def test_what_noise_may_have_made_changes_nothing(mean):
         for update in range(12, 112):
             ratio = mean + 0.3 * torch.randn(1, generator=generator).item()
             alpha = rule.propose(measured(update, ratio), alpha)
-        corrected.append(abs(math.log(rule.state["correction"])))
-    assert sum(c > 0 for c in corrected) <= 4
+        corrected.append(abs(math.log(alpha * math.sqrt(161))))
+    assert sum(c > 1e-9 for c in corrected) <= 4
     assert max(corrected) < 1
 
 
@@ -248,14 +246,14 @@ def test_one_bad_batch_never_counts_for_good():
     rule, alpha = begun()
     for update, ratio in zip(range(12, 40), [0.0, -0.1, 1e9, -0.1, 0.0, -1e9] + [-0.1, 0.0] * 11, strict=True):
         alpha = rule.propose(measured(update, ratio), alpha)
-    assert rule.state["correction"] == 1
+    assert alpha == pytest.approx((50 + update) ** -0.5)
 
 
 def test_a_step_that_a_schedule_shortened_says_nothing():
     rule, alpha = begun()
     for update in range(12, 30):
         alpha = rule.propose(measured(update, 0.9, was_full=False), alpha)
-    assert rule.state["correction"] == 1
+    assert alpha == pytest.approx((50 + update) ** -0.5)
 
 
 # ---- one high loss ----
@@ -268,7 +266,7 @@ def example(**given):
         return torch.Generator().manual_seed(seed)
 
     inputs = torch.randn(32, 8, generator=seeded(0))
-    targets = [inputs @ torch.randn(8, 8, generator=seeded(k)) for k in (1, 2)]
+    targets = [inputs @ torch.randn(8, 8, generator=seeded(k)) * size for k, size in ((1, 0.3), (2, 3.0))]
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
     optimizer, rates = ELRASpectral(model.parameters(), **given), []
@@ -288,7 +286,7 @@ def test_data_that_change_do_not_cost_the_rate():
     assert 0.5 < rates[70] / rates[48] < 4
     assert 0.5 < rates[-1] / free_rates[-1] < 2
     assert optimizer.metrics["accepted_levels"] == 1
-    assert optimizer.restarts == 3
+    assert optimizer.restarts == 4
 
 
 # ---- the optimizer ----
@@ -432,17 +430,12 @@ def test_a_step_that_went_too_far_is_taken_back():
 def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
     torch.manual_seed(0)
     x = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
-    optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
+    optimizer = ELRASpectral([x], weight_decay=0.1)
     expected = x.detach().clone()
     for _ in range(25):
-        was_finished = optimizer.search_finished
         x.grad = torch.zeros(8, 8, dtype=torch.float64)
         optimizer.step(loss=1.0)
-        if was_finished:
-            expected *= 1 - 0.1 * optimizer.alpha
-        elif optimizer.search_finished:
-            assert torch.equal(x, expected)  # nothing is left of the search
-    assert was_finished
+        expected *= 1 - 0.1 * optimizer.alpha
     torch.testing.assert_close(x.detach(), expected)
     assert x.norm() > 0.99 * 8 * 0.8
     assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
@@ -464,7 +457,7 @@ def test_the_way_back_undoes_the_decay_too(decay):
         torch.testing.assert_close(plain.detach(), starts[1] - length * directions[1])
         expected = (1 - min(length / 2 * decay, 0.5)) * starts[0] - length / 2 * directions[0]
         torch.testing.assert_close(x.detach(), expected)
-    assert optimizer.restarts == 3
+    assert optimizer.restarts == 4
 
 
 def test_an_update_without_a_gradient_keeps_the_average():
@@ -557,7 +550,7 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
             p.grad = torch.ones_like(p)
         optimizer.step(loss=1.0)
         if number > 8:
-            assert optimizer.alpha == pytest.approx(share * size, rel=1e-5)
+            assert 0.97 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
         with torch.no_grad():
             for p, value in zip(params, start, strict=True):
                 p.copy_(value)

@@ -28,6 +28,8 @@ TRAINED = 0.016
 """Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""
 ADAPTER = 0.06
 """As :data:`NEW`, for the product of a pair of LoRA."""
+HEAD = 0.05
+"""As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -81,7 +83,10 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     new = _new_ones(places, params, verdicts) if is_trained else set()
     trained = [place for place in whole if is_trained and place not in new]
     of_trained = TRAINED * max(_root_mean_square([params[place] for place in trained]), LEAST_SIZE)
-    rates = {place: of_trained if place in trained else NEW / math.sqrt(_longer_side(params[place])) for place in whole}
+    of_new = HEAD if is_trained else NEW
+    rates = {
+        place: of_trained if place in trained else of_new / math.sqrt(_longer_side(params[place])) for place in whole
+    }
     rates |= _rates_of_adapters(params, adapters)
     counted = [*adapters, *trained] or whole
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)

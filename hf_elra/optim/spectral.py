@@ -35,7 +35,7 @@ class ELRASpectral(LossAwareOptimizer):
     averaged gradient (as in Muon), rows of embeddings and vectors along their own. There is one α, and every tensor has
     a share s in it that does not change. Both come from the weights: a new matrix makes steps of one size in the
     spectral norm, whatever its width; a trained one steps in proportion to the size of trained weights, and a fresh
-    head on top of it as a new matrix does; the pairs of LoRA step so that their product does. α falls as
+    head on top of it as a new matrix does, but shorter; the pairs of LoRA step so that their product does. α falls as
     1/sqrt(t + 50), and slopes at the ends of steps correct it where they are significant. A step after which the loss
     is too high is taken back (ELRA's soft restart).
 
@@ -57,8 +57,8 @@ class ELRASpectral(LossAwareOptimizer):
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
-        max_correction (float): α is at most so many times what suits the weights. A trained model that shall learn
-            something quite different may need more; one that shall not forget, less. Default: 4.
+        max_correction (float): corrections make α at most so many times what suits the weights. A trained model that
+            shall learn something quite different may need more; one that shall not forget, less. Default: 4.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -180,6 +180,8 @@ def _pairs(given: Any) -> dict[int, list[float]]:
     """Of every parameter of a pair its number, from 1, and what a change of it is multiplied by in the product: that is
     the factor times the norm of A, as B is zero at first. Raise a ConfigurationError for what is no pair."""
     found = {}
+    if not isinstance(given, Iterable):
+        given = [given]
     for number, pair in enumerate(given, 1):
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(p, Tensor) for p in pair[:2])
         if not is_pair:

@@ -65,7 +65,8 @@ class Spectral(Direction):
         found = [restack(*group) for group in directions_of_groups]
         for group, group_params, directions in zip(groups, params, found, strict=True):
             shares = dict(zip(group["params"], group["shares"], strict=True))
-            torch._foreach_mul_(directions, [shares[p] for p in group_params])
+            if any(share != 1 for share in group["shares"]) and directions:
+                torch._foreach_mul_(directions, [shares[p] for p in group_params])
         return found
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:

@@ -79,7 +79,6 @@ class ReferenceSpectral(ReferenceRestarts):
         self.shares, self.new = [1.0] * len(points), [False] * len(points)
         self.warms_up = warmup > 0
         self.first = 0.0
-        self.correction = 1.0
         self.ratios: list[float] = []  # since α was corrected
         self.forget_points()
 
@@ -183,11 +182,8 @@ class ReferenceSpectral(ReferenceRestarts):
         if beyond == 0:
             return alpha
         self.ratios = []
-        factor = math.exp(min(max(5 * beyond, -1), 1))
-        if factor > 1:
-            factor = min(factor, self.max_correction / self.correction)
-        self.correction *= factor
-        return alpha * factor
+        corrected = alpha * math.exp(min(max(5 * beyond, -1), 1))
+        return corrected if beyond < 0 else max(alpha, min(corrected, self.max_correction * self.suits(self.updates)))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """Polar factors of averaged gradients; rows of embeddings, and vectors, along their own averages."""

@@ -25,7 +25,7 @@ class EndSlopes(Rule):
 
     Args:
         warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it.
-        max_correction: α is at most so many times what suits the weights.
+        max_correction: corrections make α at most so many times what suits the weights.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
 
@@ -42,11 +42,14 @@ class EndSlopes(Rule):
         super().__init__()
 
     def new_state(self) -> dict[str, Any]:
-        """What is remembered before the first update: whether α still warms up, α_0, the α that suits the weights (at
-        t + 50 = 1), the last update that set α, the corrections' product, ratios since the last one (count, mean,
-        squared deviations)."""
-        of_corrections: dict[str, Any] = {"correction": 1.0, "ratios": [0, 0.0, 0.0]}
-        return {"warms_up": int(self.warmup > 0), "first": 0.0, "natural": 0.0, "update": 0, **of_corrections}
+        """Return what is remembered before the first update.
+
+        Whether α still warms up, α_0, the α that suits the weights (at t + 50 = 1), the last update that set α, ratios
+        since the last correction (count, mean, squared deviations).
+        """
+        return {
+            "warms_up": int(self.warmup > 0), "first": 0.0, "natural": 0.0, "update": 0, "ratios": [0, 0.0, 0.0],
+        }  # fmt: skip
 
     def begin(self, measured: Measurement, alpha: float) -> float:
         """Return the first α: α_0, or what suits the weights if that is less."""
@@ -66,21 +69,21 @@ class EndSlopes(Rule):
             state["warms_up"] = 0
             return self._natural(update)
         falls = math.sqrt((OFFSET + before) / (OFFSET + update)) if self.falls else 1.0
-        return alpha * falls * (self._correction(measured) if measured.was_full else 1.0)
+        return self._corrected(alpha * falls, measured) if measured.was_full else alpha * falls
 
     def _natural(self, update: int) -> float:
         return float(self.state["natural"]) / math.sqrt(OFFSET + (update if self.falls else OFFSET))
 
-    def _correction(self, measured: Measurement) -> float:
-        """Take in a ratio; return what α is multiplied by."""
+    def _corrected(self, alpha: float, measured: Measurement) -> float:
+        """Take in a ratio; return α, corrected if ratios are significant."""
         state, slope = self.state, measured.previous_slope_counted
         if slope is None or slope <= 0:
-            return 1.0
+            return alpha
         ratios = LossStatistics(*state["ratios"])
         ratios.add(min(max(measured.current_slope_counted / slope, -1.0), 1.0))
         state["ratios"] = [ratios.count, ratios.mean, ratios.squared_deviations]
         if ratios.count < self.FEWEST:
-            return 1.0
+            return alpha
         freedom = ratios.count - 1
         error = self.SIGNIFICANCE * (1 + (self.FEWEST / freedom) ** 2) * ratios.std / math.sqrt(freedom)
         beyond = 0.0
@@ -89,12 +92,12 @@ class EndSlopes(Rule):
         elif ratios.mean + error < self.TOO_LONG:
             beyond = ratios.mean - self.TOO_LONG
         if beyond == 0:
-            return 1.0
+            return alpha
         state["ratios"] = [0, 0.0, 0.0]
-        factor = math.exp(min(max(self.GAIN * beyond, -self.LARGEST), self.LARGEST))
-        factor = min(factor, self.max_correction / state["correction"]) if factor > 1 else factor
-        state["correction"] *= factor
-        return factor
+        corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.LARGEST), self.LARGEST))
+        if corrected > alpha:
+            corrected = max(alpha, min(corrected, self.max_correction * self._natural(measured.update)))
+        return corrected
 
     def reduced(self) -> None:
         """Steps failed: α does not warm up any further, and what ratios said before is of another α."""

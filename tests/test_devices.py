@@ -41,8 +41,8 @@ def on_fake_mps(shape, generator):
         (ELRA, {}),
         (ELRA, {"memory": "point", "weight_decay": 1e-2, "foreach": False}),
         (ELRA, {"restart_window": 5}),
-        (ELRASpectral, {"search": 5, "weight_decay": 0.1}),
-        (ELRASpectral, {"search": 5, "momentum": 0.0}),
+        (ELRASpectral, {"warmup": 5, "weight_decay": 0.1}),
+        (ELRASpectral, {"warmup": 5, "momentum": 0.0}),
     ],
 )
 def test_an_update_makes_no_float64_on_the_device_and_is_that_of_the_cpu(kind, given):

@@ -131,7 +131,6 @@ def test_reading_the_numbers_leaves_those_on_the_device_in_force(pieces):
     for _ in range(2):
         numbers = optimizer._kernels.numbers.clone()
         assert optimizer._numbers()["alpha"] == optimizer.alpha == optimizer.metrics["alpha"]
-        assert optimizer.search_updates_left == 0
         optimizer.state_dict()
         assert optimizer._kernels.in_force
         assert torch.equal(optimizer._kernels.numbers.nan_to_num(), numbers.nan_to_num())

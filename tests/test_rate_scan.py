@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_elra.optim.averaging import WeightAverage
-from hf_elra.optim.rules.kesten_gain import KestenGain
+from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.spectral import ELRASpectral
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))
@@ -39,12 +39,13 @@ class Pairs(rate_scan.Task):
 
 
 def test_a_lane_walks_as_elra_spectral_at_a_constant_rate(monkeypatch):
-    monkeypatch.setattr(KestenGain, "factor", lambda self, ratio: 1.0)
+    monkeypatch.setattr(EndSlopes, "propose", lambda self, measured, alpha: alpha)
+    monkeypatch.setattr(ELRASpectral, "_look_at_weights", lambda self: 0.0)
     task, rate = Pairs(), 0.01
     lane = rate_scan.Lane(task, task.model(0), BATCH, UPDATES)
     lane.reset([rate] * UPDATES, seed=3)
     model = task.model(0)
-    optimizer = ELRASpectral(model.parameters(), rate, embeddings=[model[0].weight], search=0, soft_restart=False)
+    optimizer = ELRASpectral(model.parameters(), rate, embeddings=[model[0].weight], warmup=0, soft_restart=False)
     average = WeightAverage(model, power=8)
     for rows in rate_scan.order(task.size, BATCH, UPDATES, seed=3):
         lane.update()

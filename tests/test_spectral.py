@@ -15,7 +15,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
 from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
-from hf_elra.optim.rules.kesten_gain import KestenGain
+from hf_elra.optim.rules import Measurement
+from hf_elra.optim.rules.end_slopes import EndSlopes
 from tests.conftest import llama, token_rows
 
 # ---- the twin in plain float64 ----
@@ -26,7 +27,8 @@ twin_arguments = st.fixed_dictionaries(
     {
         "lr": st.sampled_from([1e-7, 1e-3, 0.1]),
         "momentum": st.sampled_from([0.0, 0.5, 0.9]),
-        "search": st.sampled_from([0, 3, 10]),
+        "warmup": st.sampled_from([0, 3, 10]),
+        "max_correction": st.sampled_from([1.0, 4.0]),
         "max_relative_step": st.sampled_from([0.5, 0.01]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "soft_restart": st.booleans(),
@@ -35,7 +37,6 @@ twin_arguments = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.filterwarnings("ignore:ELRASpectral. the search for a learning rate")
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     arguments=twin_arguments,
@@ -71,7 +72,6 @@ def test_walks_with_the_twin(arguments, sequence, noise, seed):
             p.grad = g.clone()
         optimizer.step(loss=loss)
         twin.step(loss, gradients)
-        assert optimizer.search_finished == (not twin.searching)
         assert optimizer.alpha == pytest.approx(twin.alpha, rel=1e-6)
         counts = twin.restarts, twin.skipped, twin.accepted_levels, twin.restarts_in_a_row
         names = "restarts", "skipped", "accepted_levels", "consecutive_restarts"
@@ -186,16 +186,74 @@ def test_the_matrices_of_a_stack_move_as_if_each_were_a_parameter(momentum):
 # ---- the rule ----
 
 
-def test_search_is_a_bisection_and_then_the_gain_falls():
-    rule = KestenGain(10, sigma=0.2, constant=2.5)
-    assert rule.factor(0.9) == pytest.approx(math.exp(2.5))
-    assert rule.factor(0.5) == pytest.approx(10)
-    assert rule.factor(-0.5) == pytest.approx(10**-0.5)  # a change of sign halves it
-    assert rule.factor(0.1) == pytest.approx(math.exp(2.5 / 4 / 2))  # c/4 is above ln(10)/4 by now; half a σ
-    rule.found(1.0, 1.0)
-    for _ in range(95):
-        rule.factor(0.0)
-    assert rule.factor(1.0) == pytest.approx(math.exp(2.5 / 100))
+def measured(update, ratio, **given):
+    return Measurement(update, previous_slope_counted=2.0, current_slope_counted=2.0 * ratio, **given)
+
+
+def begun(natural=1.0, **given):
+    """A rule at the end of its warm-up, and its α."""
+    rule, alpha = EndSlopes(**given), 1e-3
+    alpha = rule.begin(Measurement(1, natural_rate=natural), alpha)
+    for update in range(2, rule.warmup + 2):
+        alpha = rule.propose(measured(update, 0.9), alpha)
+    return rule, alpha
+
+
+@pytest.mark.parametrize("lr", [1e-8, 1e-3, 1.0])
+def test_a_warm_up_ends_with_what_suits_the_weights_whatever_the_first_rate(lr):
+    rule = EndSlopes(10)
+    alphas = [rule.begin(Measurement(1, natural_rate=1.0), lr)]
+    for update in range(2, 13):
+        alphas.append(rule.propose(measured(update, 0.0), alphas[-1]))
+    assert alphas[0] == pytest.approx(min(lr, 51**-0.5))
+    assert alphas[10] == pytest.approx(61**-0.5)
+    assert alphas[11] == pytest.approx(62**-0.5)
+    steps = [math.log(b / a) for a, b in itertools.pairwise(alphas[:10])]
+    assert max(steps) - min(steps) < 0.02  # a straight way in log α, but for the fall
+
+
+def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far():
+    rule, alpha = begun(max_correction=4.0)
+    for update in range(12, 30):
+        alpha = rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
+    assert alpha == pytest.approx(4 * 79**-0.5)
+
+
+def test_slopes_far_below_zero_make_it_smaller():
+    rule, alpha = begun()
+    before = alpha
+    for update in range(12, 16):
+        alpha = rule.propose(measured(update, -0.9 + 0.01 * (update % 2)), alpha)
+    assert alpha < before / 2
+
+
+@pytest.mark.parametrize("mean", [-0.3, 0.0])
+def test_what_noise_may_have_made_changes_nothing(mean):
+    """Of 40 runs over 100 ratios each, none is corrected by more than once, and few are."""
+    corrected = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        rule, alpha = begun()
+        for update in range(12, 112):
+            ratio = mean + 0.3 * torch.randn(1, generator=generator).item()
+            alpha = rule.propose(measured(update, ratio), alpha)
+        corrected.append(abs(math.log(alpha * math.sqrt(161))))
+    assert sum(c > 1e-9 for c in corrected) <= 4
+    assert max(corrected) < 1
+
+
+def test_one_bad_batch_never_counts_for_good():
+    rule, alpha = begun()
+    for update, ratio in zip(range(12, 40), [0.0, -0.1, 1e9, -0.1, 0.0, -1e9] + [-0.1, 0.0] * 11, strict=True):
+        alpha = rule.propose(measured(update, ratio), alpha)
+    assert alpha == pytest.approx((50 + update) ** -0.5)
+
+
+def test_a_step_that_a_schedule_shortened_says_nothing():
+    rule, alpha = begun()
+    for update in range(12, 30):
+        alpha = rule.propose(measured(update, 0.9, was_full=False), alpha)
+    assert alpha == pytest.approx((50 + update) ** -0.5)
 
 
 # ---- one high loss ----
@@ -208,7 +266,7 @@ def example(**given):
         return torch.Generator().manual_seed(seed)
 
     inputs = torch.randn(32, 8, generator=seeded(0))
-    targets = [inputs @ torch.randn(8, 8, generator=seeded(k)) for k in (1, 2)]
+    targets = [inputs @ torch.randn(8, 8, generator=seeded(k)) * size for k, size in ((1, 0.3), (2, 3.0))]
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
     optimizer, rates = ELRASpectral(model.parameters(), **given), []
@@ -228,7 +286,7 @@ def test_data_that_change_do_not_cost_the_rate():
     assert 0.5 < rates[70] / rates[48] < 4
     assert 0.5 < rates[-1] / free_rates[-1] < 2
     assert optimizer.metrics["accepted_levels"] == 1
-    assert optimizer.restarts == 3
+    assert optimizer.restarts == 4
 
 
 # ---- the optimizer ----
@@ -260,23 +318,6 @@ def test_the_first_learning_rate_does_not_matter(momentum):
     assert max(found) < 2 * min(found)
 
 
-def test_the_search_is_taken_back():
-    model = llama()
-    before = copy.deepcopy(model.state_dict())
-    optimizer = ELRASpectral(model.parameters(), lr=1e-5, embeddings=embeddings_of(model))
-    train(model, optimizer, 9)
-    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert optimizer.search_updates_left == 1
-    train(model, optimizer, 1)
-    assert optimizer.search_finished
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert optimizer.alpha > 1e-4
-    assert all(not state for state in optimizer.state.values())
-    train(model, optimizer, 1)
-    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert {key for state in optimizer.state.values() for key in state} == {"momentum", "previous_direction"}
-
-
 @pytest.mark.parametrize("name", ["embeddings", "experts"])
 def test_what_is_no_list_of_parameters_is_refused(name):
     model = llama()
@@ -296,76 +337,20 @@ def test_tables_of_another_model_are_warned_of():
         ELRASpectral([p for p in model.parameters() if p is not table], embeddings=[table])
 
 
-def size_of(*matrices):
-    return torch.cat([m.detach().reshape(-1) for m in matrices]).square().mean().sqrt().item()
-
-
-def search(optimizer, gradient_of):
-    """Run a search along given gradients; return how many updates it took."""
-    (matrix,) = optimizer.param_groups[0]["params"]
-    for number in range(1, 100):
-        matrix.grad = gradient_of(number)
-        optimizer.step(loss=1.0)
-        if optimizer.search_finished:
-            return number
-
-
-@pytest.mark.parametrize("lr", [1e-5, 1e-2])
-@pytest.mark.parametrize("signal", [0.0, 0.1])
-def test_a_search_in_noise_ends_with_the_default_and_says_so(lr, signal):
-    torch.manual_seed(0)
-    matrix, target = nn.Parameter(torch.randn(32, 32)), torch.randn(32, 32)
-    optimizer = ELRASpectral([matrix], lr=lr)
-    size = size_of(matrix)
-    with pytest.warns(
-        UserWarning, match="search for a learning rate has found none, as slopes are mostly noise"
-    ) as warned:
-        assert search(optimizer, lambda _: torch.randn(32, 32) + signal * target) == 20
-    assert warned[0].filename == __file__
-    assert optimizer.alpha == pytest.approx(0.01 * size, rel=1e-4)
-
-
-def test_a_search_that_ends_at_its_floor_says_so():
-    """Every step seems to have gone much too far."""
-    torch.manual_seed(0)
-    matrix, gradient = nn.Parameter(torch.randn(8, 8)), torch.randn(8, 8)
-    optimizer = ELRASpectral([matrix], lr=1e-5)
-    size = size_of(matrix)
-    with pytest.warns(UserWarning, match="ended below the least one, at .*, and training goes on with"):
-        search(optimizer, lambda number: gradient * (-1) ** number)
-    assert optimizer.alpha == pytest.approx(1e-3 * size)
-
-
-def test_a_search_goes_on_until_it_has_seen_both_sides():
-    """From far below, six updates are too few to come by the minimum."""
+def test_without_a_warm_up_the_first_rate_is_trusted():
     torch.manual_seed(0)
     matrix = nn.Parameter(torch.randn(16, 16))
-    optimizer = ELRASpectral([matrix], lr=1e-7, search=6)
-    start = matrix.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        taken = search(optimizer, lambda _: matrix.detach() - 0.97 * start + 0.001 * torch.randn(16, 16))
-    assert 6 < taken <= 12
-    assert 3e-3 < optimizer.alpha < 0.1  # the minimum is 0.03 away
-
-
-def test_without_a_search_the_first_rate_is_trusted():
-    """It moves as after a search, not tenfold."""
-    torch.manual_seed(0)
-    for sign in (1, -1):
-        matrix, gradient = nn.Parameter(torch.randn(16, 16)), torch.randn(16, 16)
-        optimizer = ELRASpectral([matrix], lr=1e-3, search=0)
-        rates = []
-        for number in range(20):
-            matrix.grad = gradient * sign**number
-            optimizer.step(loss=1.0)
-            rates.append(optimizer.alpha)
-        assert 1e-3 / 20 < rates[-1] < 1e-3 * 20
-        assert max(abs(math.log(later / earlier)) for earlier, later in itertools.pairwise(rates)) < 2.5 / 10
+    optimizer = ELRASpectral([matrix], lr=2e-3, warmup=0)
+    rates = []
+    for _ in range(20):
+        matrix.grad = torch.randn(16, 16)
+        optimizer.step(loss=1.0)
+        rates.append(optimizer.alpha)
+    assert rates == pytest.approx([2e-3 * math.sqrt(51 / (51 + k)) for k in range(20)])
 
 
 def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():
-    optimizer = copy.deepcopy(ELRASpectral([nn.Parameter(torch.eye(3))], search=0))
+    optimizer = copy.deepcopy(ELRASpectral([nn.Parameter(torch.eye(3))], warmup=0))
     with pytest.raises(ConfigurationError, match="complex parameters are not supported"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
     assert len(optimizer.param_groups) == 1
@@ -376,28 +361,11 @@ def test_a_copy_takes_further_groups_and_a_refused_one_leaves_no_trace():
     assert not torch.equal(added, torch.eye(3))
 
 
-def test_a_warm_up_does_not_mislead_the_search():
-    found = []
-    for warms_up in (False, True):
-        model = llama()
-        optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
-        if warms_up:
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / 50))
-            optimizer.register_step_post_hook(lambda *_, schedule=schedule: schedule.step())
-        train(model, optimizer, 10)
-        found.append(optimizer.alpha)
-        before = model.lm_head.weight.detach().clone()
-        train(model, optimizer, 1)
-        steps = (model.lm_head.weight.detach() - before).abs().max()
-    assert found[0] == found[1]
-    assert steps < optimizer.alpha  # after the search the factor counts, 10/50 here
-
-
 def test_what_has_no_gradient_any_more_comes_to_a_stand():
     """A row of a table, a row that is seen now and then, and a whole matrix; what has gradients goes on."""
     torch.manual_seed(0)
     table, dead, alive = (nn.Parameter(torch.randn(6, 4)) for _ in range(3))
-    optimizer = ELRASpectral([table, dead, alive], embeddings=[table], search=0)
+    optimizer = ELRASpectral([table, dead, alive], embeddings=[table], warmup=0)
     points = []
     for update in range(120):
         for p in (table, dead, alive):
@@ -425,7 +393,7 @@ def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(a
     torch.manual_seed(0)
     dead, alive = (nn.Parameter(torch.randn(6)) for _ in range(2))
     groups = [{"params": [dead]}, {"params": [alive]}] if apart else [{"params": [dead, alive]}]
-    optimizer = ELRASpectral(groups, search=0)
+    optimizer = ELRASpectral(groups, warmup=0)
     for update in range(100):
         dead.grad, alive.grad = torch.randn(6) if update < 2 else torch.zeros(6), torch.randn(6)
         before = dead.detach().clone()
@@ -433,31 +401,19 @@ def test_what_has_no_gradient_any_more_stands_still_also_in_a_group_of_its_own(a
     assert torch.equal(dead, before)
 
 
-def test_what_moved_during_the_search_goes_back_also_if_it_has_no_gradient_any_more():
-    a, b = (nn.Parameter(torch.eye(3)) for _ in range(2))
-    optimizer = ELRASpectral([a, b], search=5)
-    while not optimizer.search_finished:
-        first = optimizer.search_updates_left == 5
-        a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3) if first else None
-        optimizer.step(loss=1.0)
-    assert torch.equal(a, torch.eye(3))
-    assert torch.equal(b, torch.eye(3))
-
-
-def test_without_momentum_one_vector_is_kept_and_alpha_is_constant_after_the_search():
+def test_without_momentum_one_vector_is_kept_and_alpha_does_not_fall():
     model = llama()
-    optimizer = ELRASpectral(model.parameters(), momentum=0.0)
-    train(model, optimizer, 20)
-    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction", "momentum"}
+    optimizer = ELRASpectral(model.parameters(), momentum=0.0, max_correction=1.0)
+    train(model, optimizer, 12)
+    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction"}
     found = optimizer.alpha
     train(model, optimizer, 5)
-    assert {key for state in optimizer.state.values() for key in state} == {"previous_direction"}
     assert optimizer.alpha == found != 1e-3
 
 
 def test_a_step_that_went_too_far_is_taken_back():
     x = nn.Parameter(torch.full((4, 4), 2.0))
-    optimizer = ELRASpectral([x], lr=0.1, search=0)
+    optimizer = ELRASpectral([x], lr=0.1, warmup=0)
     x.grad = torch.eye(4)
     optimizer.step(loss=1.0)
     after = x.detach().clone()
@@ -474,17 +430,12 @@ def test_a_step_that_went_too_far_is_taken_back():
 def test_weight_decay_is_scaled_by_the_rate_as_in_adamw():
     torch.manual_seed(0)
     x = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
-    optimizer = ELRASpectral([x], weight_decay=0.1, search=5)
+    optimizer = ELRASpectral([x], weight_decay=0.1)
     expected = x.detach().clone()
     for _ in range(25):
-        was_finished = optimizer.search_finished
         x.grad = torch.zeros(8, 8, dtype=torch.float64)
         optimizer.step(loss=1.0)
-        if was_finished:
-            expected *= 1 - 0.1 * optimizer.alpha
-        elif optimizer.search_finished:
-            assert torch.equal(x, expected)  # nothing is left of the search
-    assert was_finished
+        expected *= 1 - 0.1 * optimizer.alpha
     torch.testing.assert_close(x.detach(), expected)
     assert x.norm() > 0.99 * 8 * 0.8
     assert ELRASpectral([x], weight_decay=2.0).scales_weight_decay
@@ -495,7 +446,7 @@ def test_the_way_back_undoes_the_decay_too(decay):
     torch.manual_seed(0)
     x, plain = (nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
     groups = [{"params": [x], "weight_decay": decay, "lr": 5e-3}, {"params": [plain]}]
-    optimizer = ELRASpectral(groups, lr=1e-2, search=0)
+    optimizer = ELRASpectral(groups, lr=1e-2, warmup=0)
     starts = [x.detach().clone(), plain.detach().clone()]
     for loss in (1.0, 1e4, 1e4, 1.3):
         x.grad, plain.grad = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
@@ -506,13 +457,13 @@ def test_the_way_back_undoes_the_decay_too(decay):
         torch.testing.assert_close(plain.detach(), starts[1] - length * directions[1])
         expected = (1 - min(length / 2 * decay, 0.5)) * starts[0] - length / 2 * directions[0]
         torch.testing.assert_close(x.detach(), expected)
-    assert optimizer.restarts == 3
+    assert optimizer.restarts == 4
 
 
 def test_an_update_without_a_gradient_keeps_the_average():
     def path(without):
         x, other = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
-        optimizer = ELRASpectral([x, other], search=0)
+        optimizer = ELRASpectral([x, other], warmup=0)
         generator = torch.Generator().manual_seed(0)
         for number in range(6):
             gradient = torch.randn(4, 4, generator=generator)
@@ -537,7 +488,7 @@ def test_steps_that_rounding_swallows_are_warned_of_once_and_stochastic_rounding
         torch.manual_seed(0)
         x = nn.Parameter(torch.full((400, 1), 1.0, dtype=dtype))
         optimizer = ELRASpectral(
-            [x], lr=1e-4, search=0, momentum=0.5, stochastic_rounding=rounds, lr_bounds=(1e-9, 1e-4)
+            [x], lr=1e-4, warmup=0, momentum=0.5, stochastic_rounding=rounds, lr_bounds=(1e-9, 1e-4)
         )
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -569,7 +520,7 @@ def test_a_resumed_run_may_round_in_another_way():
 def test_the_retry_is_shorter_but_still_a_step(loss):
     """However high the loss is: it may be the batch's, and then nothing would be left of the step."""
     x = nn.Parameter(torch.full((4, 4), 2.0, dtype=torch.float64))
-    optimizer = ELRASpectral([x], lr=0.1, search=0)
+    optimizer = ELRASpectral([x], lr=0.1, warmup=0)
     start = x.detach().clone()
     x.grad = 1e-3 * torch.eye(4, dtype=torch.float64)
     optimizer.step(loss=1.0)
@@ -592,14 +543,14 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
     )
     params = [matrix, table, vector]
     start = [p.detach().clone() for p in params]
-    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, search=0)
+    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, warmup=0)
     for number in range(30):
         size = matrix.detach().square().mean().sqrt().item()
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step(loss=1.0)
         if number > 8:
-            assert optimizer.alpha == pytest.approx(share * size, rel=1e-5)
+            assert 0.97 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
         with torch.no_grad():
             for p, value in zip(params, start, strict=True):
                 p.copy_(value)
@@ -609,7 +560,7 @@ def test_groups_factors_and_parameters_without_gradient():
     torch.manual_seed(0)
     a, b, unused = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
     optimizer = ELRASpectral(
-        [{"params": [a, unused]}, {"params": [b], "lr": 5e-4, "weight_decay": 0.1}], lr=1e-3, search=0
+        [{"params": [a, unused]}, {"params": [b], "lr": 5e-4, "weight_decay": 0.1}], lr=1e-3, warmup=0
     )
     before = b.detach().clone()
     a.grad, b.grad = torch.randn(4, 4), torch.randn(4, 4)

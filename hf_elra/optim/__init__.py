@@ -9,6 +9,7 @@ from hf_elra.optim.gols import GOLS
 from hf_elra.optim.guarded import Guarded
 from hf_elra.optim.hypergradient import HypergradientAdamW, HypergradientSGD
 from hf_elra.optim.labpal import LABPALNSGD, LABPALSGD
+from hf_elra.optim.natural_steps import adapters_of
 from hf_elra.optim.ntlr import NTLR, NTLRSGD, NTLRAdamW
 from hf_elra.optim.pal import PAL
 from hf_elra.optim.pls import PLS
@@ -56,6 +57,7 @@ __all__ = [
     "LossAwareOptimizer",
     "NTLRAdamW",
     "WeightAverage",
+    "adapters_of",
     "embeddings_of",
     "experts_of",
 ]

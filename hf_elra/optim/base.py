@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +23,6 @@ from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import check_common, check_weight_decay, need_number
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import (
-    LEAST_SIZE,
     MOST_NON_FINITE,
     RestartGuard,
     StepGuards,
@@ -86,7 +85,6 @@ class LastUpdate(NamedTuple):
             of its line. None without such a step.
         taken_back: whether that step was taken back.
         limit: what decided α in place of the rule: ``"floor"``, ``"ceiling"``, ``"crop"``, or None.
-        search_end: where a search ended with it: ``"found"``, or why α is a default.
     """
 
     loss: float | None
@@ -94,7 +92,6 @@ class LastUpdate(NamedTuple):
     ratio: float | None
     taken_back: bool
     limit: str | None = None
-    search_end: str | None = None
 
 
 class LossAwareOptimizer(torch.optim.Optimizer):
@@ -148,7 +145,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **OF_THE_LAST_STEP})
         scalars: dict[str, Any] = {
-            "alpha": float(lr), "step_size": 0.0, "previous_slope": None, "previous_loss": None, "gradient_norm": None,
+            "alpha": float(lr), "step_size": 0.0, "previous_slope": None, "previous_slope_of_new": 0.0,
+            "previous_loss": None, "gradient_norm": None,
             "direction_norm": None, "step_norm": 0.0, "cosine": None, "weight_square": None, "moved": False,
             "updates": 0, **new_setbacks(), "loss_statistics": new_loss_statistics(settings["restart_window"]),
         }  # fmt: skip
@@ -193,16 +191,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             if scalars[key] is not None:
                 metrics[name] = scalars[key]
         return metrics
-
-    @property
-    def search_updates_left(self) -> int:
-        """How many of the next updates will be taken back, at least, as those of a search for α are."""
-        return self._current_parts().rule.updates_left(self._numbers()["updates"])
-
-    @property
-    def search_finished(self) -> bool:
-        """Whether no search runs (any more), so that the points of training are not taken back."""
-        return not self._current_parts().rule.provisional
 
     # ---- what a training loop calls ----
 
@@ -332,11 +320,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         self.last_update = None
         if self._update_on_device(params, gradients, factors, loss):
             return
+        natural_rate = 0.0 if self._numbers()["moved"] else self._look_at_weights()
         parts = self._current_parts()
-        searches = parts.rule.provisional
-        if searches:  # a schedule that begins low would be made up for by an α that is too large afterwards
-            factors = [float(group.get("initial_lr", group["lr"])) / group["base_lr"] for group in self.param_groups]
         measured = self._measure(parts, params, gradients, factors, None if loss is None else float(loss))
+        measured.natural_rate = natural_rate
         if self._skips(measured):
             return
         retry = self._judge(parts, measured)
@@ -353,8 +340,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 measured.line_loss = self._along(params, directions, shares(factors), evaluate)
             alpha = self._choose_alpha(parts, measured)
             self._move(parts, measured, params, directions, factors, alpha)
-        if searches:
-            self._look_at_the_search(parts)
+
+    def _look_at_weights(self) -> float:
+        """Before the first step: the rate that suits the weights, for rules that ask for it."""
+        return 0.0
 
     def _measure(
         self,
@@ -373,22 +362,30 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             previous_norm=scalars["direction_norm"] or 0.0,
             step_size=scalars["step_size"],
         )
-        norm_squared = 0.0
+        measured.was_full = max(group["step_factor"] for group in self.param_groups) >= 1
+        norm_squared = of_new = 0.0
         for weight, group, group_params, group_gradients in zip(
             shares(factors), self.param_groups, params, gradients, strict=True
         ):
             square, product = self._memory.products(self._part(group, group_params), group_gradients)
             measured.gradient_norm_squared += square
             if measured.step_size > 0:
-                measured.current_slope += group["step_size"] / measured.step_size * product
+                share = group["step_size"] / measured.step_size
+                measured.current_slope += share * product
+                for p, g in self._new_ones(group, group_params, group_gradients):
+                    of_new += share * self._memory.products(self._part(group, [p]), [g])[1]
             measured.slope += weight * square
             norm_squared += weight * weight * square
         if parts.step_guards.need_size(is_first=not scalars["moved"]):
             measured.size, measured.number = self._size(parts, params), self._number_sized(parts, params)
         losses = [] if loss is None else [loss]
-        square, measured.current_slope, measured.slope, norm_squared, measured.size, *losses = self._agreed(
-            measured.gradient_norm_squared, measured.current_slope, measured.slope, norm_squared, measured.size, *losses
-        )
+        square, measured.current_slope, of_new, measured.slope, norm_squared, measured.size, *losses = self._agreed(
+            measured.gradient_norm_squared, measured.current_slope, of_new, measured.slope, norm_squared, measured.size,
+            *losses,
+        )  # fmt: skip
+        measured.current_slope_counted = measured.current_slope - of_new
+        if measured.previous_slope is not None:
+            measured.previous_slope_counted = measured.previous_slope - scalars["previous_slope_of_new"]
         measured.gradient_norm_squared, measured.loss = square, losses[0] if losses else None
         measured.direction_norm = math.sqrt(norm_squared)
         scalars["gradient_norm"] = math.sqrt(square)
@@ -429,20 +426,23 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Return u_t, group by group; its slope and norm, as the step will be made of it, are noted."""
         directions = parts.direction.apply(self.param_groups, params, gradients, self.state)
         if not parts.direction.is_gradient:
-            slope = norm_squared = 0.0
-            for weight, group_directions, group_gradients in zip(shares(factors), directions, gradients, strict=True):
+            slope = norm_squared = of_new = 0.0
+            for group, group_params, weight, group_directions, group_gradients in zip(
+                self.param_groups, params, shares(factors), directions, gradients, strict=True
+            ):
                 square, product = squares_and_products(group_directions, group_gradients)
                 slope += weight * product
                 norm_squared += weight * weight * square
-            measured.slope, norm_squared = self._agreed(slope, norm_squared)
+                new = self._new_ones(group, group_params, zip(group_directions, group_gradients, strict=True))
+                of_new += weight * sum(dot([u], [g]) for _, (u, g) in new)
+            measured.slope, norm_squared, of_new = self._agreed(slope, norm_squared, of_new)
+            self._numbers_to_change()["previous_slope_of_new"] = of_new
             measured.direction_norm = math.sqrt(norm_squared)
         return directions
 
     def _choose_alpha(self, parts: Parts, measured: Measurement) -> float:
         """Return α_t: what the rule proposes, or where steps were taken back what they leave, within the guards."""
         scalars, rule, guard = self._numbers_to_change(), parts.rule, parts.restart_guard
-        if rule.provisional:
-            rule.take_loss(measured)
         before, slope = scalars["alpha"], measured.previous_slope
         lowest = parts.step_guards.lr_bounds[0]
         was_full = step_was_good(scalars, known=slope is not None, lowest=lowest, noisy=guard.noisy)
@@ -458,9 +458,10 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             proposal = self._propose(parts, measured, max(alpha, back))
         elif slope is not None and was_full:  # a retry is too short for the rule: α stays
             proposal = self._propose(parts, measured, alpha)
-            if not rule.provisional:
-                proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
+            proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
         is_first = slope is None and not scalars["moved"]
+        if is_first:
+            proposal = rule.begin(measured, alpha)
         norm, size, number = measured.direction_norm, measured.size, measured.number
         alpha, limit = parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
         if self.last_update is not None:
@@ -492,9 +493,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                     self.state[p].pop(key, None)
                     if not self.state[p]:
                         del self.state[p]
-            for p in group_params if parts.rule.provisional else ():
-                if "start" not in self.state[p]:
-                    self.state[p]["start"] = p.detach().clone()
             self._warn_of_rounding(group_params, group_directions, alpha * factor)
             group["step_size"], group["step_factor"] = alpha * factor, factor
             group["step_decay"] = self._decay(group, alpha * factor) if factor != 0 else 0.0
@@ -534,7 +532,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars = self._numbers_to_change()
         number = self._number_sized(parts, [list(group["params"]) for group in self.param_groups])
         norm, square = scalars["direction_norm"], scalars["weight_square"]
-        self._set_alpha(parts.step_guards.apply(alpha, alpha, norm, square, number))
+        self._set_alpha(parts.step_guards.apply(alpha, alpha, norm, square, number)[0])
         scalars.update(length=1.0, consecutive_restarts=0)
         self._retrace(scalars["alpha"], factors)
 
@@ -589,47 +587,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
         return loss_at
 
-    # ---- a search for α, whose points are taken back ----
-
-    def _look_at_the_search(self, parts: Parts) -> None:
-        """Let the rule end its search, or begin it anew."""
-        scalars, rule = self._numbers_to_change(), parts.rule
-        again = rule.reconsider(scalars["updates"], scalars["alpha"])
-        if again is not None:
-            self._set_alpha(self._bounded(parts, again))
-        if rule.provisional:
-            return
-        # Back to where the search began; only α is kept of it.
-        for group in self.param_groups:
-            for p in group["params"]:
-                start = self.state.pop(p, {}).get("start")
-                if start is not None:
-                    p.copy_(start)
-        size = self._root_mean_square(parts)
-        alpha, why = rule.found(scalars["alpha"], size or LEAST_SIZE)  # weights may begin at zero
-        if self.last_update is not None:
-            self.last_update = self.last_update._replace(search_end=why or "found")
-        if alpha is not None:
-            self._set_alpha(parts.step_guards.bounded(alpha, size))
-        if why is not None:
-            warn_user(
-                f"{type(self).__name__}: the search for a learning rate {why}, and training goes on with "
-                f"{self.alpha:.2g}, which comes from the size of the weights alone. A larger batch makes a search "
-                "surer; search=0 trusts lr."
-            )
-        scalars["previous_slope"] = scalars["previous_loss"] = None
-        scalars["loss_statistics"] = new_loss_statistics(self.param_groups[0]["restart_window"])
-        scalars.update(on_trial=0, proven=None, level=None, consecutive_restarts=0, length=1.0)
-
-    def _bounded(self, parts: Parts, alpha: float) -> float:
-        return parts.step_guards.bounded(alpha, self._root_mean_square(parts))
-
-    def _root_mean_square(self, parts: Parts) -> float:
-        """Of the weights whose size limits a step."""
-        params = [list(group["params"]) for group in self.param_groups]
-        (square,) = self._agreed(self._size(parts, params))
-        return math.sqrt(square / self._number_sized(parts, params)) if square > 0 else 0.0
-
     def _size(self, parts: Parts, params: list[list[Tensor]]) -> float:
         """Sum of the squares of the weights whose size limits a step."""
         lots = parts.direction.sized(self.param_groups, params)
@@ -639,6 +596,16 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         return sum(p.numel() for lot in parts.direction.sized(self.param_groups, params) for p in lot)
 
     # ---- what the update is made of ----
+
+    def _new_ones(
+        self, group: dict[str, Any], params: Sequence[Tensor], things: Iterable[Any]
+    ) -> list[tuple[Any, Any]]:
+        """Of some parameters of a group those that are new in a trained model, each with its thing."""
+        flags = group.get("new", ())
+        if not any(flags):
+            return []
+        new = {p for p, is_new in zip(group["params"], flags, strict=True) if is_new}
+        return [(p, thing) for p, thing in zip(params, things, strict=True) if p in new]
 
     def _current_parts(self) -> Parts:
         """The parts, with the rule's state."""
@@ -773,7 +740,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     @property
     def _looks_for_rounding(self) -> bool:
         """Whether it is time to look for steps that are lost in rounding."""
-        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK and self.search_finished
+        due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK
         return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
 
     def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:

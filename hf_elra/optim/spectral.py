@@ -1,18 +1,19 @@
-"""ELRASpectral: ELRA's way of learning a learning rate, over a direction that suits language models.
+"""ELRASpectral: no learning rate to choose, over a direction that suits language models.
 
-What is different from ``elra.py``: the direction (``directions/spectral.py``), with momentum; the rule for α
-(``rules/kesten_gain.py``), with a search at the beginning whose updates are taken back; and the length of a step, which
-is relative to the weights. The mean of the points, which belongs to it, is in ``averaging.py``.
+What is different from ``elra.py``: the direction (``directions/spectral.py``), with momentum; where α begins, which is
+read off the weights (``natural_steps.py``); and the rule that corrects it (``rules/end_slopes.py``). The mean of the
+points, which belongs to it, is in ``averaging.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import need_number, settings_of
@@ -20,43 +21,44 @@ from hf_elra.optim.base import LossAwareOptimizer, Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, Spectral
 from hf_elra.optim.guards import RestartGuard, StepGuards
-from hf_elra.optim.rules.kesten_gain import KestenGain
+from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.rules.end_slopes import EndSlopes
 
-MOMENTUM_OF_THE_SEARCH = 0.9
-"""Where there is none otherwise, while α is found and for as long again."""
+OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapters_of}
+"""Arguments that tell of parameters what they are in a model, and who finds out."""
 
 
 class ELRASpectral(LossAwareOptimizer):
     r"""A learning rate that finds itself, over polar factors of averaged gradients.
 
-    x_{t+1} = x_t - α_t·u_t, where every tensor's u_t has a mean square of one, so that α is the root mean square of a
-    step's elements: hidden matrices go along U·Vᵀ of their averaged gradient (as in Muon), rows of embeddings and
-    vectors along their own. There is one α. During the first ``search`` updates it is found, from any ``lr``, by the
-    slopes at both ends of every step; then the parameters go back to where they began, and only α is kept. From then on
-    it follows the slopes ever more slowly. A step after which the loss is too high is taken back (ELRA's soft restart).
+    x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
+    averaged gradient (as in Muon), rows of embeddings and vectors along their own. There is one α, and every tensor has
+    a share s in it that does not change. Both come from the weights: a new matrix makes steps of one size in the
+    spectral norm, whatever its width; a trained one steps in proportion to the size of trained weights, and a fresh
+    head on top of it as a new matrix does, but shorter; the pairs of LoRA step so that their product does. α falls as
+    1/sqrt(t + 50), and slopes at the ends of steps correct it where they are significant. A step after which the loss
+    is too high is taken back (ELRA's soft restart).
 
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
-    loop :class:`~hf_elra.optim.averaging.WeightAverage` with ``power=8`` is that mean (add points once
-    :attr:`search_finished`).
+    loop :class:`~hf_elra.optim.averaging.WeightAverage` with ``power=8`` is that mean.
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
             share relative to the ``lr`` below) and its own ``weight_decay``.
-        lr (float): α_0, with which the search begins. Default: 1e-3.
+        lr (float): α_0, with which the warm-up begins, if what suits the weights is not less. Default: 1e-3.
         momentum (float): share of the averaged gradient that is kept at an update (Nesterov's form). 0 for none, which
-            saves a state: gradients are then averaged only during the search and as many updates after it, and from
-            then on α is constant. Noise has to be averaged by batches that grow then, as a Trainer makes them by
-            itself. Default: 0.9.
+            saves a state: α is then constant after the warm-up, but for corrections, and noise has to be averaged by
+            batches that grow, as a Trainer makes them by itself. Default: 0.9.
         embeddings (iterable of Tensor): parameters whose rows are taken one by one: embeddings, and the output layer
             of a language model; see :func:`~hf_elra.optim.directions.embeddings_of`. Default: none.
         experts (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.experts_of`. Default: none.
-        search (int): updates of the search, at least 3, which are taken back; 0 for none, which trusts ``lr``. A search
-            that is not sure goes on to at most twice as many updates: from a tenth of α where slopes are mostly noise,
-            or until α has been both too small and too large. If slopes are noise to the end, α is a hundredth of the
-            matrices' root mean square, and a warning says so, as it does where it ends at its floor, a thousandth.
-            Default: 10.
+        adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
+            :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
+        warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
+        max_correction (float): corrections make α at most so many times what suits the weights. A trained model that
+            shall learn something quite different may need more; one that shall not forget, less. Default: 4.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -71,8 +73,8 @@ class ELRASpectral(LossAwareOptimizer):
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
             updates.
 
-    State per parameter: the averaged gradient (with momentum), the last direction, and during the search the point
-    where it began. Numbers are decided on the host, which waits for the device several times an update.
+    State per parameter: the averaged gradient (with momentum) and the last direction. Numbers are decided on the host,
+    which waits for the device several times an update.
 
     Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
@@ -91,6 +93,7 @@ class ELRASpectral(LossAwareOptimizer):
     takes_shards = False
     scales_weight_decay = True
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
+    _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
     def __init__(
         self,
@@ -100,7 +103,9 @@ class ELRASpectral(LossAwareOptimizer):
         momentum: float = 0.9,
         embeddings: Iterable[Tensor] = (),
         experts: Iterable[Tensor] = (),
-        search: int = 10,
+        adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
+        warmup: int = 10,
+        max_correction: float = 4.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
@@ -109,8 +114,9 @@ class ELRASpectral(LossAwareOptimizer):
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
     ) -> None:
-        settings = settings_of(locals(), *KINDS)
+        settings = settings_of(locals(), *OF_A_MODEL)
         _check_settings(settings)
+        self._adapters = _pairs(adapters)
         self._kinds = {"embeddings": _identities("embeddings", embeddings), "experts": _identities("experts", experts)}
         super().__init__(params, settings)
         for kind, identities in self._kinds.items():
@@ -121,13 +127,11 @@ class ELRASpectral(LossAwareOptimizer):
                 )
 
     def parts(self) -> Parts:
-        """Polar factors, the gain that falls, and α below a share of the size of the matrices."""
+        """Polar factors, a rate from the weights that slopes correct, and α below a share of the matrices' size."""
         s = self.param_groups[0]
-        rule = KestenGain(s["search"], holds=s["momentum"] == 0)
-        rule.state = s["scalars"].get("rule", rule.state)
-        finds = rule.is_finding(s["scalars"]["updates"] + 1)
+        rule = EndSlopes(s["warmup"], max_correction=s["max_correction"], falls=s["momentum"] > 0)
         return Parts(
-            self.direction(float(s["momentum"] or (MOMENTUM_OF_THE_SEARCH if finds else 0.0))),
+            self.direction(float(s["momentum"])),
             rule,
             StepGuards(lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"]),
             RestartGuard(s["restart_sigma"], s["initial_restart_ratio"]),
@@ -143,6 +147,15 @@ class ELRASpectral(LossAwareOptimizer):
         group = self.param_groups[-1]
         for kind in KINDS:
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
+        group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
+        group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
+
+    def _look_at_weights(self) -> float:
+        """Find out what suits them, as they are before the first step; a group that comes later goes with α."""
+        found = natural_steps(self.param_groups)
+        for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
+            group["shares"], group["new"] = shares, new
+        return found.rate
 
     def _check_parameter(self, parameter: Tensor) -> None:
         super()._check_parameter(parameter)
@@ -163,10 +176,29 @@ def _identities(name: str, given: Any) -> dict[int, bool]:
     return {id(p): p.requires_grad for p in listed}
 
 
+def _pairs(given: Any) -> dict[int, list[float]]:
+    """Of every parameter of a pair its number, from 1, and what a change of it is multiplied by in the product: that is
+    the factor times the norm of A, as B is zero at first. Raise a ConfigurationError for what is no pair."""
+    found = {}
+    if not isinstance(given, Iterable):
+        given = [given]
+    for number, pair in enumerate(given, 1):
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(p, Tensor) for p in pair[:2])
+        if not is_pair:
+            raise ConfigurationError(
+                f"adapters must be a list of (A, B, factor), not of {type(pair).__name__}; pass "
+                "adapters=adapters_of(model)."
+            )
+        norm = max(float(matrix_norm(p.detach().flatten(1).float(), 2)) for p in pair[:2])
+        for p in pair[:2]:
+            found[id(p)] = [float(number), abs(float(pair[2])) * norm]
+    return found
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that cannot be used."""
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
-    meaning = "a whole number of updates, 0 or at least 3 (10)"
-    need("search", lambda v: isinstance(v, int) and (v == 0 or v >= 3), meaning)
+    need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
+    need("max_correction", lambda v: v >= 1, "a number >= 1 (4)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")

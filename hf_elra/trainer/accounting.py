@@ -461,8 +461,6 @@ class ElraCallback(TrainerCallback, ExportableState):
         control = self.trainer.batch_control
         if control is None or not control.decides_at_cycles:  # nobody needs the losses of the cycle
             return
-        if (optimizer := self.trainer.elra_optimizer) is not None and not optimizer.search_finished:
-            return  # the point will be taken back
         self._waiting.append(loss)
         if len(self._waiting) >= LOSSES_ON_DEVICE:
             self._take_in()

@@ -28,7 +28,7 @@ from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.optim import ELRA, LABPALNSGD, LABPALSGD, OPTIMIZERS, ELRASpectral
-from hf_elra.optim.directions.spectral import KINDS
+from hf_elra.optim.spectral import OF_A_MODEL
 from hf_elra.trainer.rows import number_of_rows
 
 logger = logging.getLogger(__name__)
@@ -510,7 +510,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
         raise ConfigurationError(f'optim_args={text!r} must be text, "name=value,name=value".')
     hints = typing.get_type_hints(optimizer_class.__init__)
     parameters = inspect.signature(optimizer_class).parameters
-    valid = [name for name in parameters if name not in ("params", "weight_decay", *KINDS)]
+    valid = [name for name in parameters if name not in ("params", "weight_decay", *OF_A_MODEL)]
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))

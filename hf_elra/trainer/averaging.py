@@ -43,21 +43,6 @@ class _TakesBatches(nn.Module):
         return self.model(**batch)
 
 
-@contextlib.contextmanager
-def _in_place(points: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Let parameters have other values for the length of a ``with`` block."""
-    kept = {p: p.detach().clone() for p in points}
-    try:
-        with torch.no_grad():
-            for p, point in points.items():
-                p.copy_(point)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in kept.items():
-                p.copy_(value)
-
-
 def _holds(tensor: Tensor, value: Tensor) -> bool:
     """Return whether a tensor equals a value, as far as its type can hold it."""
     return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
@@ -109,9 +94,8 @@ class Averaging:
             self.mean.load(resume_from_checkpoint)
 
     def sample(self, update: int, cycle_is_over: bool) -> None:
-        """Add every k-th point to the mean, and the last one of every cycle, so that no cycle is without points."""
-        optimizer = self._trainer.elra_optimizer
-        if self.mean is None or (optimizer is not None and not optimizer.search_finished):
+        """Take every k-th point into the mean, and the last one of every cycle, so that none goes without."""
+        if self.mean is None:
             return
         if (cycle_is_over and self.mean.power is None) or update % self.every == 0:
             self.mean.add()
@@ -138,14 +122,7 @@ class Averaging:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Use the mean, if there is one, for the length of a ``with`` block.
-
-        During a search, whose points are taken back, the point where it began is used instead.
-        """
-        if start := self._start_of_search():
-            with _in_place(start):
-                yield
-            return
+        """Use the mean, if there is one, for the length of a ``with`` block."""
         if self.mean is None or self.mean.count == 0 or self._at_the_mean:
             yield
             return
@@ -203,16 +180,6 @@ class Averaging:
     def _tensors(self, *, parameters: bool = True) -> dict[str, Tensor]:
         model = self._trainer.model
         return {**dict(model.named_parameters() if parameters else ()), **dict(model.named_buffers())}
-
-    def _start_of_search(self) -> dict[nn.Parameter, Tensor]:
-        """Return where parameters were when the running search began; nothing without one, or where it is kept."""
-        trainer = self._trainer
-        optimizer = trainer.elra_optimizer
-        if optimizer is None or optimizer.search_finished:
-            return {}
-        if not trainer.is_in_train or trainer.control.should_training_stop:
-            return {}
-        return {p: state["start"] for p, state in optimizer.state.items() if "start" in state}
 
     def _batches_for_statistics(self) -> Iterator[dict[str, Any]]:
         """Return training batches, the same at every call; the random state outside is not changed."""

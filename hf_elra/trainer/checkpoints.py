@@ -15,7 +15,6 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,52 +26,6 @@ logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"  # the Trainer writes it last
 PICKLED = (".pt", ".pth", ".bin")  # torch.save's zip files
 OF_TORCH_SAVE = ("PytorchStreamWriter", "iostream")  # words in its errors, which leave out the system's own
-
-
-class PutOff:
-    """Puts off evaluations and checkpoints that are due during a search, whose points are taken back at its end.
-
-    Otherwise early stopping and the choice of the best checkpoint would use points that do not last. What was put off
-    is done at the end of the search, or of the run.
-    """
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin a training."""
-        self._due: frozenset[str] = frozenset()  # "should_evaluate", "should_save"
-        self._made_up_for: tuple[int, frozenset[str]] = (0, frozenset())  # at which update, and what
-
-    def decide(self, trainer: Any) -> None:
-        """Set ``trainer.control.should_evaluate`` and ``should_save`` to what is to be done at this update."""
-        control, update, optimizer = trainer.control, trainer.state.global_step, trainer.elra_optimizer
-        names = ("should_evaluate", "should_save")
-        due = frozenset(name for name in names if getattr(control, name))
-        if optimizer is not None and not optimizer.search_finished and not control.should_training_stop:
-            if due and not self._due and trainer.is_world_process_zero():
-                _tell_that_it_is_put_off(due, update, optimizer.search_updates_left)
-            self._due |= due
-            due = frozenset()
-        elif self._due:
-            due, self._due = due | self._due, frozenset()
-            self._made_up_for = update, due
-        elif self._made_up_for[0] == update:  # the epoch ends with the search
-            due -= self._made_up_for[1]
-        for name in names:
-            setattr(control, name, name in due)
-
-
-def _tell_that_it_is_put_off(due: frozenset[str], update: int, updates: int) -> None:
-    words = [word for name, word in (("evaluate", "evaluation"), ("save", "checkpoint")) if f"should_{name}" in due]
-    logger.warning(
-        "Update %d: the %s that %s due %s put off to the end of the search for a learning rate, which takes its points "
-        "back: update %d, if it ends as planned.",
-        update,
-        " and the ".join(words),
-        *(["are"] * 2 if len(words) > 1 else ["is"] * 2),
-        update + updates,
-    )
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

@@ -36,8 +36,6 @@ COUNTED = {
 """What an optimizer may count, and what it means."""
 TITLES = {"non_finite": "not finite", "skipped": "batches skipped", "accepted_levels": "a new level"}
 """The same, of an alert."""
-OF_STEPS = "restarts", "accepted_levels"
-"""Counts that no warning mentions during a search, which has to take steps that are too long."""
 FEW = 3
 """So many updates taken back in a row are nothing to be told of."""
 LIMITS = {"floor": "at_floor", "crop": "cropped", "ceiling": "at_ceiling"}
@@ -83,21 +81,13 @@ class Logs:
         if optimizer is None:
             return
         self._counts_told = state.global_step, optimizer.metrics
-        updates, search = state.max_steps - state.global_step, optimizer.search_updates_left
-        if 0 < updates <= search:
-            logger.warning(
-                "%d updates are no more than the %d of the search for a learning rate, whose points are not meant "
-                "to be kept and are taken back at its end. Train longer, or pass --optim_args search=0.",
-                updates,
-                search,
-            )
 
     # ---- an update ----
 
     def add_loss(self, loss: Any) -> None:
         """Take the mean loss of an update, which may be on the device."""
         optimizer = self._trainer.elra_optimizer
-        if optimizer is None or not optimizer.search_finished or self._levels is None:
+        if optimizer is None or self._levels is None:
             return
         self._losses.append(loss)
         if len(self._losses) >= LOSSES_ON_DEVICE:
@@ -106,8 +96,8 @@ class Logs:
     def take_update(self) -> None:
         """Note what the optimizer did in this update, where that is known without waiting for the device.
 
-        The first updates of a run, those of a search, and those that were taken back are entries of the log history,
-        whatever the interval of logs is; limits on the step are counted.
+        The first updates of a run, and those that were taken back, are entries of the log history, whatever the
+        interval of logs is; limits on the step are counted.
         """
         optimizer, state = self._trainer.elra_optimizer, self._trainer.state
         last = None if optimizer is None else getattr(optimizer, "last_update", None)
@@ -116,12 +106,9 @@ class Logs:
         if last.limit is not None:
             self._limits[LIMITS[last.limit]] += 1
         entry: dict[str, Any] | None = None
-        searches = last.search_end is not None or not getattr(optimizer, "search_finished", True)
-        if searches or state.global_step <= FIRST_UPDATES:
-            kind, ratio = "search" if searches else "first", None if last.ratio is None else float(last.ratio)
-            entry = {"elra": kind, "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
-            if last.search_end is not None:
-                entry["search_end"] = last.search_end
+        if state.global_step <= FIRST_UPDATES:
+            ratio = None if last.ratio is None else float(last.ratio)
+            entry = {"elra": "first", "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
         elif last.taken_back and optimizer.restarts <= MOST_TOLD:
             entry = {"elra": "restart"}
         if entry is None:
@@ -132,22 +119,15 @@ class Logs:
         state.log_history.append({**entry, "epoch": self._accounting.true_epoch(), "step": state.global_step})
         self._file.follow()
 
-    def forget_steps_of_a_search(self) -> None:
-        """Forget the steps that a search took back, since a search has to take steps that are too long."""
-        optimizer = self._trainer.elra_optimizer
-        if optimizer is not None and not optimizer.search_finished:
-            metrics, (last_update, told) = optimizer.metrics, self._counts_told
-            self._counts_told = last_update, {**told, **{name: metrics[name] for name in OF_STEPS}}
-
     # ---- a log ----
 
     def learning_rate(self, stock_rate: Any) -> float:
-        """Return α times the factor of a scheduler, as the update took it; during a search schedulers do not count."""
+        """α times what a scheduler makes of it, as the update took it."""
         optimizer = self._trainer.elra_optimizer
         if optimizer is None:
             return float(stock_rate())
         group = optimizer.param_groups[0]
-        return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"] if optimizer.search_finished else 1.0))
+        return float(optimizer.alpha * float(group["lr"]) / group["base_lr"])
 
     def complete(self, logs: dict[str, Any]) -> None:
         """Add our numbers to what the stock Trainer logs."""
@@ -207,9 +187,7 @@ class Logs:
         if taken_back > 0:
             were = "was" if taken_back == 1 else "were"
             self._alert("updates taken back", f"{taken_back} of the last {updates} updates {were} taken back.")
-        optimizer = self._trainer.elra_optimizer
-        searches = optimizer is not None and not optimizer.search_finished
-        now = 0 if searches else int(metrics.get("consecutive_restarts", 0))
+        now = int(metrics.get("consecutive_restarts", 0))
         if now > FEW or (taken_back > FEW and 2 * taken_back > updates):
             logger.warning(
                 "Update %d: %d of the last %d updates were taken back for a loss far above the ones before%s. Either "

@@ -18,14 +18,14 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_elra.control.progress import TrainingProgress
 from hf_elra.optim import ELRASpectral, WeightAverage
-from hf_elra.optim.directions.spectral import KINDS
+from hf_elra.optim.spectral import OF_A_MODEL
 from hf_elra.trainer import checks
 from hf_elra.trainer.accounting import Accounting, ElraCallback, put_first
 from hf_elra.trainer.arguments import ElraSettings, set_meanwhile
 from hf_elra.trainer.averaging import Averaging
 from hf_elra.trainer.batch_control import BatchControl, control_for
 from hf_elra.trainer.cards import create_card
-from hf_elra.trainer.checkpoints import PutOff, explained
+from hf_elra.trainer.checkpoints import explained
 from hf_elra.trainer.display import suit_display
 from hf_elra.trainer.logs import Logs
 from hf_elra.trainer.loss_scale import LossScale
@@ -56,7 +56,6 @@ class Collaborators:
         self.line_losses = LineLosses(trainer, self.accounting, self.micro_batches, self.trials)
         self.averaging = Averaging(trainer, self.size, self.accounting)
         self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches, self.trials)
-        self.put_off = PutOff()
 
 
 class ElraTrainerMixin(_Base):
@@ -156,19 +155,18 @@ class ElraTrainerMixin(_Base):
     def _init_training_state(self, *args, **kwargs):
         """The stock hook; the position in the data is that of the checkpoint, exact to the sample."""
         position = super()._init_training_state(*args, **kwargs)
-        put_first(self)  # a checkpoint may have brought its own callbacks
-        self.elra.put_off.begin()
+        put_first(self)  # a checkpoint may have brought its own
         self.elra.loss_scale.forget()
         self.elra.micro_batches.begin()
         return self.elra.accounting.begin(position)
 
     def create_optimizer(self, *args, **kwargs):
-        """The stock hook; a class of ours that was passed in gets embeddings and experts of the model, if needed."""
+        """Stock; a class of ours that was passed in is told what parameters are in the model, if it was not yet."""
         given, model = self.optimizer_cls_and_kwargs, cast(nn.Module, self.model)
         if self.optimizer is None:
             checks.check_trainable(model)
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
-            kinds = {kind: find(model) for kind, find in KINDS.items()}
+            kinds = {kind: find(model) for kind, find in OF_A_MODEL.items()}
             self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
         try:
             made = super().create_optimizer(*args, **kwargs)
@@ -237,9 +235,7 @@ class ElraTrainerMixin(_Base):
         return self.elra.logs.learning_rate(super()._get_learning_rate)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """The stock hook, but what is due at a point that will be taken back is put off."""
-        self.elra.logs.forget_steps_of_a_search()
-        self.elra.put_off.decide(self)
+        """Stock, with the settings that the user made."""
         with self.elra.accounting.as_the_user_set_it():
             super()._maybe_log_save_evaluate(*args, **kwargs)
 

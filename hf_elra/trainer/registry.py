@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.directions.spectral import KINDS
+from hf_elra.optim.spectral import OF_A_MODEL
 from hf_elra.trainer.arguments import (
     LAUNCHER_FLAGS,
     OPTIMIZERS,
@@ -59,7 +59,7 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
             "get_optimizer_cls_and_kwargs(args, model)."
         )
     arguments = optimizer_arguments(context.args, context.model)
-    for kind, find in KINDS.items():
+    for kind, find in OF_A_MODEL.items():
         if kind in inspect.signature(optimizer_class).parameters:
             arguments[kind] = find(context.model)
     return optimizer_class, arguments

@@ -177,10 +177,7 @@ def _muon(model: Any) -> tuple[type, dict[str, Any]]:
 
 
 class _Adam(Spectral):
-    """Adam's direction: averaged gradients over the root of their averaged squares.
-
-    Squares of a search, whose points are taken back, are forgotten with all else of it.
-    """
+    """Adam's direction: averaged gradients over the root of their averaged squares."""
 
     BETA, EPSILON = 0.999, 1e-8
 

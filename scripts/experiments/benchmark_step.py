@@ -90,10 +90,10 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
         "ELRA": (5, lambda params: ELRA(params)),
         "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
         "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
-        "elra_spectral": (None, lambda params: ELRASpectral(params, embeddings=embeddings(params), search=0)),
+        "elra_spectral": (None, lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0)),
         "elra_spectral, momentum=0": (
             None,
-            lambda params: ELRASpectral(params, embeddings=embeddings(params), search=0, momentum=0.0),
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, momentum=0.0),
         ),
         BASELINE: (7, lambda params: torch.optim.AdamW(params, fused=True)),
         "AdamW, foreach": (7, lambda params: torch.optim.AdamW(params, foreach=True)),

@@ -33,10 +33,10 @@ SIDES: dict[str, dict[str, Any]] = {
     "ELRA": {"optim": "elra"},
     "ELRA, memory=point": {"optim": "elra", "optim_args": "memory=point"},
     "ELRA, memory=offload": {"optim": "elra", "optim_args": "memory=offload"},
-    "elra_spectral": {"optim": "elra_spectral", "optim_args": "search=0"},
+    "elra_spectral": {"optim": "elra_spectral", "optim_args": "warmup=0"},
     "elra_spectral, no mean of the run": {
         "optim": "elra_spectral",
-        "optim_args": "search=0",
+        "optim_args": "warmup=0",
         "elra_boost_mean": "off",
     },
     BASELINE: {"optim": "adamw_torch_fused", "max_grad_norm": 0.0},

@@ -122,18 +122,18 @@ def loops() -> Iterator[Loop]:
         Loop("plain", ELRASpectral),
         Loop("kinds", ELRASpectral, kinds=True),
         Loop("no momentum", ELRASpectral, {"momentum": 0.0}, kinds=True),
-        Loop("no search", ELRASpectral, {"search": 0, "lr": 1e-2}, kinds=True),
-        Loop("long search", ELRASpectral, {"search": 8, "lr": 1e-7}, kinds=True, quiet=True),
-        Loop("crop", ELRASpectral, {"max_relative_step": 0.02, "search": 5}, quiet=True),
-        Loop("bounds", ELRASpectral, {"lr_bounds": (1e-4, 2e-3), "search": 0}),
+        Loop("no warm-up", ELRASpectral, {"warmup": 0, "lr": 1e-2}, kinds=True),
+        Loop("long warm-up", ELRASpectral, {"warmup": 20, "lr": 1e-7}, kinds=True, quiet=True),
+        Loop("crop", ELRASpectral, {"max_relative_step": 0.02, "warmup": 5}, quiet=True),
+        Loop("bounds", ELRASpectral, {"lr_bounds": (1e-4, 2e-3), "warmup": 0}),
         Loop("no soft restart", ELRASpectral, {"soft_restart": False, "initial_restart_ratio": None}),
-        Loop("weight decay", ELRASpectral, {"weight_decay": 0.1, "search": 4}),
-        Loop("schedule", ELRASpectral, {"search": 4}, schedule=True, kinds=True),
-        Loop("gradient decay", ELRASpectral, {"search": 4}, gradient_decay=0.4),
+        Loop("weight decay", ELRASpectral, {"weight_decay": 0.1, "warmup": 4}),
+        Loop("schedule", ELRASpectral, {"warmup": 4}, schedule=True, kinds=True),
+        Loop("gradient decay", ELRASpectral, {"warmup": 4}, gradient_decay=0.4),
         Loop("two groups", ELRASpectral, {"weight_decay": 0.1}, parts=True, kinds=True),
-        Loop("frozen and resting", ELRASpectral, {"search": 4}, frozen=True, rests=True, kinds=True),
+        Loop("frozen and resting", ELRASpectral, {"warmup": 4}, frozen=True, rests=True, kinds=True),
         Loop("round trip", ELRASpectral, reload=True, kinds=True),
-        Loop("round trip in the search", ELRASpectral, {"search": 12}, reload=True),
+        Loop("round trip in the warm-up", ELRASpectral, {"warmup": 12}, reload=True),
         Loop("mean of the run", ELRASpectral, kinds=True, quiet=True, mean=8),
     ]
     for case in elra + spectral:
@@ -231,7 +231,7 @@ def walk(case: Loop, rank: int = 0, processes: int = 1) -> list[dict[str, Any]]:
                 mean.end_cycle()
         if number in POINTS:
             point = {"update": number, **summary(weights(model)), "alpha": optimizer.alpha}
-            point |= {"restarts": optimizer.restarts, "search": optimizer.search_updates_left}
+            point |= {"restarts": optimizer.restarts}
             if number in METRICS:
                 point["metrics"] = dict(optimizer.metrics)
             if mean is not None:
@@ -272,7 +272,7 @@ class Training:
     dtype: str = "float32"
 
 
-SPECTRAL = {"optim": "elra_spectral", "max_steps": 20, "optim_args": "search=6"}
+SPECTRAL = {"optim": "elra_spectral", "max_steps": 20, "optim_args": "warmup=6"}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 4}
 GROWS = {
     "elra_control_cycle": "2ba",
@@ -308,13 +308,13 @@ TRAININGS = [
     Training("elra, boosting the run", {**EVALUATES, "elra_boost_mean": "run"}, evaluates=True),
     Training("elra, resumed", {**GROWS, "elra_boost": True}, resume=9, **NOISE),
     Training("elra_spectral", {"optim": "elra_spectral", "max_steps": 24}, spike=17),
-    Training("elra_spectral, evaluation in the search", {**SPECTRAL, **EVALUATES}, evaluates=True),
+    Training("elra_spectral, evaluation in the warm-up", {**SPECTRAL, **EVALUATES}, evaluates=True),
     Training("elra_spectral, no mean", {**SPECTRAL, "elra_boost_mean": "off", "lr_scheduler_type": "cosine"}),
-    Training("elra_spectral, no momentum", {**SPECTRAL, "optim_args": "momentum=0,search=5"}),
+    Training("elra_spectral, no momentum", {**SPECTRAL, "optim_args": "momentum=0,warmup=5"}),
     Training("elra_spectral, batch linear", {**SPECTRAL, "elra_batch_control": "linear"}),
     Training("elra_spectral, merging", {**SPECTRAL, **MERGES}, **RAGGED),
     Training("elra_spectral, resumed", {**SPECTRAL, "weight_decay": 0.1}, resume=13),
-    Training("elra_spectral, saved in the search", {**SPECTRAL, "save_steps": 6}, resume=12),
+    Training("elra_spectral, saved in the warm-up", {**SPECTRAL, "save_steps": 6}, resume=12),
     Training("adamw, batch elra and boosting", {"optim": "adamw_torch", "elra_batch_control": "elra", **GROWS,
                                                 "elra_boost": True, "max_grad_norm": 1.0}, **NOISE),
     Training("sgd, gradient decay", {"optim": "sgd", "learning_rate": 0.1, "elra_batch_control": "elra", **GROWS,

@@ -854,7 +854,8 @@ class Job:
         optimizer = ELRASpectral(params, embeddings=[p for p in embeddings_of(model) if p.requires_grad])
         average = WeightAverage(model, power=POWER)
         rows = order(self.task.size, setting.batch, setting.updates, seed).to(self.given.device)
-        found, results, an_epoch = None, {}, max(1, self.task.size // setting.batch)
+        results: dict[int, Any] = {}
+        an_epoch = max(1, self.task.size // setting.batch)
         chosen, loss = rows[0].clone(), torch.zeros((), device=rows.device)
 
         def measure() -> None:
@@ -869,9 +870,7 @@ class Job:
             chosen.copy_(part)
             replay()
             optimizer.step(loss=loss)
-            if optimizer.search_finished:
-                found = found or (optimizer.alpha, number)
-                average.add()
+            average.add()
             if number % an_epoch == 0:
                 optimizer.end_cycle()
             if number in self.marks() and average.count:
@@ -883,7 +882,7 @@ class Job:
                     "alpha": optimizer.alpha,
                 }
         self.write(
-            row="today", seed=seed, found=found, alpha=optimizer.alpha, restarts=optimizer.restarts,
+            row="today", seed=seed, alpha=optimizer.alpha, restarts=optimizer.restarts,
             updates=setting.updates, batch=setting.batch, end=results.pop(setting.updates, None), before=results,
             seconds=round(time.perf_counter() - begun, 1),
         )  # fmt: skip

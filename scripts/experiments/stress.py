@@ -280,9 +280,6 @@ def main(words: list[str]) -> int:
     path = Path(given.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("error")
-    warnings.filterwarnings(
-        "ignore", message="ELRASpectral: the search for a learning rate"
-    )  # faults may lead it astray
     results = {"command": shlex.join(["python", *sys.argv]), **environment("cpu"), "seed": given.seed}
     if "faults" in given.parts:
         results["faults"] = faults(given.every)

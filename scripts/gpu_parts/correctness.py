@@ -145,7 +145,7 @@ def _waits(part: Part) -> dict[str, Any]:
                 optimizer.step(loss=loss.detach())
             else:
                 training_step(optimizer)
-    spectral = ELRASpectral(model.parameters(), search=0)
+    spectral = ELRASpectral(model.parameters(), warmup=0)
     for _ in range(3):
         training_step(spectral)
     waits = host_waits(lambda: training_step(spectral), part.device)

@@ -30,7 +30,7 @@ class Watch(TrainerCallback):
 
 
 def main(backend: str, device: str, batch: str) -> None:
-    """Train 20 updates with each optimizer; the first ten of elra_spectral are its search."""
+    """Train 20 updates with each optimizer."""
     if device == "cuda":
         os.environ["LOCAL_RANK"] = "0"  # all on the one device
         torch.cuda.set_device(0)

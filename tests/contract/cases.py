@@ -141,7 +141,8 @@ WRONG_OF_ELRA = (
 WRONG_OF_SPECTRAL = (
     *WRONG_OF_ALL,
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
-    ({"search": 2.5}, "search=2.5 must be a whole number"),
+    ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
+    ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
 )
 
 CASES = (
@@ -154,7 +155,7 @@ CASES = (
          wrong=WRONG_OF_SPECTRAL),
     Case("elra_spectral, no momentum", ELRASpectral, "elra_spectral", {"momentum": 0.0, "weight_decay": 0.1},
          "momentum=0", takes_shards=False, twin=ReferenceSpectral),
-    Case("elra_spectral, no search", ELRASpectral, "elra_spectral", {"search": 0, "lr": 1e-2}, "search=0",
+    Case("elra_spectral, no warm-up", ELRASpectral, "elra_spectral", {"warmup": 0, "lr": 1e-2}, "warmup=0",
          takes_shards=False, twin=ReferenceSpectral),
     Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, brief=True,
          wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),

@@ -23,8 +23,6 @@ from tests.conftest import llama, trainer, weights
 from tests.contract.cases import CASES, step
 from tests.contract.processes import two_processes
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*search for a learning rate:UserWarning")
-
 FULL = [case for case in CASES if not case.brief]
 every = pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
 each = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])  # also those of the short list
@@ -219,7 +217,7 @@ def test_it_walks_with_its_twin(case, seed):
     ("dtype", "at"), list(itertools.product([torch.float32, torch.bfloat16], [5, 24, 29])), brief=(torch.float32, 24)
 )
 def test_a_saved_state_goes_on_bit_for_bit(case, dtype, at):
-    """In a search if there is one, after two retries, and after a NaN."""
+    """In a warm-up if there is one, after two retries, and after a NaN."""
     model = network(dtype)
     optimizer = case.make(model.parameters(), stochastic_rounding=dtype == torch.bfloat16)
     train(model, optimizer, range(at), TROUBLE)
@@ -366,14 +364,14 @@ def test_the_retry_is_shorter_but_still_a_step(case, loss):
 def test_a_step_is_cropped_to_a_share_of_the_weights(case):
     """Slopes that never fall, as along a straight line, make α grow until it is."""
     x = nn.Parameter(torch.full((4, 4), 5.0))
-    optimizer = case.make([x], max_relative_step=0.02)
+    optimizer = case.make([x], max_relative_step=0.005)
     for _ in range(40):
         length = x.norm().item()
         x.grad = torch.ones(4, 4)
         step(optimizer, loss=1.0)
-        assert optimizer.metrics["step_norm"] < 0.0201 * length
+        assert optimizer.metrics["step_norm"] < 0.00501 * length
     if case.grows:
-        assert optimizer.metrics["step_norm"] == pytest.approx(0.02 * length, rel=1e-3)
+        assert optimizer.metrics["step_norm"] == pytest.approx(0.005 * length, rel=2e-2)
 
 
 # ---- parameters of all kinds ----
@@ -535,7 +533,6 @@ def test_shards_are_trained_or_refused(case):
 
 @each_in_a_trainer
 def test_a_resumed_training_goes_on_bit_for_bit(case, tmp_path):
-    """From the first checkpoint that there is; a search puts those off that are due in it."""
     given = dict(optim=case.optim, optim_args=case.optim_args, max_steps=22, save_strategy="steps", save_steps=7)
     whole = trainer(tmp_path, **given)
     whole.train()

@@ -208,7 +208,7 @@ def test_training_that_goes_on_goes_on_from_the_last_point(tmp_path, optim, mode
         run = trainer(
             tmp_path / str(boosted), model=model(), rows=image_rows() if model is image_model else None, optim=optim,
             max_steps=14, callbacks=[points], elra_boost_mean="cycle" if boosted else "off", elra_control_cycle="3ba",
-            optim_args="search=0" if optim == "elra_spectral" else None,
+            optim_args="warmup=0" if optim == "elra_spectral" else None,
         )  # fmt: skip
         run.train()
         assert torch.equal(weights(run.model), points.points[-1]) != boosted

@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_elra.errors import CheckpointError, ConfigurationError
 from hf_elra.recipes.run_folder import check_run_folder
-from hf_elra.trainer.checkpoints import PutOff, damage_of, last_whole_checkpoint
+from hf_elra.trainer.checkpoints import damage_of, last_whole_checkpoint
 from tests.conftest import token_rows, trainer, weights
 
 
@@ -136,41 +135,3 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     for folder in (tmp_path, tmp_path / "new" / "run"):
         with pytest.raises(ConfigurationError, match="cannot be written; choose another folder"):
             check_run_folder(str(folder), {}, resume=holds_a_run, overwrite=False)
-
-
-class Searching:
-    """A Trainer whose optimizer searches until update 3; each update is to be evaluated, every second one saved."""
-
-    def __init__(self):
-        self.control = SimpleNamespace(should_training_stop=False)
-        self.state = SimpleNamespace(global_step=0)
-        self.elra_optimizer = SimpleNamespace()
-        self.put_off = PutOff()
-
-    @staticmethod
-    def is_world_process_zero():
-        return True
-
-    def update(self, asks=True):
-        self.state.global_step += asks
-        update = self.state.global_step
-        self.elra_optimizer.search_finished = update >= 3
-        self.elra_optimizer.search_updates_left = max(0, 3 - update)
-        self.control.should_evaluate, self.control.should_save = True, update % 2 == 0
-        self.put_off.decide(self)
-        return self.control.should_evaluate, self.control.should_save
-
-
-def test_what_is_due_in_a_search_is_made_up_for_once_at_its_end(caplog_warnings):
-    run = Searching()
-    assert [run.update() for _ in range(2)] == [(False, False)] * 2
-    assert run.update() == (True, True)  # the checkpoint of update 2
-    assert run.update(asks=False) == (False, False)  # an epoch that ends there
-    assert run.update() == (True, True)
-    told = [record.getMessage() for record in caplog_warnings.records]
-    assert len(told) == 1
-    assert told[0].startswith("Update 1: the evaluation that is due is put off to the end of the search")
-    run = Searching()
-    run.update()
-    run.control.should_training_stop = True
-    assert run.update() == (True, True)  # the run's end

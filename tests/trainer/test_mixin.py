@@ -499,23 +499,9 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
         assert counted.pop() == (32, 512, mean)
 
 
-def test_steps_of_a_search_that_are_taken_back_are_no_news(tmp_path, caplog_warnings):
-    """It has to try some that are too long, and takes all of them back."""
-
-    class Jumps(ElraTrainer):
-        def compute_loss(self, *args, **kwargs):
-            update = self.state.global_step
-            return super().compute_loss(*args, **kwargs) * (10 if 3 <= update < 9 else 1)
-
-    run = trainer(tmp_path, trainer_class=Jumps, optim="elra_spectral", max_steps=24, logging_steps=4)
-    run.train()
-    assert logged(run, "accepted_levels")[3] >= 1  # in the search
-    assert warnings_of(caplog_warnings) == []
-
-
 @pytest.mark.parametrize(("optim", "remedy"), [("elra", "max_step_norm=0.1"), ("elra_spectral", "--optim elra, or")])
 def test_losses_that_rise_again_are_told_once(tmp_path, caplog_warnings, optim, remedy):
-    """Each by too little to be taken back, as with a preference loss; what the search saw does not count."""
+    """Each by too little to be taken back, as with a preference loss."""
 
     class Rises(ElraTrainer):
         def compute_loss(self, *args, **kwargs):

@@ -27,7 +27,8 @@ updates at a momentum of 0.9."""
 class Spectral(Direction):
     """Polar factors of averaged gradients; rows of embeddings and vectors along their own averages.
 
-    Groups have a list of flags for each of :data:`KINDS`, one flag per parameter.
+    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter, and of ``shares``, by which directions
+    are multiplied.
 
     Args:
         momentum: share of the averaged gradient that is kept at an update (Nesterov's form). With 0 there is no
@@ -61,7 +62,12 @@ class Spectral(Direction):
             directions_of_groups.append((directions, group_params, experts))
         if self.momentum > 0:
             freeze_inactive(*of_all)
-        return [restack(*group) for group in directions_of_groups]
+        found = [restack(*group) for group in directions_of_groups]
+        for group, group_params, directions in zip(groups, params, found, strict=True):
+            shares = dict(zip(group["params"], group["shares"], strict=True))
+            if any(share != 1 for share in group["shares"]) and directions:
+                torch._foreach_mul_(directions, [shares[p] for p in group_params])
+        return found
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Return Nesterov's average of the gradients, which may begin at zero, as its size does not matter here."""

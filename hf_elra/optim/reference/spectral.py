@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_elra.optim.natural_steps import natural_steps
 from hf_elra.optim.reference.restarts import ReferenceRestarts
 
 
@@ -42,7 +43,7 @@ class ReferenceSpectral(ReferenceRestarts):
     Args:
         points (list of Tensor, float64): matrices and vectors, x_0.
         embeddings (list of bool, optional): of each, whether its rows are taken one by one.
-        lr, momentum, search, ...: as in ``ELRASpectral``.
+        lr, momentum, warmup, ...: as in ``ELRASpectral``.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class ReferenceSpectral(ReferenceRestarts):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        search: int = 10,
+        warmup: int = 10,
+        max_correction: float = 4.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
@@ -69,16 +71,15 @@ class ReferenceSpectral(ReferenceRestarts):
         )
         self.x = [point.clone() for point in points]
         self.embeddings = embeddings or [False] * len(points)
-        self.momentum, self.search, self.max_relative_step = momentum, search, max_relative_step
+        self.momentum, self.max_relative_step = momentum, max_relative_step
+        self.warmup, self.max_correction = warmup, max_correction
         self.high, self.weight_decay = lr_bounds[1], weight_decay
-        self.start = [point.clone() for point in points]
-        self.searching, self.updates, self.search_lasted = search > 0, 0, 0
-        self.gain, self.ratios, self.sign = (math.log(10), 0, 0) if search else (0.0, 10, 0)
-        self.run: list[float] = []  # the ratios of one sign with which the search began
-        self.run_is_over = self.is_clear = False
-        self.changes = 0
-        self.found: float | None = None
-        self.halves: tuple[list[float], list[float]] = ([], [])  # losses of the search
+        self.updates, self.last_set = 0, 0  # the second: the update that set α last
+        self.natural = 0.0
+        self.shares, self.new = [1.0] * len(points), [False] * len(points)
+        self.warms_up = warmup > 0
+        self.first = 0.0
+        self.ratios: list[float] = []  # since α was corrected
         self.forget_points()
 
     def forget_points(self) -> None:
@@ -105,7 +106,6 @@ class ReferenceSpectral(ReferenceRestarts):
             self.skipped += 1
             return
         self.updates += 1
-        searching = self.searching
         finite = math.isfinite(loss) and all(g.isfinite().all() for g in gradients)
         shorter = self.judge(loss) if finite else 0.1
         if shorter is not None:
@@ -113,10 +113,7 @@ class ReferenceSpectral(ReferenceRestarts):
             if self.previous_x is not None:
                 self.x = self.stepped(self.previous_x, self.previous_u, self.alpha * self.length)
         else:
-            self.take_loss(loss)
             self.go_on(loss, gradients)
-        if searching:
-            self.look_at_the_search()
 
     def stepped(self, points: list[Tensor], directions: list[Tensor], alpha: float) -> list[Tensor]:
         """x ← (1 - α·d)·x - α·u."""
@@ -129,90 +126,78 @@ class ReferenceSpectral(ReferenceRestarts):
         self.step_was_good(loss)
         was_full, self.length = self.length == 1, 1.0
         alpha = self.alpha
-        if alpha < before:  # the search shall not come back at full gain to what was too large
-            self.gain = min(self.gain, math.log(10) / 2) if self.sign > 0 else self.gain
-            self.sign = -1
-        finding = self.searching or self.updates <= 2 * self.search_lasted
-        momentum = self.momentum or (0.9 if finding else 0.0)
-        if was_full and self.previous_slope is not None:
-            d = sum(float((g * u).sum()) for g, u in zip(gradients, self.previous_u, strict=True))
-            if self.previous_slope > 0 and momentum > 0:
-                alpha *= self.factor(d / self.previous_slope)
-            if not self.searching:
-                alpha = max(alpha, self.way_back(d))
+        if alpha < before:  # what ratios said is of another α
+            self.warms_up, self.ratios = False, []
+        if self.previous_slope is None:
+            self.look_at_weights()
+            self.first = min(alpha, self.suits(1)) if self.warms_up else alpha
+            alpha, self.last_set = self.first, self.updates
+        elif was_full:
+            d = self.slope(gradients, self.previous_u)
+            alpha = max(self.rate(alpha, gradients), self.way_back(d))
         self.alpha = self.bounded(alpha)
-        directions = self.directions(gradients, momentum)
+        directions = self.directions(gradients)
         self.previous_x, self.previous_u, self.previous_loss = self.x, directions, loss
-        self.previous_slope = sum(float((g * u).sum()) for g, u in zip(gradients, directions, strict=True))
+        self.previous_slope = self.slope(gradients, directions)
+        self.previous_counted = self.slope(gradients, directions, counted=True)
         self.x = self.stepped(self.x, directions, self.alpha)
 
-    def directions(self, gradients: list[Tensor], momentum: float) -> list[Tensor]:
+    def slope(self, gradients: list[Tensor], directions: list[Tensor], *, counted: bool = False) -> float:
+        """⟨G, u⟩; ``counted``: without tensors that are new in a trained model."""
+        triples = zip(gradients, directions, self.new, strict=True)
+        return sum(float((g * u).sum()) for g, u, new in triples if not (counted and new))
+
+    def look_at_weights(self) -> None:
+        """What suits the weights is not written down a second time."""
+        embeddings = self.embeddings
+        group = {"params": self.x, "embeddings": embeddings, "experts": [False] * len(self.x)}
+        found = natural_steps([{**group, "adapters": [0] * len(self.x)}])
+        self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
+
+    def suits(self, update: int) -> float:
+        """The α that suits the weights at an update."""
+        return self.natural / math.sqrt(50 + (update if self.momentum > 0 else 50))
+
+    def rate(self, alpha: float, gradients: list[Tensor]) -> float:
+        """From α_0 to what suits the weights; then α falls, and the ends of steps correct it."""
+        before, self.last_set = self.last_set, self.updates
+        if self.warms_up and self.updates <= self.warmup:
+            share = (self.updates - 1) / self.warmup
+            return float(self.first ** (1 - share) * self.suits(self.updates) ** share)
+        if self.warms_up:
+            self.warms_up = False
+            return self.suits(self.updates)
+        if self.momentum > 0:
+            alpha *= math.sqrt((50 + before) / (50 + self.updates))
+        if self.previous_counted <= 0:
+            return alpha
+        ratio = self.slope(gradients, self.previous_u, counted=True) / self.previous_counted
+        self.ratios.append(min(max(ratio, -1), 1))
+        n = len(self.ratios)
+        if n < 3:
+            return alpha
+        mean = statistics.fmean(self.ratios)
+        error = 3 * (1 + (3 / (n - 1)) ** 2) * statistics.stdev(self.ratios) / math.sqrt(n)
+        beyond = mean if mean > error else mean + 0.5 if mean + error < -0.5 else 0.0
+        if beyond == 0:
+            return alpha
+        self.ratios = []
+        corrected = alpha * math.exp(min(max(5 * beyond, -1), 1))
+        return corrected if beyond < 0 else max(alpha, min(corrected, self.max_correction * self.suits(self.updates)))
+
+    def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """Polar factors of averaged gradients; rows of embeddings, and vectors, along their own averages."""
         along = gradients
-        if momentum > 0:
-            self.averages = [momentum * a + (1 - momentum) * g for a, g in zip(self.averages, gradients, strict=True)]
-            along = [momentum * a + (1 - momentum) * g for a, g in zip(self.averages, gradients, strict=True)]
+        if self.momentum > 0:
+            kept, added = self.momentum, 1 - self.momentum
+            self.averages = [kept * a + added * g for a, g in zip(self.averages, gradients, strict=True)]
+            along = [kept * a + added * g for a, g in zip(self.averages, gradients, strict=True)]
         found = []
-        for average, is_embedding in zip(along, self.embeddings, strict=True):
+        for average, is_embedding, share in zip(along, self.embeddings, self.shares, strict=True):
             if average.dim() < 2:
-                found.append(unit(average))
+                found.append(share * unit(average))
             elif is_embedding:
-                found.append(torch.stack([unit(row) for row in average]))
+                found.append(share * torch.stack([unit(row) for row in average]))
             else:
-                found.append(polar(average))
+                found.append(share * polar(average))
         return found
-
-    def factor(self, ratio: float) -> float:
-        """log α += max(gain, c/k)·clip(r/σ, -1, 1); the gain halves whenever the ratio changes its sign."""
-        self.ratios += 1
-        sign = 1 if ratio > 0 else -1
-        if self.sign == -sign:
-            self.gain /= 2
-            self.changes += 1
-        self.sign = sign
-        if self.run and (statistics.fmean(self.run) > 0) != (ratio > 0):
-            self.run_is_over = True
-        if not self.run_is_over:
-            self.run.append(ratio)
-            mean = abs(statistics.fmean(self.run))
-            if len(self.run) >= 3 and mean >= 0.1:
-                error = statistics.stdev(self.run) / math.sqrt(len(self.run))
-                self.is_clear = self.is_clear or len(self.run) >= 5 or mean >= 3 * error
-        return math.exp(max(self.gain, 2.5 / self.ratios) * min(max(ratio / 0.2, -1), 1))
-
-    def take_loss(self, loss: float) -> None:
-        """The search is of some use if losses of its second half are clearly below those of its first."""
-        if not self.searching:
-            return
-        self.halves[2 * self.updates > self.search].append(loss)
-        early, late = self.halves
-        if min(len(early), len(late)) >= 3:
-            errors = [statistics.stdev(half) / math.sqrt(len(half)) for half in self.halves]
-            self.is_clear = self.is_clear or statistics.fmean(early) - statistics.fmean(late) > 2 * math.hypot(*errors)
-
-    def look_at_the_search(self) -> None:
-        """It ends when it is sure, or after twice its updates; once it begins anew where no way was clear."""
-        measured = self.ratios >= self.search - 1
-        if self.updates >= 2 * self.search or (measured and self.is_clear and self.changes > 0):
-            self.end_search()
-        elif measured and not self.is_clear and self.found is None:
-            self.gain, self.sign, self.changes, self.found = math.log(10), 0, 0, self.alpha
-            self.run, self.run_is_over = [], False
-            self.alpha = self.bounded(self.alpha / 10)
-
-    def end_search(self) -> None:
-        """Back to where it began, with α alone, or with a default where nothing was found."""
-        self.searching, self.search_lasted, self.gain = False, self.updates, 0.0
-        self.x = [start.clone() for start in self.start]
-        agrees = (
-            self.found is not None
-            and abs(math.log(self.alpha / self.found)) < math.log(3)
-            and bool(self.run)
-            and statistics.fmean(self.run) >= 0.1
-        )
-        if not self.is_clear and not agrees:
-            self.alpha = self.bounded(0.01 * self.size())
-        elif self.alpha < 0.001 * self.size():
-            self.alpha = self.bounded(0.001 * self.size())
-        self.forget_points()
-        self.forget_losses()

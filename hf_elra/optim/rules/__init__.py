@@ -22,7 +22,11 @@ class Measurement:
         previous_slope: ⟨G_{t-1}, u_{t-1}⟩ at the beginning of the last step; None without a step to learn from.
         current_slope: ⟨G_t, u_{t-1}⟩ at its end.
         previous_norm: ‖u_{t-1}‖.
+        previous_slope_counted, current_slope_counted: the same without tensors that are new in a trained model, whose
+            slopes say nothing of the rate of the others.
         step_size: how far along u_{t-1} it went: α_{t-1} times the largest factor of a scheduler.
+        was_full: whether this factor was 1.
+        natural_rate: what suits the weights, see ``natural_steps.py``; known at the first update only.
         size, number: sum of the squares of the weights whose size limits a step, and how many they are; 0 where nothing
             asks for it.
         slope: ⟨G_t, u_t⟩ at the beginning of the step to come.
@@ -37,7 +41,11 @@ class Measurement:
     gradient_norm_squared: float = 0.0
     previous_slope: float | None = None
     current_slope: float = 0.0
+    previous_slope_counted: float | None = None
+    current_slope_counted: float = 0.0
     step_size: float = 0.0
+    was_full: bool = True
+    natural_rate: float = 0.0
     size: float = 0.0
     number: int = 0
     slope: float = 0.0
@@ -64,10 +72,9 @@ class Rule:
         """What the rule remembers before the first update."""
         return {}
 
-    @property
-    def provisional(self) -> bool:
-        """Whether the points of now are taken back once the rule has found its α."""
-        return False
+    def begin(self, measured: Measurement, alpha: float) -> float:
+        """Return the α of the first step, told α_0."""
+        return alpha
 
     def propose(self, measured: Measurement, alpha: float) -> float:
         """Return α_t. Called where the last step stands and was a full one, so that its slopes say something.
@@ -91,25 +98,3 @@ class Rule:
 
     def reduced(self) -> None:
         """The guards have reduced α, as steps failed again and again."""
-
-    # ---- rules that begin with a search ----
-
-    def take_loss(self, measured: Measurement) -> None:
-        """Take in a loss that was not too high, while points are provisional."""
-
-    def updates_left(self, update: int) -> int:
-        """How many updates after this one are provisional, at least."""
-        return 0
-
-    def reconsider(self, update: int, alpha: float) -> float | None:
-        """At the end of a provisional update: end the search, or begin it anew from the α that is returned."""
-        return None
-
-    def found(self, alpha: float, size: float) -> tuple[float | None, str | None]:
-        """Once a search has ended, return the α to take in place of ``alpha``, and why; None for what was found.
-
-        Args:
-            alpha: where the search has ended.
-            size: root mean square of the weights whose size limits a step.
-        """
-        return None, None

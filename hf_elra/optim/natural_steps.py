@@ -1,0 +1,179 @@
+"""How large a step suits a tensor before anything of its slopes is known: from its shape, and from its weights.
+
+A step along a direction whose elements have a mean square of one changes a matrix by α times the root of its longer
+side, in the spectral norm. What a run may change in all is known beforehand, roughly: a new matrix walks about as far
+as its own natural size, which is a spectral norm near one at any width; a trained one walks a few per cent of its
+weights; the pairs of LoRA change the matrix that they stand beside, which is trained too. A direction that averages
+noise walks as far as the root of the number of steps, so that a rate in proportion to 1/√t makes of a length a step.
+
+Whether a tensor is new is read off its weights: those of one that nobody has trained are independent of each other.
+The length is a beginning; slopes correct it (``rules/end_slopes.py``). The constants are measured, see
+docs/results/no_rate.md.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.linalg import matrix_norm, vector_norm
+
+NEW = 0.3
+"""Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
+TRAINED = 0.016
+"""Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""
+ADAPTER = 0.06
+"""As :data:`NEW`, for the product of a pair of LoRA."""
+HEAD = 0.05
+"""As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
+OFFSET = 50
+"""Updates, over which a rate hardly falls at first."""
+SURE = 6.0
+"""Standard errors by which the sizes of a trained matrix's rows or columns differ more than by chance; that of
+independent weights came to 3 in 400 trials."""
+STRETCHED = 1.2
+"""Largest singular value of a trained matrix, of that which independent weights have (1.03 in 400 trials)."""
+FEWEST = 256
+"""Numbers of a tensor below which its weights do not tell whether they are trained."""
+LEAST_SIZE = 1e-3
+"""Trained weights count as of at least this root mean square."""
+
+
+@dataclass
+class NaturalSteps:
+    """What suits the parameters of an optimizer, group by group.
+
+    Attributes:
+        rate: α·sqrt(t + OFFSET) of the tensors that count: all, or those that are not new in a trained model.
+        shares: of every parameter, its own rate over ``rate``.
+        new: of every parameter, whether it is new in a model that is trained otherwise.
+    """
+
+    rate: float
+    shares: list[list[float]]
+    new: list[list[bool]]
+
+
+def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
+    """Return what suits the parameters as they are now.
+
+    Vectors and embeddings go with the matrices: at the median rate of new ones, or at the rate of trained ones. What
+    follows a new matrix and has a number for each of its rows is its bias.
+
+    Args:
+        groups: the optimizer's parameter groups, with flags for embeddings, and of ``adapters`` the number of each pair
+            and what changes of it are multiplied by in its product.
+    """
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
+    params = {(g, i): groups[g]["params"][i] for g, i in places}
+    matrices = [
+        (g, i) for g, i in places if params[g, i].dim() > 1 and params[g, i].numel() and not groups[g]["embeddings"][i]
+    ]
+    adapters = {(g, i): groups[g]["adapters"][i] for g, i in matrices if groups[g]["adapters"][i]}
+    whole = [place for place in matrices if place not in adapters]
+    verdicts = {place: looks_new(params[place]) for place in whole}
+    sizes = {True: 0, False: 0, None: 0}
+    for place, verdict in verdicts.items():
+        sizes[verdict] += params[place].numel()
+    is_trained = bool(adapters) or sizes[False] > sizes[True]
+    new = _new_ones(places, params, verdicts) if is_trained else set()
+    trained = [place for place in whole if is_trained and place not in new]
+    of_trained = TRAINED * max(_root_mean_square([params[place] for place in trained]), LEAST_SIZE)
+    of_new = HEAD if is_trained else NEW
+    rates = {
+        place: of_trained if place in trained else of_new / math.sqrt(_longer_side(params[place])) for place in whole
+    }
+    rates |= _rates_of_adapters(params, adapters)
+    counted = [*adapters, *trained] or whole
+    rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
+    for bias in (place for place in new if params[place].dim() == 1):
+        rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
+    return NaturalSteps(
+        rate,
+        [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
+        [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
+    )
+
+
+def looks_new(matrix: Tensor) -> bool | None:
+    """Whether the weights of a matrix are as nobody has trained them: independent, orthogonal, or all the same.
+
+    The mean squares of its rows, and those of its columns, then differ no more than they do by chance, and no singular
+    value stands out. None where there are too few weights to tell.
+    """
+    wide = matrix.detach().flatten(1).float()
+    squares = wide.square()
+    mean, spread = float(squares.mean()), float(squares.var(correction=0))
+    if mean == 0 or spread <= 1e-12 * mean**2:
+        return True
+    if matrix.numel() < FEWEST:
+        return None
+    for side in (0, 1):
+        means = squares.mean(1 - side)
+        excess = float((means - mean).square().sum()) * squares.shape[1 - side] / spread - len(means)
+        if excess > SURE * math.sqrt(2 * len(means)):
+            return False
+    rows, columns = wide.shape
+    by_chance = math.sqrt(mean) * (math.sqrt(rows) + math.sqrt(columns))
+    return float(matrix_norm(wide, 2)) < STRETCHED * by_chance
+
+
+def _new_ones(places: Sequence[Any], params: dict[Any, Tensor], verdicts: dict[Any, bool | None]) -> set[Any]:
+    """Of a trained model the matrices at its end that look new, as those of a fresh head, and their biases.
+
+    Elsewhere a matrix that looks new is one that was trained little.
+    """
+    new: set[Any] = set()
+    vectors = [place for place in places if params[place].dim() == 1]
+    for place in reversed(verdicts):
+        if verdicts[place] is False:
+            break
+        new.add(place)
+        if vectors and len(params[vectors[-1]]) == len(params[place]):
+            new.add(vectors.pop())
+    return new
+
+
+def adapters_of(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
+    """Return the pairs of LoRA in a model, as PEFT makes them: A, B, and the factor that their product has."""
+    pairs = []
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        if not isinstance(scaling, dict):
+            continue
+        for kind in ("lora_", "lora_embedding_"):
+            first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
+            for name in first:
+                pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
+                if all(isinstance(p, nn.Parameter) for p in pair):
+                    pairs.append((pair[0], pair[1], float(scaling[name])))
+    return pairs
+
+
+def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> dict[Any, float]:
+    """Return the rates of pairs, whose product changes by as much as suits it."""
+    pairs: dict[float, list[Any]] = {}
+    for place, (pair, _) in adapters.items():
+        pairs.setdefault(pair, []).append(place)
+    rates = {}
+    for members in pairs.values():
+        multiplied = max(adapters[members[0]][1], LEAST_SIZE)
+        side = max(_longer_side(params[place]) for place in members)
+        for place in members:
+            rates[place] = ADAPTER / (math.sqrt(side) * multiplied)
+    return rates
+
+
+def _longer_side(matrix: Tensor) -> int:
+    """Of the matrix that a tensor is, output channels by the rest; of stacked experts, of each of them."""
+    rows, columns = matrix.flatten(1).shape
+    return max(rows, columns) if matrix.dim() != 3 else max(matrix.shape[1:])
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    square = sum(float(vector_norm(t.detach().float())) ** 2 for t in tensors)
+    return math.sqrt(square / max(sum(t.numel() for t in tensors), 1))

@@ -1,0 +1,104 @@
+"""The rule of ``elra_spectral``: a rate that falls as 1/√t, corrected by the slopes at the ends of steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hf_elra.control.statistics import LossStatistics
+from hf_elra.optim.natural_steps import OFFSET
+from hf_elra.optim.rules import Measurement, Rule
+
+
+class EndSlopes(Rule):
+    """A rate from the weights, which falls as 1/sqrt(t + 50) and is corrected where slopes show that it is wrong.
+
+    r = ⟨G_t, u_{t-1}⟩/⟨G_{t-1}, u_{t-1}⟩ is the slope at the end of a step as a share of that at its beginning. The
+    gradient of G_t has not been used for u_{t-1}, so that its sign can be trusted on average: above zero the step was
+    too short to reach the lowest point of its line, far below zero it has climbed up again behind it. Between the two
+    is where a run gets on best: the best constant rates, over tasks and batches, end a little behind that point
+    (docs/results/no_rate.md), since the noise that this leaves is averaged away. So ratios are gathered until their
+    mean is significantly above zero or below :data:`TOO_LONG`; then α is corrected, and they are gathered anew.
+
+    This is hypergradient descent (A. Baydin et al., "Online learning rate adaptation with hypergradient descent",
+    2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
+
+    Args:
+        warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it.
+        max_correction: corrections make α at most so many times what suits the weights.
+        falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
+    """
+
+    TOO_LONG = -0.5
+    """Mean ratio below which steps are too long."""
+    FEWEST, SIGNIFICANCE = 3, 3.0
+    """A mean is of at least so many ratios, and so many standard errors beyond its limit; more of them where there are
+    few ratios, whose spread is not known well, and which are looked at again and again."""
+    GAIN, LARGEST = 5.0, 1.0
+    """log α changes by the first times what the mean is beyond its limit, at most by the second."""
+
+    def __init__(self, warmup: int = 10, *, max_correction: float = 4.0, falls: bool = True) -> None:
+        self.warmup, self.max_correction, self.falls = warmup, max_correction, falls
+        super().__init__()
+
+    def new_state(self) -> dict[str, Any]:
+        """Return what is remembered before the first update.
+
+        Whether α still warms up, α_0, the α that suits the weights (at t + 50 = 1), the last update that set α, ratios
+        since the last correction (count, mean, squared deviations).
+        """
+        return {
+            "warms_up": int(self.warmup > 0), "first": 0.0, "natural": 0.0, "update": 0, "ratios": [0, 0.0, 0.0],
+        }  # fmt: skip
+
+    def begin(self, measured: Measurement, alpha: float) -> float:
+        """Return the first α: α_0, or what suits the weights if that is less."""
+        state = self.state
+        state["update"], state["natural"] = measured.update, measured.natural_rate
+        state["first"] = min(alpha, self._natural(1)) if state["warms_up"] else alpha
+        return float(state["first"])
+
+    def propose(self, measured: Measurement, alpha: float) -> float:
+        """Return α_t: on a straight way in log α to what suits the weights, and then as they fall and are corrected."""
+        state, update = self.state, measured.update
+        before, state["update"] = state["update"], update
+        if state["warms_up"] and update <= self.warmup:
+            share = (update - 1) / self.warmup
+            return float(state["first"] ** (1 - share) * self._natural(update) ** share)
+        if state["warms_up"]:
+            state["warms_up"] = 0
+            return self._natural(update)
+        falls = math.sqrt((OFFSET + before) / (OFFSET + update)) if self.falls else 1.0
+        return self._corrected(alpha * falls, measured) if measured.was_full else alpha * falls
+
+    def _natural(self, update: int) -> float:
+        return float(self.state["natural"]) / math.sqrt(OFFSET + (update if self.falls else OFFSET))
+
+    def _corrected(self, alpha: float, measured: Measurement) -> float:
+        """Take in a ratio; return α, corrected if ratios are significant."""
+        state, slope = self.state, measured.previous_slope_counted
+        if slope is None or slope <= 0:
+            return alpha
+        ratios = LossStatistics(*state["ratios"])
+        ratios.add(min(max(measured.current_slope_counted / slope, -1.0), 1.0))
+        state["ratios"] = [ratios.count, ratios.mean, ratios.squared_deviations]
+        if ratios.count < self.FEWEST:
+            return alpha
+        freedom = ratios.count - 1
+        error = self.SIGNIFICANCE * (1 + (self.FEWEST / freedom) ** 2) * ratios.std / math.sqrt(freedom)
+        beyond = 0.0
+        if ratios.mean > error:
+            beyond = ratios.mean
+        elif ratios.mean + error < self.TOO_LONG:
+            beyond = ratios.mean - self.TOO_LONG
+        if beyond == 0:
+            return alpha
+        state["ratios"] = [0, 0.0, 0.0]
+        corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.LARGEST), self.LARGEST))
+        if corrected > alpha:
+            corrected = max(alpha, min(corrected, self.max_correction * self._natural(measured.update)))
+        return corrected
+
+    def reduced(self) -> None:
+        """Steps failed: α does not warm up any further, and what ratios said before is of another α."""
+        self.state.update(warms_up=0, ratios=[0, 0.0, 0.0])

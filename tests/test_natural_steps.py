@@ -1,0 +1,168 @@
+"""hf_elra.optim.natural_steps: what is new, what is trained, and how large a step suits it."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_elra import ELRASpectral, embeddings_of
+from hf_elra.optim.natural_steps import HEAD, NEW, OFFSET, adapters_of, looks_new, natural_steps
+from tests.conftest import llama
+
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
+
+
+def group(*params, **flags):
+    nothing = [0] * len(params)
+    return {"params": list(params), "embeddings": nothing, "experts": nothing, "adapters": nothing, **flags}
+
+
+def trained(*shape, seed=0):
+    """A matrix as training leaves it: some directions stand out."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(*shape, generator=generator)
+    for size in (3.0, 2.0):
+        left, right = (torch.randn(n, generator=generator) for n in shape)
+        noise += size * torch.outer(left, right) / 2
+    return nn.Parameter(0.05 * noise)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
+        transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)),
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"})
+        ),
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=100)
+        ),
+        nn.TransformerEncoderLayer(64, 4),
+        nn.LSTM(64, 64),
+        nn.Conv2d(16, 32, 3),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_that_nobody_has_trained_is_new(model):
+    embeddings = {id(p) for p in embeddings_of(model)}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    assert all(looks_new(p) is not False for p in matrices)
+    assert any(looks_new(p) for p in matrices)
+
+
+def test_what_looks_new():
+    torch.manual_seed(0)
+    assert looks_new(torch.nn.init.orthogonal_(torch.empty(40, 30)))
+    assert looks_new(torch.zeros(8, 200))
+    assert looks_new(torch.randn(5, 5)) is None  # too few to tell
+    assert looks_new(trained(40, 30)) is False
+    rows = torch.randn(40, 30) * torch.linspace(0.5, 2, 40)[:, None]
+    assert looks_new(rows) is False
+
+
+def test_one_update_leaves_a_matrix_new_and_a_training_does_not():
+    """A run that begins where another one ended goes on gently."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 16))
+    inputs = torch.randn(256, 32) * torch.linspace(2, 0.1, 32)
+    targets = torch.tanh(inputs @ torch.randn(32, 16))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    verdicts = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+        verdicts.append(looks_new(model[0].weight))
+    assert verdicts[0] is True
+    assert verdicts[-1] is False
+
+
+def test_new_matrices_step_by_the_root_of_their_longer_side():
+    torch.manual_seed(0)
+    square, wide, vector, table = (nn.Parameter(torch.randn(*s)) for s in [(64, 64), (64, 256), (64,), (100, 64)])
+    found = natural_steps([group(square, vector), group(wide, table, embeddings=[False, True])])
+    rates = [[found.rate * share for share in shares] for shares in found.shares]
+    median = (NEW / 8 + NEW / 16) / 2
+    assert rates == [pytest.approx([NEW / 8, median]), pytest.approx([NEW / 16, median])]
+    assert not any(flag for flags in found.new for flag in flags)
+
+
+def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_by_its_side():
+    torch.manual_seed(0)
+    body, other, head = trained(64, 64), trained(96, 64, seed=1), nn.Parameter(torch.randn(40, 64) / 8)
+    bias, norm = nn.Parameter(torch.zeros(40)), nn.Parameter(torch.ones(64))
+    found = natural_steps([group(body, other, head), group(norm, bias)])
+    assert found.new == [[False, False, True], [False, True]]
+    assert found.shares[0][:2] == [1.0, 1.0]
+    assert found.shares[1][0] == 1.0
+    assert found.rate * found.shares[0][2] == found.rate * found.shares[1][1] == pytest.approx(HEAD / 8)
+    with torch.no_grad():
+        for p in (body, other):
+            p.mul_(3)
+    assert natural_steps([group(body, other, head)]).rate == pytest.approx(3 * found.rate)
+
+
+def test_a_matrix_that_was_trained_little_is_no_fresh_head():
+    torch.manual_seed(0)
+    little, last = nn.Parameter(0.05 * torch.randn(64, 64)), trained(64, 64)
+    found = natural_steps([group(trained(96, 64, seed=1), little, last)])
+    assert not any(found.new[0])
+    assert found.shares == [[1.0, 1.0, 1.0]]
+
+
+class Linear(nn.Linear):
+    """As PEFT's layers name what they have."""
+
+    def __init__(self, rank, scaling):
+        super().__init__(64, 96)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(64, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, 96, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+        self.scaling = {"default": scaling}
+
+
+@pytest.mark.parametrize("scaling", [0.25, 4.0])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_the_first_step_of_a_pair_changes_the_product_by_the_same_whatever_rank_and_factor(rank, scaling):
+    """As far as singular values of Newton and Schulz are near one."""
+    torch.manual_seed(0)
+    layer = Linear(rank, scaling)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert adapters_of(nn.Sequential(layer)) == [(a, b, scaling)]
+    optimizer = ELRASpectral([a, b], adapters=adapters_of(layer), lr=1.0)
+    torch.manual_seed(1)
+    a.grad, b.grad = torch.zeros_like(a), torch.randn_like(b)
+    optimizer.step(loss=1.0)
+    change = scaling * torch.linalg.matrix_norm(b.detach() @ a.detach(), 2).item()
+    assert 0.02 / math.sqrt(OFFSET) < change < 0.08 / math.sqrt(OFFSET)
+
+
+def test_the_way_is_the_same_for_any_factor_of_the_product():
+    """Four times the factor, a quarter of the rate: the products are the same as long as gradients are."""
+    ways = []
+    for scaling in (1.0, 4.0):
+        torch.manual_seed(0)
+        layer = Linear(4, scaling)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        optimizer = ELRASpectral([b], adapters=[(a, b, scaling)], lr=1.0)
+        for _ in range(3):
+            b.grad = torch.randn_like(b)
+            optimizer.step(loss=1.0)
+        ways.append(scaling * b.detach())
+    torch.testing.assert_close(*ways)
+
+
+def test_optimizers_take_what_suits_the_weights_as_they_are_before_the_first_step():
+    model = llama()
+    optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model), warmup=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(trained(*p.shape, seed=p.numel()))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(loss=1.0)
+    assert optimizer.alpha < 1e-3

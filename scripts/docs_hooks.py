@@ -1,8 +1,8 @@
 """What mkdocs does beside its own work (``hooks`` in mkdocs.yml): no public name without a docstring and a page.
 
 The check reads source text alone, so that it needs neither PyTorch nor mkdocs; ``tests/test_docs.py`` makes it too. The
-hooks also put the pages of optimizers into the menu, show Sphinx's roles in docstrings as plain names, and write a list
-of files into every folder of raw files.
+hooks also put pages of optimizers and of results into the menu, show Sphinx's roles in docstrings as plain names, and
+write a list of files into every folder of raw files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PUBLIC = ("hf_elra", "hf_elra.optim", "hf_elra.trainer", "hf_elra.control")
 """Packages whose ``__all__`` is public; a name may stand in several of them."""
+MENUS = {"Optimizers": "optimizers", "Evidence": "results"}
+"""Menus, and the folders whose pages they have, listed or not."""
 _ROLE = re.compile(r":(?:class|meth|attr|func|data|mod):<code>(~?)([\w.]+)</code>")
 
 
@@ -95,14 +97,15 @@ def _value(tree: ast.Module, name: str) -> Any:
 
 
 def on_config(config: Any) -> None:
-    """Fail before anything is built where a public name has no page; put pages of optimizers into the menu."""
+    """Fail before anything is built where a public name has no page; put pages that no menu lists into one."""
     if lines := missing():
         from mkdocs.exceptions import PluginError
 
         raise PluginError("\n".join(lines))
-    (optimizers,) = [entry["Optimizers"] for entry in config["nav"] if "Optimizers" in entry]
-    listed = {page for entry in optimizers for page in entry.values()}
-    optimizers += [page for page in pages() if page.startswith("optimizers/") and page not in listed]
+    for title, folder in MENUS.items():
+        (menu,) = [entry[title] for entry in config["nav"] if title in entry]
+        listed = {page for entry in menu for page in entry.values()}
+        menu += [page for page in pages() if page.rpartition("/")[0] == folder and page not in listed]
 
 
 def on_page_content(content: str, **given: Any) -> str:

@@ -65,6 +65,15 @@ def test_a_name_without_page_or_docstring_is_told(tmp_path, monkeypatch):
     ]
 
 
+def test_pages_that_no_menu_lists_are_put_into_theirs():
+    nav = [{title: [{"First": f"{folder}/first.md"}]} for title, folder in docs_hooks["MENUS"].items()]
+    docs_hooks["on_config"]({"nav": nav})
+    optimizers, evidence = ([entry for entry in menu if isinstance(entry, str)] for (menu,) in map(dict.values, nav))
+    assert {"optimizers/elra.md", "optimizers/pls.md"} <= set(optimizers)
+    assert "results/lm.md" in evidence
+    assert not any(page.startswith("results/lm/") for page in evidence)
+
+
 # ---- code ----
 
 

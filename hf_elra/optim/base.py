@@ -461,7 +461,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             proposal = max(proposal, way_back(scalars, slope, measured.current_slope))
         is_first = slope is None and not scalars["moved"]
         if is_first:
-            proposal = rule.begin(measured, alpha)
+            proposal = rule.begin(measured, proposal)
         norm, size, number = measured.direction_norm, measured.size, measured.number
         alpha, limit = parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
         if self.last_update is not None:

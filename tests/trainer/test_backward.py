@@ -27,8 +27,7 @@ def test_it_is_left_out_and_nothing_else_changes(tmp_path, optim, monkeypatch):
         if not asks:
             monkeypatch.setattr(OPTIMIZERS[optim], "asks_before_backward", False)
         run = trainer(tmp_path / str(asks), optim=optim, max_steps=20, elra_batch_control="off",
-                      compute_loss_func=high_at(14, 15, 18),
-                      optim_args="search=3" if optim == "elra_spectral" else None)  # fmt: skip
+                      compute_loss_func=high_at(14, 15, 18))  # fmt: skip
         run.train()
         counts = run.elra.trials.counts
         assert run.elra_optimizer.restarts == 3

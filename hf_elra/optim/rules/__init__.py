@@ -73,7 +73,7 @@ class Rule:
         return {}
 
     def begin(self, measured: Measurement, alpha: float) -> float:
-        """Return the α of the first step, told α_0."""
+        """Return the α of the first step, told α_0, or what was proposed of a look ahead."""
         return alpha
 
     def propose(self, measured: Measurement, alpha: float) -> float:

@@ -18,7 +18,7 @@ from hf_elra.report.runs import find_runs
 from hf_elra.report.svg import Curve, Mark, Scale, draw, scale_over, thinned, tick_text
 from hf_elra.report.text import as_json, as_text, sparkline
 from tests.test_imports import fresh
-from tests.test_runs import GROWN, SEARCH, history_of, write_run
+from tests.test_runs import FIRST, GROWN, history_of, write_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 OF_ONE_RUN = {
@@ -60,7 +60,7 @@ class Panels(HTMLParser):
 
 @pytest.fixture
 def one(tmp_path):
-    entries = [*SEARCH, *history_of(batch_size=lambda step: 8, cropped=lambda step: 1), *GROWN]
+    entries = [*FIRST, *history_of(batch_size=lambda step: 8, cropped=lambda step: 1), *GROWN]
     entries.append({"elra": "restart", "loss_of_update": 9.0, "taken_back": True, "step": 30})
     return find_runs([str(write_run(tmp_path / "one <b>&", entries))])
 
@@ -68,7 +68,7 @@ def one(tmp_path):
 @pytest.fixture
 def many(tmp_path):
     for seed in (1, 2):
-        write_run(tmp_path / f"ours-{seed}", [*SEARCH, *history_of(40 + seed)], seed=seed)
+        write_run(tmp_path / f"ours-{seed}", [*FIRST, *history_of(40 + seed)], seed=seed)
         entries = [{k: v for k, v in e.items() if k not in ("alpha", "cosine")} for e in history_of(30)]
         write_run(tmp_path / f"adamw-{seed}", entries, seed=seed, optim="adamw_torch")
     return find_runs([str(tmp_path)])
@@ -87,7 +87,7 @@ def test_the_page_of_one_run_has_every_panel_over_every_axis(one):
     assert page.count("taken back at update 30") == 3 * len(axes)  # on the loss, twice, and on the rate
     assert "crop in force in 50% of updates 1 to 40" in page
     assert "update 20: 12 samples, noise" in page
-    assert "taken: 0.005" in page
+    assert "after them: 0.005" in page
     assert "No update was taken back" not in page
 
 
@@ -115,7 +115,7 @@ def test_every_drawing_is_well_formed_and_says_what_it_shows(one):
         parsed = ElementTree.fromstring(drawing)
         assert "nan" not in drawing
         assert "inf" not in drawing
-        assert re.match(r"[A-Z].* (over|rate: )", parsed.get("aria-label"))
+        assert re.match(r"[A-Z].*( over |rates: )", parsed.get("aria-label"))
     ElementTree.fromstring(picture(one[0]))
 
 
@@ -140,8 +140,8 @@ def test_an_axis_that_one_run_does_not_know_is_not_offered(one, many):
 def test_runs_with_next_to_nothing_make_a_page(tmp_path):
     write_run(tmp_path / "first", [{"loss": 1.0, "learning_rate": 0.0, "step": 1}], finished=False)
     write_run(tmp_path / "nan", [{"loss": math.nan, "learning_rate": 1.0, "step": 1}])
-    write_run(tmp_path / "search", SEARCH[:1], finished=False)
-    for name in ("first", "nan", "search", ""):
+    write_run(tmp_path / "second", FIRST[:1], finished=False)
+    for name in ("first", "nan", "second", ""):
         runs = find_runs([str(tmp_path / name)])
         Panels(build_page(runs))
         assert as_text(runs)
@@ -279,7 +279,7 @@ def test_scales_of_odd_values():
 
 def test_marks_stay_within_the_drawing():
     curve = Curve("a", [(0, 0), (10, 1)])
-    kinds = "restart", "vertical", "span", "limit", "cross", "row"
+    kinds = "restart", "vertical", "horizontal", "limit", "cross", "row"
     marks = [Mark(kind, 99.0, 99.0, end=200.0, text="far") for kind in kinds]
     drawing = draw([curve], x_title="x", y_title="y", summary="s", marks=marks)
     positions = [float(x) for x in re.findall(r' x1?="([\d.]+)"', drawing)]

@@ -35,17 +35,17 @@ def history_of(updates=40, every=2, loss=lambda step: 1 + 2 / step, **more):
     return entries
 
 
-def searched(step, tried, ratio, rate, loss, **more):
-    """An update of a search."""
-    told = {"elra": "search", "tried": tried, "ratio": ratio, "rate": rate, "loss_of_update": loss, "step": step}
+def first(step, tried, ratio, rate, loss, **more):
+    """One of the first updates."""
+    told = {"elra": "first", "tried": tried, "ratio": ratio, "rate": rate, "loss_of_update": loss, "step": step}
     return {**told, "taken_back": False, **more}
 
 
-SEARCH = [
-    searched(1, 0.0, None, 0.001, 3.0),
-    searched(2, 0.001, 0.9, 0.01, 2.9),
-    searched(3, 0.01, -4.0, 0.004, 9.0, taken_back=True),
-    searched(4, 0.004, 0.1, 0.005, 2.0, search_end="found"),
+FIRST = [
+    first(1, 0.0, None, 0.001, 3.0),
+    first(2, 0.001, 0.9, 0.01, 2.9),
+    first(3, 0.01, -4.0, 0.004, 9.0, taken_back=True),
+    first(4, 0.004, 0.1, 0.005, 2.0),
 ]
 GROWN = [{"cycle": 2, "condition": "noise", "change": "grow", "accumulation": 3, "batch_size": 12, "step": 20}]
 END = {"train_runtime": 20.0, "train_loss": 1.2}
@@ -68,15 +68,20 @@ def only(folder):
 
 
 def test_a_finished_run(tmp_path):
-    run = only(write_run(tmp_path / "run", [*SEARCH, *history_of(restarts=lambda step: 3 if step > 20 else 1)]))
+    run = only(write_run(tmp_path / "run", [*FIRST, *history_of()]))
     assert (run.name, run.optimizer, run.updates, run.finished, run.share) == ("run", "elra", 40, True, 1)
     assert run.metrics == ["eval_accuracy"]
-    assert (run.search_end, len(run.search)) == (4, 4)
-    assert run.taken_back == [22, 22]  # told by the count alone; the first one belongs to the search
+    assert run.beginning == FIRST
+    assert run.taken_back == [3]
     assert run.last("loss") == pytest.approx(1.05)
     assert run.axis("tokens")(15) == pytest.approx(15 * 128)
     assert run.axis("hours")(40) == pytest.approx(20 / 3600)
     assert [round(speed) for _, speed in run.speed("samples")[:2]] == [16, 16]
+
+
+def test_updates_that_were_taken_back_are_told_by_their_count_where_they_have_no_entries(tmp_path):
+    run = only(write_run(tmp_path, history_of(restarts=lambda step: 3 if step > 20 else 1)))
+    assert run.taken_back == [2, 22, 22]
 
 
 def test_stretches_where_a_limit_was_in_force(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from hf_elra.report import verdicts
 from hf_elra.report.runs import Run
-from tests.test_runs import SEARCH, history_of
+from tests.test_runs import history_of
 
 END = {"train_runtime": 1.0, "train_loss": 1.0, "step": 40}
 
@@ -44,7 +44,6 @@ CASES = [
     ("accepted_levels", run(accepted_levels=lambda step: 1), run(), "above their level once"),
     ("restarts", restarts_at(2, 3), ADAMW, "2 of 40 updates were taken back, all in the first tenth"),
     ("restarts", run(), ADAMW, "No update was taken back"),
-    ("search", run([*SEARCH, *history_of()]), run(), "found a learning rate of 0.005 in 4 updates, from 0.001"),
     ("rate_at_the_end", run(updates=80, learning_rate=lambda step: 1.05**step), run(), "still rising at the end"),
     ("limited", run(at_floor=lambda step: 2), run(at_floor=lambda step: 1), "The floor decided the rate of 100%"),
     ("noise", wave(1.0), wave(0.01), "The loss is noisier than its fall"),
@@ -84,12 +83,6 @@ def test_a_run_that_was_stopped_is_finished_and_says_so():
     assert verdicts.how_far(run(share=lambda step: step / 160)).text == (
         "Training was stopped at update 40, 25% of what was planned."
     )
-
-
-def test_a_search_that_found_nothing_or_goes_on():
-    failed = [*SEARCH[:3], {**SEARCH[3], "search_end": "has found none, as slopes are mostly noise"}]
-    assert verdicts.search(run([*failed, *history_of()])).kind == "bad"
-    assert "still going on at update 3" in verdicts.search(run(SEARCH[:3], finished=False)).text
 
 
 def test_nothing_is_said_of_a_trend_in_a_few_logs():

@@ -24,7 +24,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 MOST_NAMED = 12
 """So many changes of the batch are named in the drawing; all are listed beneath it."""
 LOWEST_RATIO, HIGHEST_RATIO = -2.0, 1.5
-"""Of a search; ratios beyond are drawn at the edge."""
+"""Of the first steps; ratios beyond are drawn at the edge."""
 AXIS_TITLES = {"updates": "updates", "epochs": "epochs", "samples": "samples seen", "tokens": "tokens seen"}
 AXIS_TITLES["hours"] = "hours"
 
@@ -267,8 +267,7 @@ def _loss(subject: Subject) -> list[Panel]:
             ]
             return [curve for curve in found if curve.points]
 
-        note = "Shaded: the search, whose steps were taken back. " if run.search else ""
-        note += "A triangle is an update whose step before was taken back." if run.taken_back else ""
+        note = "A triangle is an update whose step before was taken back." if run.taken_back else ""
         panel = Panel("loss", "Loss", note=note)
         return [_add_views(panel, subject, curves, "loss", scales=scales, marks_of=lambda axis: _events(run, axis))]
     training = Panel("loss", "Training loss, running mean")
@@ -287,12 +286,10 @@ def _loss(subject: Subject) -> list[Panel]:
 
 
 def _events(run: Run, axis: str) -> list[Mark]:
-    """The search, and updates that were taken back."""
+    """Updates that were taken back."""
     position = run.axis(axis)
     assert position is not None
     marks = []
-    if run.search:
-        marks.append(Mark("span", 0.0, end=position(run.search_end), text="search"))
     close: dict[int, list[float]] = {}  # those that would be drawn over one another
     for step in run.taken_back:
         close.setdefault(int(WIDTH * step / max(run.updates, 1)), []).append(step)
@@ -332,8 +329,7 @@ def _rate(subject: Subject) -> Panel:
 
 def _beginning(subject: Subject) -> Panel:
     """The beginning as a learning-rate finder's curve: the rate that was tried, and the slope that was left."""
-    searched = any(run.search for run in subject.runs)
-    panel = Panel("beginning", "The search for a learning rate" if searched else "The first learning rates")
+    panel = Panel("beginning", "The first learning rates")
     curves, marks = [], [Mark("horizontal", y=0.0, text="minimum of the line")]
     for index, group in enumerate(subject.groups):
         for run in group.runs:
@@ -348,11 +344,8 @@ def _beginning(subject: Subject) -> Panel:
                     marks.append(Mark("cross", *at, text="taken back at once"))
                 if subject.only is not None:
                     marks.append(Mark("text", *at, text=str(order)))
-            last = run.beginning[-1]
-            if "search_end" in last or not run.search:
-                taken = "a default" if last.get("search_end", "found") != "found" else "taken"
-                text = f"{taken}: {last['rate']:.2g}" if subject.only is not None else ""
-                marks.append(Mark("vertical", float(last["rate"]), text=text))
+            rate = float(run.beginning[-1]["rate"])
+            marks.append(Mark("vertical", rate, text="" if subject.only is None else f"after them: {rate:.2g}"))
     if not curves:
         return panel
     ends = [mark.x for mark in marks if mark.kind == "vertical"] + [x for curve in curves for x, _ in curve.points]
@@ -360,8 +353,8 @@ def _beginning(subject: Subject) -> Panel:
     panel.note = (
         "Each dot is a step that was tried, and the share of the slope that was left at its end: near 1 the step was "
         "much too short, at 0 it ended in the minimum of its line, below 0 it went past it. The dashed line is the "
-        "rate that was taken. "
-    ) + ("The steps of a search were taken back." if searched else "")
+        "rate after them."
+    )
     drawing = draw(
         curves, x_title="learning rate that was tried", y_title="slope left at the end of the step", marks=marks,
         summary=panel.title + ": " + "; ".join(map(_in_words, curves)), x_log=True,

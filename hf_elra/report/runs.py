@@ -125,23 +125,13 @@ class Run:
         return sorted(name for name in names if not name.endswith(OF_EVALUATION) and self.series(name))
 
     @cached_property
-    def search(self) -> list[dict[str, Any]]:
-        """The updates of the search for a learning rate, in order."""
-        return [entry for entry in self.history if entry.get("elra") == "search"]
-
-    @cached_property
     def beginning(self) -> list[dict[str, Any]]:
-        """The updates that were logged one by one, in which α found itself: those of a search, or the first ones."""
-        return self.search or [entry for entry in self.history if entry.get("elra") == "first"]
-
-    @property
-    def search_end(self) -> float:
-        """The last update of the search; 0 without one."""
-        return float(self.search[-1]["step"]) if self.search else 0.0
+        """The first updates, which were logged one by one."""
+        return [entry for entry in self.history if entry.get("elra") == "first"]
 
     @cached_property
     def taken_back(self) -> list[float]:
-        """The updates whose step before was taken back, those of the search left out.
+        """The updates whose step before was taken back.
 
         Where that was not logged one by one, it is the update of the log that counted it.
         """
@@ -154,11 +144,10 @@ class Run:
         if told or not counted:
             return told
         found: list[float] = []
-        before = float(sum(bool(entry.get("taken_back")) for entry in self.search))
+        before = 0.0
         for step, count in counted:
-            if step > self.search_end:
-                found += [step] * max(0, round(count - before))
-                before = max(before, count)
+            found += [step] * max(0, round(count - before))
+            before = max(before, count)
         return found
 
     @cached_property

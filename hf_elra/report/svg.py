@@ -47,11 +47,10 @@ class Mark:
     """A mark in a drawing.
 
     Args:
-        kind: ``"restart"`` (a tick at the upper edge), ``"vertical"`` or ``"horizontal"`` (a dashed line), ``"span"``
-            (a shaded stretch), ``"limit"`` (a bar at the lower edge, in the row ``row``), ``"row"`` (the name of
-            such a row), ``"cross"``, ``"text"``.
+        kind: ``"restart"`` (a tick at the upper edge), ``"vertical"`` or ``"horizontal"`` (a dashed line), ``"limit"``
+            (a bar at the lower edge, in the row ``row``), ``"row"`` (the name of such a row), ``"cross"``, ``"text"``.
         x, y: where, as far as the kind needs it.
-        end: of a span or limit.
+        end: of a limit.
         text: shown beside it, or when it is pointed at.
         strength: of a limit, from 0 to 1.
         row: of a limit, from below.
@@ -163,7 +162,7 @@ def draw(
     behind: list[str] = []
     before: list[str] = []
     for mark in marks or []:
-        (behind if mark.kind in ("span", "horizontal", "vertical") else before).append(_mark(mark, across, up))
+        (behind if mark.kind in ("horizontal", "vertical") else before).append(_mark(mark, across, up))
     parts += behind
     parts += [_curve(curve, across, up) for curve in curves]
     parts += before
@@ -276,14 +275,6 @@ def _mark(mark: Mark, across: Scale, up: Scale) -> str:
         return (
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="note" x="{WIDTH - RIGHT - 4}" y="{y - 4:.1f}" text-anchor="end">{text}</text>'
-        )
-    if mark.kind == "span":
-        width = max(1.0, min(across(mark.end), WIDTH - RIGHT) - x)
-        label = (
-            f'<text class="note" x="{x + 4:.1f}" y="{bottom - 5}">{text}</text>' if width > 8 * len(mark.text) else ""
-        )
-        return (
-            f'<rect class="span" x="{x:.1f}" width="{width:.1f}" y="{top}" height="{bottom - top}">{told}</rect>{label}'
         )
     if mark.kind == "limit":
         width, y = max(1.0, min(across(mark.end), WIDTH - RIGHT) - x), bottom - 10 - 11 * mark.row

@@ -52,9 +52,8 @@ def duration(seconds: float | None) -> str:
 
 
 def best(run: Run) -> float | None:
-    """The lowest validation loss outside a search."""
-    values = [v for s, v in run.series("eval_loss") if math.isfinite(v) and s > run.search_end]
-    return min(values, default=None)
+    """The lowest validation loss."""
+    return min((loss for _, loss in run.series("eval_loss") if math.isfinite(loss)), default=None)
 
 
 def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
@@ -139,9 +138,8 @@ def as_text(runs: list[Run]) -> str:
             ends = f"{number(values[0])} → {number(values[-1])}"
             lines.append(f"  {title:<18}{sparkline(values, log=log):<48}  {ends}")
         if run.beginning:
-            title = "search tried" if run.search else "first rates"
             tried = ", ".join(f"{e['tried']:.2g}" for e in run.beginning if e["tried"])
-            lines.append(f"  {title:<18}{tried}; took {run.beginning[-1]['rate']:.2g}")
+            lines.append(f"  {'first rates':<18}{tried}; then {run.beginning[-1]['rate']:.2g}")
         lines += [f"  {MARKS[verdict.kind]} {verdict.text}" for verdict in verdicts(run)]
         parts.append("\n".join(lines))
     if len(runs) > 1:
@@ -178,7 +176,6 @@ def as_json(runs: list[Run]) -> dict[str, Any]:
                 "finished": run.finished,
                 "share": run.share,
                 "series": {title.replace(" ", "_"): _finite(points) for title, points, _ in _curves(run)},
-                "search": run.search,
                 "beginning": run.beginning,
                 "taken_back": run.taken_back,
                 "batch_changes": run.batch_changes,

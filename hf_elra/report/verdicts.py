@@ -125,30 +125,9 @@ def accepted_levels(run: Run) -> Verdict | None:
     return Verdict("note", f"Losses stayed far above their level {times} and were accepted: have the data changed?")
 
 
-def search(run: Run) -> Verdict | None:
-    """What the search for a learning rate has found."""
-    if not run.search:
-        return None
-    last = run.search[-1]
-    end = last.get("search_end")
-    if end is None:
-        return Verdict("note", f"The search for a learning rate was still going on at update {last['step']:,}.")
-    if end != "found":
-        return Verdict(
-            "bad",
-            f"The search for a learning rate {end}; training went on with {last['rate']:.2g}, which comes from the "
-            "size of the weights.",
-        )
-    return Verdict(
-        "good",
-        f"The search found a learning rate of {last['rate']:.2g} in {len(run.search)} updates, from "
-        f"{run.search[0]['rate']:.2g}.",
-    )
-
-
 def rate_at_the_end(run: Run) -> Verdict | None:
     """Whether the learning rate was still rising when the run ended."""
-    rates = [(s, math.log(r)) for s, r in run.series("learning_rate") if r > 0 and s > run.search_end]
+    rates = [(s, math.log(r)) for s, r in run.series("learning_rate") if r > 0]
     if not run.is_ours or len(rates) < LOGS_OF_A_TREND:
         return None
     third = len(rates) // 3
@@ -208,7 +187,7 @@ def overfitting(run: Run) -> Verdict | None:
 
 def still_falling(run: Run) -> Verdict | None:
     """Whether the validation loss was still falling when the run ended."""
-    losses = [p for p in run.series("eval_loss") if math.isfinite(p[1]) and p[0] > run.search_end]
+    losses = [p for p in run.series("eval_loss") if math.isfinite(p[1])]
     if not run.finished or len(losses) < 5:
         return None
     before = [p for p in losses if p[0] <= 0.8 * run.updates]
@@ -237,7 +216,7 @@ def batch(run: Run) -> Verdict | None:
 
 
 RULES: tuple[Callable[[Run], Verdict | None], ...] = (
-    *(how_far, diverged, rose_again, not_finite, restarts, search, rate_at_the_end, limited, batch),
+    *(how_far, diverged, rose_again, not_finite, restarts, rate_at_the_end, limited, batch),
     *(noise, overfitting, still_falling, accepted_levels, skipped),
 )
 """All rules, in the order in which they are told."""

@@ -127,7 +127,7 @@ class Logs:
         if optimizer is None:
             return float(stock_rate())
         group = optimizer.param_groups[0]
-        return float(optimizer.alpha * float(group["lr"]) / group["base_lr"])
+        return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"]))  # exactly α without a scheduler
 
     def complete(self, logs: dict[str, Any]) -> None:
         """Add our numbers to what the stock Trainer logs."""

@@ -7,8 +7,25 @@ import statistics
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import benchmark_lm
 from hf_elra.recipes.text_data import train_tokenizer
 from tests.conftest import ROOT, finish
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run ``benchmark_lm.py`` once more, in this process, which has imported everything: code, output, errors."""
+    monkeypatch.setattr(benchmark_lm.transformers.utils.logging, "set_verbosity_error", lambda: None)
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            code = benchmark_lm.main(list(words))
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def measurements(path):
@@ -55,11 +72,11 @@ def test_training(tmp_path):
     assert all(name in output for name in timed)
 
 
-def test_language_models(tmp_path):
+def test_language_models(tmp_path, here):
     """Every row of another kind, in few updates; what is finished is not repeated."""
     text = tmp_path / "texts" / "input.txt"
     text.parent.mkdir()
-    text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/**/*.py"))))
+    text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/report/*.py"))))
     words = ["--train_file", str(text), "--tokens", "5120", "--output", str(tmp_path), "--batches", "2", "--seeds", "0"]
     words += ["--rows", "0", "8", "18", "19", "20", "23", "25"]
     code, output, error = finish("experiments/benchmark_lm.py", *words)
@@ -72,20 +89,20 @@ def test_language_models(tmp_path):
         assert f"{result['validation_loss']:.3f}" in output
         assert "benchmark_lm.py --train_file" in result["command"]
         assert result["log_history"][-1]["step"] == 20
-    code, again, error = finish("experiments/benchmark_lm.py", *words)
+    code, again, error = here(*words)
     assert code == 0, error
     assert again.strip() == output[output.index("texts, llama, 5,120 tokens") :].strip()
-    code, _, error = finish("experiments/benchmark_lm.py", *words[:-7], "99")
+    code, _, error = here(*words[:-7], "99")
     assert code == 2
     assert "--rows 99 is no row" in error
-    code, _, error = finish("experiments/benchmark_lm.py", *words[:-7], "0", "26", "--model", "mixture")
+    code, _, error = here(*words[:-7], "0", "26", "--model", "mixture")
     assert code == 0, error
     results = [json.loads(path.read_text()) for path in (tmp_path / "texts-mixture-5120").iterdir()]
     assert {result["row"] for result in results} == {"elra_spectral", "elra_spectral, experts as one matrix"}
     assert results[0]["validation_loss"] != results[1]["validation_loss"]
 
 
-def test_language_models_trained_further(tmp_path):
+def test_language_models_trained_further(tmp_path, here):
     """From a saved model: with its tokenizer, its losses before and after, and wrong starts refused."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "input.txt").write_text(text * 3)
@@ -108,7 +125,7 @@ def test_language_models_trained_further(tmp_path):
         assert f" {result['validation_loss_before']:.3f} | " in output
     kept = statistics.fmean(result["kept_loss"] for result in results if result["row"] == "elra_spectral")
     assert f" {kept:.3f} ± " in output
-    code, again, error = finish("experiments/benchmark_lm.py", *words, *start)
+    code, again, error = here(*words, *start)
     assert code == 0, error
     assert again[again.index("readme, from saved") :].strip() in output
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "other" / "saved")
@@ -116,7 +133,7 @@ def test_language_models_trained_further(tmp_path):
         (tmp_path / "other" / "saved" / path.name).write_bytes(path.read_bytes())
     another = ["--start", str(tmp_path / "other" / "saved")]
     for wrong in ([*another, *start[2:]], start[:2]):  # its runs have the same names; those have a kept text
-        code, _, error = finish("experiments/benchmark_lm.py", *words, *wrong)
+        code, _, error = here(*words, *wrong)
         assert code == 2
         assert "holds runs of another saved model or kept text" in error
     (tmp_path / "bare").mkdir()
@@ -127,6 +144,6 @@ def test_language_models_trained_further(tmp_path):
         ([*start, "--model", "mixture"], "--model mixture is for new models"),
         (start[2:], "--kept_file needs --start"),
     ):
-        code, _, error = finish("experiments/benchmark_lm.py", *words, *wrong)
+        code, _, error = here(*words, *wrong)
         assert code == 2
         assert message in error

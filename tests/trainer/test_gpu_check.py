@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import finish
+from tests.conftest import ROOT, finish
 
 PARTS = ("correctness", "update_cost", "language_model", "pictures", "memory")
 
@@ -97,7 +97,7 @@ def test_wrong_input(tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bundle_of_the_text_in_every_python(tmp_path):
+def test_a_bundle_of_the_text_in_every_python(tmp_path, capsys, monkeypatch):
     code, output, error = finish("gpu_bundle.py", "--output", str(tmp_path / "bundle"), "--vocab_size", "300")
     assert code == 0, error
     with np.load(tmp_path / "bundle" / "text.npz", allow_pickle=False) as arrays:
@@ -107,6 +107,8 @@ def test_a_bundle_of_the_text_in_every_python(tmp_path):
         assert 0 < arrays["validation"].size < arrays["train"].size
         assert arrays["train"].max() < 300
     assert "MiB" in output
-    code, _, error = finish("gpu_bundle.py", "--output", str(tmp_path / "other"), "--text", "missing.txt")
-    assert code == 2
-    assert "missing.txt" in error
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import gpu_bundle
+
+    assert gpu_bundle.main(["--output", str(tmp_path / "other"), "--text", "missing.txt"]) == 2
+    assert "missing.txt" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from lib import babyllama_comparison
 from tests.conftest import finish
 
 
-def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
+def test_tables_of_networks_are_printed_beside_the_papers(tmp_path, capsys):
     given = ["--data", "digits", "--seeds", "2", "--epochs", "1", "--output", str(tmp_path), "--processes", "1"]
     code, output, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "elra", "adam")
     assert code == 0, error
@@ -25,11 +25,12 @@ def test_tables_of_networks_are_printed_beside_the_papers(tmp_path):
         *("adam-seed0.jsonl", "adam-seed1.jsonl", "elra-seed0.jsonl", "elra-seed1.jsonl")
     ]
     given[5] = "2"
-    code, _, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "elra")
-    assert code == 2
+    assert reproduce.main(["mnist", *given, "--columns", "elra"]) == 2
+    error = capsys.readouterr().err
     assert "holds a finished run of 1 epochs on digits, not of 2" in error
-    code, _, error = finish("experiments/reproduce.py", "mnist", *given, "--columns", "eve")
-    assert code == 2
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(reproduce.main(["mnist", *given, "--columns", "eve"]))
+    error = capsys.readouterr().err
     assert "--columns eve is unknown. Choose from elra, elra-ft, adam" in error
 
 

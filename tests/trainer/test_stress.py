@@ -11,7 +11,7 @@ from tests.conftest import finish
 def test_kills_and_faults(tmp_path):
     file = tmp_path / "stress.json"
     # 7 has no factor in common with the numbers of faults, moments and layouts: nearly every pair of them is there.
-    words = ["--parts", "faults", "kills", "--every", "7", "--kills", "1", "--updates", "60"]
+    words = ["--parts", "faults", "kills", "--every", "7", "--kills", "1", "--updates", "20"]
     code, output, error = finish("experiments/stress.py", "--output", str(file), *words)
     assert code == 0, error + output
     results = json.loads(file.read_text())

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +88,6 @@ def test_elra_and_adamw_on_equal_numbers_of_sequences(tmp_path):
         (["mnist", "--epoch", "3", "--colums", "adam"], "--colums adam: unknown"),
         (["mnist", "--epochs", "0"], "--epochs 0 must be at least 1"),
         (["mnist", "--data", "./nowhere"], "dataset='./nowhere' does not exist"),
-        (["mnist", "--data", "digits", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["mnist", "--sequences", "9"], "--sequences does nothing for mnist"),
         (["2d", "--seeds", "4"], "--seeds does nothing for 2d"),
     ],
@@ -95,3 +96,12 @@ def test_wrong_input_is_named(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit, match="2"):
         sys.exit(reproduce.main([*words, "--output", str(tmp_path)]))
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    """In a process of its own: asking for a device changes what torch says of it later."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "reproduce.py"
+    words = ["mnist", "--data", "digits", "--device", "cuda:99", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--device cuda:99 cannot be used" in done.stderr

@@ -15,39 +15,7 @@ from hf_elra.optim.rules.large_batch_parabola import LargeBatchParabola
 CURVATURES = ("formula", "released")
 
 
-class _LABPAL(LossAwareOptimizer):
-    """What the two have in common."""
-
-    scales_weight_decay = True
-    needs_line_loss = True
-    keeps_length: bool
-
-    def __init__(self, params: Any, settings: dict[str, Any]) -> None:
-        need = partial(need_number, settings)
-        for name, value in (("approximation_samples", 1280), ("every", 1000)):
-            need(name, lambda v: isinstance(v, int) and v >= 1, f"a whole number >= 1 ({value})")
-        need("adaptation", lambda v: v > 0, "a number > 0, of the step to the minimum (1.8)")
-        need("max_step", lambda v: v > 0, "a number > 0, the longest step to a minimum (1)")
-        need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.4")
-        need_choice(settings, "curvature", CURVATURES)
-        check_relative_crop(settings)
-        super().__init__(params, settings)
-
-    def parts(self) -> Parts:
-        """The gradient, or its sum, and the parabola."""
-        s = self.param_groups[0]
-        rule = LargeBatchParabola(
-            math.ceil(s["approximation_samples"] / (self.samples_per_update or s["approximation_samples"])),
-            s["every"],
-            s["adaptation"],
-            s["max_step"],
-            keeps_length=self.keeps_length,
-            halves_curvature=s["curvature"] == "released",
-        )
-        return Parts(Momentum(s["momentum"], averages=False), rule, *guards_of(s))
-
-
-class LABPALSGD(_LABPAL):
+class LABPALSGD(LossAwareOptimizer):
     r"""LABPAL&SGD: every 1,000 updates α is measured on 1,280 samples, by a parabola along the gradient of one batch.
 
     In a Trainer these are samples of the next updates, which are kept and trained on when it is their turn, and by
@@ -80,7 +48,10 @@ class LABPALSGD(_LABPAL):
     direction, with momentum two.
     """
 
+    scales_weight_decay = True
+    needs_line_loss = True
     keeps_length = False
+    """Whether the length of the step is kept between measurements, and not α."""
 
     def __init__(
         self,
@@ -101,10 +72,32 @@ class LABPALSGD(_LABPAL):
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
     ) -> None:
-        super().__init__(params, settings_of(locals()))
+        settings = settings_of(locals())
+        need = partial(need_number, settings)
+        for name, value in (("approximation_samples", 1280), ("every", 1000)):
+            need(name, lambda v: isinstance(v, int) and v >= 1, f"a whole number >= 1 ({value})")
+        need("adaptation", lambda v: v > 0, "a number > 0, of the step to the minimum (1.8)")
+        need("max_step", lambda v: v > 0, "a number > 0, the longest step to a minimum (1)")
+        need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.4")
+        need_choice(settings, "curvature", CURVATURES)
+        check_relative_crop(settings)
+        super().__init__(params, settings)
+
+    def parts(self) -> Parts:
+        """The gradient, or its sum, and the parabola."""
+        s = self.param_groups[0]
+        rule = LargeBatchParabola(
+            math.ceil(s["approximation_samples"] / (self.samples_per_update or s["approximation_samples"])),
+            s["every"],
+            s["adaptation"],
+            s["max_step"],
+            keeps_length=self.keeps_length,
+            halves_curvature=s["curvature"] == "released",
+        )
+        return Parts(Momentum(s["momentum"], averages=False), rule, *guards_of(s))
 
 
-class LABPALNSGD(_LABPAL):
+class LABPALNSGD(LABPALSGD):
     r"""LABPAL&NSGD: as :class:`LABPALSGD`, but what is kept between measurements is the length of the step.
 
     Args:
@@ -114,24 +107,3 @@ class LABPALNSGD(_LABPAL):
     """
 
     keeps_length = True
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        *,
-        approximation_samples: int = 1280,
-        every: int = 1000,
-        adaptation: float = 1.8,
-        max_step: float = 1.0,
-        curvature: str = "formula",
-        momentum: float = 0.0,
-        lr_bounds: tuple[float, float] = (1e-12, 1e12),
-        max_relative_step: float | None = None,
-        weight_decay: float = 0.0,
-        stochastic_rounding: bool = False,
-        soft_restart: bool = False,
-        restart_sigma: float = 5.0,
-        initial_restart_ratio: float | None = 1.1,
-    ) -> None:
-        super().__init__(params, settings_of(locals()))

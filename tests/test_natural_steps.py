@@ -166,3 +166,19 @@ def test_optimizers_take_what_suits_the_weights_as_they_are_before_the_first_ste
         p.grad = torch.randn_like(p)
     optimizer.step(loss=1.0)
     assert optimizer.alpha < 1e-3
+
+
+def test_stacked_experts_count_by_each_of_them_and_a_convolution_as_outputs_by_the_rest():
+    torch.manual_seed(0)
+    tensor = nn.Parameter(torch.randn(8, 16, 10))
+    (experts, convolution) = (natural_steps([group(tensor, experts=[flag])]).rate for flag in (True, False))
+    assert experts == pytest.approx(NEW / math.sqrt(16))
+    assert convolution == pytest.approx(NEW / math.sqrt(160))
+
+
+def test_one_direction_that_stands_out_is_seen_and_rows_and_columns_of_one_size_do_not_hide_it():
+    torch.manual_seed(0)
+    signs = [torch.randint(0, 2, (n,)) * 2.0 - 1 for n in (200, 120)]
+    noise = torch.randn(200, 120)
+    assert looks_new(noise)
+    assert looks_new(noise + 0.25 * torch.outer(*signs)) is False

@@ -182,3 +182,12 @@ def test_one_direction_that_stands_out_is_seen_and_rows_and_columns_of_one_size_
     noise = torch.randn(200, 120)
     assert looks_new(noise)
     assert looks_new(noise + 0.25 * torch.outer(*signs)) is False
+
+
+def test_independent_weights_look_new_in_all_of_many_trials():
+    draws = [torch.randn, torch.rand, lambda *shape: nn.init.trunc_normal_(torch.empty(shape))]
+    for seed in range(300):
+        torch.manual_seed(seed)
+        shape = [(64, 64), (16, 16), (10, 784), (128, 32), (172, 64), (2, 384)][seed % 6]
+        weights = draws[seed // 6 % 3](*shape)
+        assert looks_new(weights - weights.mean()), (seed, shape)

@@ -33,10 +33,10 @@ HEAD = 0.05
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
-"""Standard errors by which the sizes of a trained matrix's rows or columns differ more than by chance; that of
-independent weights came to 3 in 400 trials."""
+"""Standard errors by which the sizes of a trained matrix's rows or columns differ more than by chance. Independent
+weights stay below, as ``tests/test_natural_steps.py`` sees in many trials."""
 STRETCHED = 1.2
-"""Largest singular value of a trained matrix, of that which independent weights have (1.03 in 400 trials)."""
+"""Largest singular value of a trained matrix, of that which independent weights have; the same holds for it."""
 POWER_ITERATIONS = 20
 """For the largest singular value of a matrix, which takes minutes over the matrices of a large model if it is exact."""
 FEWEST = 256

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -174,9 +173,8 @@ def command_here(monkeypatch, capsys):
 
 def finish(script, *words, folder=ROOT):
     """Run a script of this project to its end; return exit code, output and errors."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *words],
-        env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-    )  # fmt: skip
+    from lib.ready import command  # here, as scripts of tests import this file, and only pytest knows the way to lib
+
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = command([str(ROOT / "scripts" / script), *words], environment=environment, folder=folder)
     return done.returncode, done.stdout, done.stderr

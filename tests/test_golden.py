@@ -4,14 +4,15 @@ import functools
 
 import pytest
 
+from lib.ready import together
 from scripts.experiments import golden
 
-together = functools.cache(golden.walk_together)
+on_two_processes = functools.cache(lambda: together(golden.walk_together, 2))
 
 
 @pytest.mark.parametrize(("file", "name"), [(file, name) for file, cases in golden.BY_NAME.items() for name in cases])
 def test_the_path_is_as_recorded(file, name):
-    found = together()[name] if file == "processes" else golden.walked(file, name)
+    found = on_two_processes()[name] if file == "processes" else golden.walked(file, name)
     assert golden.differences(file, name, found) == []
 
 

@@ -1,4 +1,4 @@
-"""What only tests run on several processes, by ``lib.many_processes.together``."""
+"""What only tests run on several processes, by ``lib.ready.together``."""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
-from lib.many_processes import answer, flat_weights, network, same_everywhere
+from lib.many_processes import flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
 
@@ -315,11 +315,3 @@ def rows_of_a_resumed_run(folder):
     checkpoint = f"{folder}/part/checkpoint-7"
     after = run("again", resume=checkpoint)
     return {"whole": whole, "before": before, "after": after, "other": run("other", batch=3, resume=checkpoint)}
-
-
-if __name__ == "__main__":
-    functions = (
-        one_reads_garbage, bare_loops, events_on_one, sharded_offload, fsdp_trainer, noise_scale, line_losses,
-        losses_of_both_kinds, one_without_labels, split_batches, rows_of_a_resumed_run,
-    )  # fmt: skip
-    answer({function.__name__: function for function in functions})

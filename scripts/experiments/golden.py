@@ -19,8 +19,6 @@ import importlib.util
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -45,6 +43,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, WeightAverage
+from lib.ready import together
 
 FOLDER = ROOT / "tests" / "golden"
 APART = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 1e-1}
@@ -411,21 +410,8 @@ TOGETHER: list[Loop | Training] = [
 
 
 def walk_together() -> dict[str, list[dict[str, Any]]]:
-    """Start two processes that walk the cases of ``TOGETHER``; what the first one recorded."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "records.json")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*launch, __file__, "--process", str(output)], env=environment, capture_output=True, text=True, check=False
-        )
-        if not output.is_file():
-            raise RuntimeError(f"two processes failed:\n{done.stderr}")
-        return json.loads(output.read_text(encoding="utf-8"))
-
-
-def be_a_process(output: str) -> None:
-    """Be one of them."""
+    """Be one of two processes that walk the cases of ``TOGETHER``; what it recorded."""
+    torch.set_num_threads(1)
     records = {}
     for case in TOGETHER:
         if isinstance(case, Training):
@@ -434,11 +420,7 @@ def be_a_process(output: str) -> None:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
         records[case.name] = walk(case, dist.get_rank(), dist.get_world_size())
-    dist.barrier()
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(records), encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # without the interpreter's clean-up, in which threads of gloo may abort the process
+    return records
 
 
 # ---- recording and comparing ----
@@ -536,15 +518,12 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="record every case under tests/golden")
     what.add_argument("--check", action="store_true", help="compare every case with what was recorded")
-    what.add_argument("--process", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", metavar="CASE", help="the others stay as they were recorded")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.process:
-        be_a_process(given.process)
     failed = 0
     for file, cases in BY_NAME.items():
-        found = walk_together() if file == "processes" else {name: walked(file, name) for name in cases}
+        found = together(walk_together, 2) if file == "processes" else {name: walked(file, name) for name in cases}
         if given.only is not None:
             found = {name: records for name, records in found.items() if name in given.only}
         if given.write and found:

@@ -39,7 +39,8 @@ from hf_elra.report.environment import environment
 from hf_elra.report.names import METRICS
 from hf_elra.report.table import markdown_table
 from lib import many_processes
-from lib.many_processes import apart, together
+from lib.many_processes import apart
+from lib.ready import together
 
 TRAIN = Path(__file__).parents[1] / "train_babyllama.py"
 SIZES = {

@@ -1,4 +1,4 @@
-"""What the contract tests run on two processes, by ``lib.many_processes.together``."""
+"""What the contract tests run on two processes, by ``lib.ready.together``."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_elra import ConfigurationError
-from lib.many_processes import answer, flat_weights, network, same_everywhere
+from lib.many_processes import flat_weights, network, same_everywhere
 from tests.contract.cases import CASES, step
 
 EVENTS = {8: "spike", 14: "nan_loss", 19: "nan_gradient"}
@@ -55,7 +55,3 @@ def on_shards(case):
     except ConfigurationError as error:
         return str(error)
     return "finite" if flat_weights(model).isfinite().all() else "not finite"
-
-
-if __name__ == "__main__":
-    answer({"two_processes": two_processes})

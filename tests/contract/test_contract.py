@@ -18,7 +18,7 @@ from torch import nn
 import hf_elra.optim
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import OPTIMIZERS, LossAwareOptimizer
-from lib.many_processes import together
+from lib.ready import together
 from tests.conftest import llama, trainer, weights
 from tests.contract.cases import CASES, step
 from tests.contract.processes import two_processes

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from hf_elra.trainer.launcher import run
+from lib import ready
 from tests.conftest import ROOT
 
 PLAIN = """
@@ -297,11 +298,11 @@ def test_two_processes_walk_the_path_of_one(tmp_path, model, rows, more):
         folder = tmp_path / str(processes)
         folder.mkdir()
         script = write_script(folder, model=model, rows=rows)
-        result = command(
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
-            *("-m", "hf_elra.run", str(script)),
-            *flags(folder, "--optim", "elra", "--per_device_train_batch_size", str(batch), *more),
-        )
+        words = flags(folder, "--optim", "elra", "--per_device_train_batch_size", str(batch), *more)
+        result = ready.command(
+            ["-m", "hf_elra.run", str(script), *words], processes=processes,
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         results.append(seen(folder))
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)

@@ -6,7 +6,7 @@ from transformers import Trainer
 
 from hf_elra import ElraTrainer
 from hf_elra.trainer.loss_scale import NotedNumber
-from lib.many_processes import together
+from lib.ready import together
 from tests import workers
 from tests.conftest import arguments, logged, trainer, vit, vit_rows, weights
 

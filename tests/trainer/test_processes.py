@@ -4,14 +4,10 @@ import pytest
 import torch
 
 from lib import many_processes
-from lib.many_processes import apart, together
+from lib.many_processes import apart
+from lib.ready import together
 from tests import workers
 from tests.conftest import llama, logged, trainer
-
-
-@pytest.fixture(autouse=True)
-def _find_the_workers(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ".")
 
 
 def test_data_parallel_walks_the_path_of_one():

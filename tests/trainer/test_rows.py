@@ -8,7 +8,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_elra import ElraTrainer
 from hf_elra.trainer.rows import number_of_rows, rows_of
-from lib.many_processes import together
+from lib.ready import together
 from tests import workers
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
 

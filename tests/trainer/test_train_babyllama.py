@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lib import ready
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train_babyllama.py")
 SMALL = [
@@ -29,22 +31,15 @@ def story(tmp_path_factory):
     return str(path)
 
 
-def start(*words, command=(SCRIPT,), **kwargs):
+def start(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command, *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, SCRIPT, *words], env=environment, text=True, **pipes)
 
 
-def finish(*words, **kwargs):
-    process = start(*words, **kwargs)
-    output, error = process.communicate(timeout=300)
-    return process.returncode, output, error
+def finish(*words, command=(SCRIPT,)):
+    done = ready.command([*command, *words], environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_run_writes_what_it_promises(tmp_path, story):

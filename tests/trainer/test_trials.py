@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_elra import ELRA, ConfigurationError, ElraTrainer
 from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
 from hf_elra.trainer.trials import LookAhead, PassCounts
-from lib.many_processes import together
+from lib.ready import together
 from tests import workers
 from tests.conftest import arguments, llama, logged, padded, ragged_rows, token_rows, vit, vit_rows, weights
 from tests.trainer.test_micro_batches import StopAt

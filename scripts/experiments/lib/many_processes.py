@@ -1,20 +1,13 @@
 """Small trainings on several processes beside the same on one: data parallel, sharded, and with faults.
 
-``scripts/experiments/stress.py`` prints what they find and the tests hold it against its limits. :func:`together`
-starts a function of this module, by its name, on so many processes of this machine (gloo, on CPUs): ``python -m
-torch.distributed.run ... -m lib.many_processes FUNCTION JSON OUTPUT``.
+``scripts/experiments/stress.py`` prints what they find and the tests hold it against its limits. :mod:`lib.ready`
+starts the processes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,50 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_elra.optim import ELRA
 from hf_elra.trainer import ElraTrainer, ElraTrainingArguments
-from hf_elra.trainer.leaving import leave, part
 
 UPDATES = 50
 SPIKES, BROKEN = (12, 33), (20,)
 """Updates with a loss ten times too high, and with a NaN in the gradient of the first process."""
-
-
-def together(function: Callable[..., Any], processes: int, **given: Any) -> Any:
-    """Run a function of a module like this one on so many processes; return what it returned on the first.
-
-    Args:
-        function: its module must do as this one does when it is run.
-        processes: how many.
-        given: keywords, as JSON values.
-
-    Raises:
-        RuntimeError: one of them failed; the text is what they printed.
-    """
-    here = str(Path(__file__).absolute().parents[1])  # where the processes find this package
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "result.json")
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
-                *("-m", sys.modules[function.__module__].__spec__.name),  # type: ignore[union-attr]
-                *(function.__name__, json.dumps(given), str(output)),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise RuntimeError(f"{function.__name__} on {processes} processes failed:\n{done.stderr}")
-        return json.loads(output.read_text(encoding="utf-8"))
-
-
-def answer(functions: dict[str, Callable[..., Any]]) -> NoReturn:
-    """Be one of the processes that :func:`together` started; ``functions`` are those of the module, by name."""
-    torch.set_num_threads(1)
-    name, given, output = sys.argv[1:]
-    result = functions[name](**json.loads(given))
-    if int(os.environ["RANK"]) == 0:
-        Path(output).write_text(json.dumps(result), encoding="utf-8")
-    part()
-    leave(0)
 
 
 def flat_weights(model: nn.Module) -> Tensor:
@@ -233,7 +186,3 @@ def _on_mesh(shape: list[int], parallel: str, memory: str) -> dict[str, Any]:
             optimizer.step(loss=told * (50 if number % 7 == 6 else 1))
     furthest = (flat_weights(plain) - flat_weights(split)).abs().max().item()
     return {"apart": furthest, "restarts": [one.restarts, other.restarts]}
-
-
-if __name__ == "__main__":
-    answer({function.__name__: function for function in (data_parallel, sharded)})

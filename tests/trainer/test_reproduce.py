@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -100,8 +98,7 @@ def test_wrong_input_is_named(tmp_path, capsys, words, message):
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
     """In a process of its own: asking for a device changes what torch says of it later."""
-    script = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "reproduce.py"
     words = ["mnist", "--data", "digits", "--device", "cuda:99", "--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--device cuda:99 cannot be used" in done.stderr
+    code, _, error = finish("experiments/reproduce.py", *words)
+    assert code == 2
+    assert "--device cuda:99 cannot be used" in error

@@ -10,14 +10,14 @@ from tests.conftest import finish
 
 def test_kills_and_faults(tmp_path):
     file = tmp_path / "stress.json"
-    # 7 has no factor in common with the numbers of faults, moments and layouts: nearly every pair of them is there.
-    words = ["--parts", "faults", "kills", "--every", "7", "--kills", "1", "--updates", "20"]
+    # 13 has no factor in common with the numbers of faults, moments and layouts: nearly every pair of them is there.
+    words = ["--parts", "faults", "kills", "--every", "13", "--kills", "1", "--updates", "20"]
     code, output, error = finish("experiments/stress.py", "--output", str(file), *words)
     assert code == 0, error + output
     results = json.loads(file.read_text())
     assert results["kills"]["kills"] == 1
     assert results["kills"]["weights_identical"] is True
-    assert len(results["faults"]) == -(-12 * 5 * (3 * 2 + 2) // 7)
+    assert len(results["faults"]) == -(-12 * 5 * (3 * 2 + 2) // 13)
     assert all(result["finite"] and result["learnt"] for result in results["faults"])
     # What is not finite is always taken back.
     counted = [r["restarts"] for r in results["faults"] if r["fault"] == "loss NaN" and r["moment"] == "three in a row"]

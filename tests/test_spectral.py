@@ -42,9 +42,10 @@ twin_arguments = st.fixed_dictionaries(
     arguments=twin_arguments,
     sequence=st.lists(st.sampled_from(EVENTS), min_size=5, max_size=60),
     noise=st.sampled_from([0.0, 0.1, 3.0]),
+    epoch=st.sampled_from([None, 20]),
     seed=st.integers(0, 2**31),
 )
-def test_walks_with_the_twin(arguments, sequence, noise, seed):
+def test_walks_with_the_twin(arguments, sequence, noise, epoch, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -54,7 +55,8 @@ def test_walks_with_the_twin(arguments, sequence, noise, seed):
     curvatures = [torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
     params = [nn.Parameter(x.clone()) for x in start]
     optimizer = ELRASpectral([{"params": params[:2]}, {"params": params[2:]}], embeddings=params[3:], **arguments)
-    twin = ReferenceSpectral(start, [False, False, False, True], **arguments)
+    optimizer.updates_per_epoch = epoch
+    twin = ReferenceSpectral(start, [False, False, False, True], updates_per_epoch=epoch, **arguments)
     level = 0.0
     for event in sequence:
         gradients = [c * p.detach() + noise * random(*p.shape) for c, p in zip(curvatures, params, strict=True)]
@@ -219,8 +221,18 @@ def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far():
     assert alpha == pytest.approx(4 * 79**-0.5)
 
 
-def test_slopes_far_below_zero_make_it_smaller():
-    rule, alpha = begun()
+def test_slopes_of_examples_that_were_trained_on_make_it_no_larger():
+    rule, alpha = begun(max_correction=100.0, fresh=20)
+    for update in range(12, 40):
+        before, alpha = alpha, rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
+        if update > 20:
+            assert alpha < before
+    assert alpha > 3 * 89**-0.5
+
+
+@pytest.mark.parametrize("fresh", [None, 12])
+def test_slopes_far_below_zero_make_it_smaller(fresh):
+    rule, alpha = begun(fresh=fresh)
     before = alpha
     for update in range(12, 16):
         alpha = rule.propose(measured(update, -0.9 + 0.01 * (update % 2)), alpha)

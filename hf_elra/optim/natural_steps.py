@@ -24,7 +24,7 @@ from torch.linalg import vector_norm
 
 NEW = 0.3
 """Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
-TRAINED = 0.016
+TRAINED = 0.01
 """Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""
 ADAPTER = 0.06
 """As :data:`NEW`, for the product of a pair of LoRA."""
@@ -144,17 +144,18 @@ def _new_ones(places: Sequence[Any], params: dict[Any, Tensor], verdicts: dict[A
 
 def adapters_of(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
     """Return the pairs of LoRA in a model, as PEFT makes them: A, B, and the factor that their product has."""
-    pairs = []
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
-        if not isinstance(scaling, dict):
-            continue
-        for kind in ("lora_", "lora_embedding_"):
-            first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
-            for name in first:
-                pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
-                if all(isinstance(p, nn.Parameter) for p in pair):
-                    pairs.append((pair[0], pair[1], float(scaling[name])))
+    return [pair for module in model.modules() for pair in adapters_of_layer(module)]
+
+
+def adapters_of_layer(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
+    """Return the pairs that a module itself holds, without those inside of it."""
+    scaling, pairs = getattr(module, "scaling", None), []
+    for kind in ("lora_", "lora_embedding_") if isinstance(scaling, dict) else ():
+        first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
+        for name in first:
+            pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
+            if all(isinstance(p, nn.Parameter) for p in pair):
+                pairs.append((pair[0], pair[1], float(scaling[name])))  # type: ignore[index]
     return pairs
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from hf_elra.control import BatchDecision, LossLevels
 from hf_elra.optim import ELRA
 from hf_elra.trainer.accounting import LOSSES_ON_DEVICE, Accounting, finite_values
+from hf_elra.trainer.drift import Drift
 from hf_elra.trainer.log_file import LogFile
 from hf_elra.trainer.micro_batches import MicroBatches
 from hf_elra.trainer.trials import Trials
@@ -51,17 +52,24 @@ class Logs:
 
     Args:
         trainer (Trainer): a Trainer with :class:`~hf_elra.trainer.mixin.ElraTrainerMixin`.
-        size, accounting, micro_batches, trials: its collaborators.
+        size, accounting, micro_batches, trials, drift: its collaborators.
     """
 
     def __init__(
-        self, trainer: Any, size: UpdateSize, accounting: Accounting, micro_batches: MicroBatches, trials: Trials
+        self,
+        trainer: Any,
+        size: UpdateSize,
+        accounting: Accounting,
+        micro_batches: MicroBatches,
+        trials: Trials,
+        drift: Drift,
     ) -> None:
         self._trainer = trainer
         self._size = size
         self._accounting = accounting
         self._micro_batches = micro_batches
         self._trials = trials
+        self._drift = drift
         self._file = LogFile(trainer)
         self._began, self._seconds_before = time.perf_counter(), 0.0
         self._limits: Counter[str] = Counter()  # updates at each limit since the last log
@@ -142,6 +150,8 @@ class Logs:
             asked_for = self._size.control is not None and self._size.control.asked_for
             if self._trainer.elra_active or asked_for:
                 logs.update(dataclasses.asdict(self._trials.counts))
+                if (drift := self._drift.measure()) is not None:
+                    logs["drift"] = drift
             if asked_for:
                 batches = self._micro_batches.in_last_update or self._accounting.accumulation
                 logs["batch_size"] = float(batches * self._accounting.progress.samples_per_batch)

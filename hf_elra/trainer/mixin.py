@@ -27,6 +27,7 @@ from hf_elra.trainer.batch_control import BatchControl, control_for
 from hf_elra.trainer.cards import create_card
 from hf_elra.trainer.checkpoints import explained
 from hf_elra.trainer.display import suit_display
+from hf_elra.trainer.drift import Drift
 from hf_elra.trainer.logs import Logs
 from hf_elra.trainer.loss_scale import LossScale
 from hf_elra.trainer.micro_batches import MicroBatches, micro_batches_of
@@ -55,7 +56,8 @@ class Collaborators:
         self.micro_batches = MicroBatches(trainer, self.size, self.accounting, self.loss_scale, self.trials)
         self.line_losses = LineLosses(trainer, self.accounting, self.micro_batches, self.trials)
         self.averaging = Averaging(trainer, self.size, self.accounting)
-        self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches, self.trials)
+        self.drift = Drift()
+        self.logs = Logs(trainer, self.size, self.accounting, self.micro_batches, self.trials, self.drift)
 
 
 class ElraTrainerMixin(_Base):
@@ -142,6 +144,7 @@ class ElraTrainerMixin(_Base):
         """Return the checkpoint to resume from, or None; ``train`` calls this with its argument."""
         checkpoint = checks.checkpoint_to_resume(self, resume_from_checkpoint)
         self.elra.averaging.go_on(checkpoint or None)
+        self.elra.drift.begin(cast(nn.Module, self.model))
         return checkpoint
 
     def get_train_dataloader(self):

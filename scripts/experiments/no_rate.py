@@ -184,6 +184,7 @@ def with_nothing_chosen(task: Llama, seed: int, _: Any) -> dict[str, Any]:
     params = [p for p in model.parameters() if p.requires_grad]
     pairs = [(m.A, m.B, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
     optimizer = ELRASpectral(params, embeddings=[p for p in embeddings_of(model) if p.requires_grad], adapters=pairs)
+    optimizer.updates_per_epoch = task.size // trained.batch
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
     average, found, rates = WeightAverage(model, power=8), {}, []
     names = {id(p): name for name, p in model.named_parameters()}

@@ -43,6 +43,7 @@ class ReferenceSpectral(ReferenceRestarts):
     Args:
         points (list of Tensor, float64): matrices and vectors, x_0.
         embeddings (list of bool, optional): of each, whether its rows are taken one by one.
+        updates_per_epoch: an attribute of ``ELRASpectral``.
         lr, momentum, warmup, ...: as in ``ELRASpectral``.
     """
 
@@ -54,13 +55,14 @@ class ReferenceSpectral(ReferenceRestarts):
         *,
         momentum: float = 0.9,
         warmup: int = 10,
-        max_correction: float = 4.0,
+        max_correction: float = 6.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
+        updates_per_epoch: int | None = None,
     ) -> None:
         super().__init__(
             lr,
@@ -72,7 +74,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.x = [point.clone() for point in points]
         self.embeddings = embeddings or [False] * len(points)
         self.momentum, self.max_relative_step = momentum, max_relative_step
-        self.warmup, self.max_correction = warmup, max_correction
+        self.warmup, self.max_correction, self.updates_per_epoch = warmup, max_correction, updates_per_epoch
         self.high, self.weight_decay = lr_bounds[1], weight_decay
         self.updates, self.last_set = 0, 0  # the second: the update that set α last
         self.natural = 0.0
@@ -183,7 +185,11 @@ class ReferenceSpectral(ReferenceRestarts):
             return alpha
         self.ratios = []
         corrected = alpha * math.exp(min(max(5 * beyond, -1), 1))
-        return corrected if beyond < 0 else max(alpha, min(corrected, self.max_correction * self.suits(self.updates)))
+        if beyond < 0:
+            return corrected
+        if self.updates_per_epoch is not None and self.updates > self.updates_per_epoch:
+            return alpha
+        return max(alpha, min(corrected, self.max_correction * self.suits(self.updates)))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """Polar factors of averaged gradients; rows of embeddings, and vectors, along their own averages."""

@@ -20,12 +20,17 @@ class EndSlopes(Rule):
     batches of 4 to -0.3 at 64, since the noise that this leaves is averaged away. So ratios are gathered until their
     mean is significantly above zero or below :data:`TOO_LONG`; then α is corrected, and they are gathered anew.
 
+    That is so while every batch is new. Later the slopes are those of examples that have been trained on, along which a
+    longer step always looks better as the network learns them by heart; so α is raised in the first pass over the data
+    alone.
+
     This is hypergradient descent (A. Baydin et al., "Online learning rate adaptation with hypergradient descent",
     2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
 
     Args:
         warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it.
         max_correction: corrections make α at most so many times what suits the weights.
+        fresh: in so many updates the data are new; None: in all.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
 
@@ -37,8 +42,10 @@ class EndSlopes(Rule):
     GAIN, LARGEST = 5.0, 1.0
     """log α changes by the first times what the mean is beyond its limit, at most by the second."""
 
-    def __init__(self, warmup: int = 10, *, max_correction: float = 4.0, falls: bool = True) -> None:
-        self.warmup, self.max_correction, self.falls = warmup, max_correction, falls
+    def __init__(
+        self, warmup: int = 10, *, max_correction: float = 6.0, fresh: int | None = None, falls: bool = True
+    ) -> None:
+        self.warmup, self.max_correction, self.fresh, self.falls = warmup, max_correction, fresh, falls
         super().__init__()
 
     def new_state(self) -> dict[str, Any]:
@@ -96,6 +103,8 @@ class EndSlopes(Rule):
         state["ratios"] = [0, 0.0, 0.0]
         corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.LARGEST), self.LARGEST))
         if corrected > alpha:
+            if self.fresh is not None and measured.update > self.fresh:
+                return alpha
             corrected = max(alpha, min(corrected, self.max_correction * self._natural(measured.update)))
         return corrected
 

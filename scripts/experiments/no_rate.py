@@ -1,13 +1,14 @@
-"""elra_spectral with nothing chosen beside constant rates of its own direction and beside AdamW, on small tasks.
+"""elra_spectral with nothing chosen beside constant rates of its own direction, and beside strong partners.
 
     python scripts/experiments/no_rate.py --output docs/results/no_rate/no_rate.jsonl --bundle gpu-bundle/rate \\
-        --stories stories --sst2 sst2 \\
-        --shakespeare tinyshakespeare/input.txt --german multi30k/train.de.gz --seeds 0 1 2
+        --data data --seeds 0 1 2
 
 Tasks: a Llama of width 64 from scratch on stories (batches of 4, 16, 64); that Llama, trained for 1,024 updates on the
-first half of the stories, trained further on tinyshakespeare and on German captions; and with a fresh head on SST-2,
-whole and by LoRA. Every run is one line, written at once; the same command makes what is missing. ``--bundle``: see
-``rate_scan_bundle.py``. ``--only TASK…`` and ``--rows ours constant adamw`` choose.
+first half of the stories, trained further on tinyshakespeare and on German captions, and with a fresh head on SST-2,
+whole and by LoRA; MiniLM on SST-2, whole and by LoRA; from scratch a BERT on SST-2, a ResNet-20 and a ViT on CIFAR-10,
+and a T5 that translates captions. Partners are those of ``lib/partners.py``. Every run is one line, written at once;
+the same command makes what is missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
+``stories``, ``sst2``, ``tinyshakespeare`` and ``multi30k``. ``--only TASK…`` and ``--rows ROW…`` choose.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import gzip
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +39,8 @@ from hf_elra.optim.directions.spectral import embeddings_of
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
-from rate_scan import SETTINGS, Lane, LoRALinear, Stories, order
+from lib.partners import PARTNERS, Training
+from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
 WIDTH, POSITIONS, PIECES, SENTENCES = 64, 128, 1024, 4000
 OF_SENTENCES = 64
@@ -50,8 +55,11 @@ class Trained:
         text: what on.
         batch, updates: of a run; the mean is evaluated at a third of them, too.
         begins: ``"new"`` or ``"trained"``.
-        rank: of LoRA; 0 for none.
-        constant, adamw: grids of rates.
+        rank, alpha: of LoRA; rank 0 for none.
+        constant: rates of the same direction.
+        adamw: rates of the partners that need one.
+        model: what it is, by a key of ``MODELS``.
+        examples: how many there are for training, of SST-2 with MiniLM.
     """
 
     text: str
@@ -61,19 +69,41 @@ class Trained:
     rank: int = 0
     constant: tuple[float, ...] = ()
     adamw: tuple[float, ...] = ()
+    model: str = "llama"
+    examples: int = SENTENCES
+    alpha: int = LORA_ALPHA
 
 
 NEW = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 GENTLE = (6e-5, 2e-4, 6e-4, 2e-3)
 ADAMW = (1e-3, 3e-3, 1e-2)
+TUNING = (1e-4, 3e-4, 1e-3, 3e-3)
+LORA = (3e-4, 1e-3, 3e-3, 1e-2)
+ENCODER = (5e-5, 1e-4, 2e-4, 4e-4)
 TASKS = {
     "scratch, batch 4": Trained("stories", 4, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 16": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 64": Trained("stories", 64, 96, constant=NEW, adamw=ADAMW),
-    "shakespeare": Trained("shakespeare", 16, 192, "trained", constant=GENTLE, adamw=(3e-4, 1e-3, 3e-3, 1e-2)),
-    "german": Trained("german", 16, 192, "trained", constant=GENTLE, adamw=(3e-4, 1e-3, 3e-3, 1e-2)),
-    "sst2": Trained("sst2", 16, 192, "trained", constant=GENTLE, adamw=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "sst2, LoRA": Trained("sst2", 16, 192, "trained", rank=8, constant=GENTLE, adamw=(3e-4, 1e-3, 3e-3, 1e-2)),
+    "shakespeare": Trained("shakespeare", 16, 192, "trained", constant=GENTLE, adamw=LORA),
+    "german": Trained("german", 16, 192, "trained", constant=GENTLE, adamw=LORA),
+    "sst2": Trained("sst2", 16, 192, "trained", constant=GENTLE, adamw=TUNING),
+    "sst2, LoRA": Trained("sst2", 16, 192, "trained", rank=8, constant=GENTLE, adamw=LORA),
+    **{
+        f"sst2, LoRA rank {rank}, alpha {alpha}": Trained("sst2", 16, 192, "trained", rank=rank, alpha=alpha)
+        for rank in (2, 8, 32, 64)
+        for alpha in (rank, 4 * rank)
+    },
+    "MiniLM": Trained("sst2", 16, 250, "trained", constant=GENTLE, adamw=ENCODER, model="minilm"),
+    "MiniLM, 500 sentences": Trained(
+        "sst2", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="minilm", examples=500
+    ),
+    "MiniLM, LoRA": Trained(
+        "sst2", 16, 250, "trained", rank=8, constant=GENTLE, adamw=(5e-4, 1e-3, 2e-3, 4e-3), model="minilm"
+    ),
+    "BERT, scratch": Trained("sst2", 32, 250, constant=NEW, adamw=TUNING, model="bert"),
+    "ResNet-20": Trained("cifar", 64, 312, constant=NEW, adamw=ADAMW, model="resnet20"),
+    "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
+    "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
 }
 
 
@@ -82,12 +112,13 @@ class Data:
 
     def __init__(self, given: argparse.Namespace) -> None:
         texts = text_data.load_texts(
-            train_file=str(given.stories / "train.txt.gz"), validation_file=str(given.stories / "validation.txt.gz")
+            train_file=str(given.data / "stories/train.txt.gz"),
+            validation_file=str(given.data / "stories/validation.txt.gz"),
         )
         tokenizer: PreTrainedTokenizerFast = text_data.train_tokenizer(texts.train, PIECES)
         self.blocks: dict[str, tuple[Tensor, Tensor]] = {}
-        plain = given.shakespeare.read_text("utf-8").split("\n\n")
-        with gzip.open(given.german, "rt", encoding="utf-8") as file:
+        plain = (given.data / "tinyshakespeare/input.txt").read_text("utf-8").split("\n\n")
+        with gzip.open(given.data / "multi30k/train.de.gz", "rt", encoding="utf-8") as file:
             german = file.read().split("\n")
         for name, documents in (("shakespeare", plain), ("german", german[:23_000])):
             blocks = self._blocks(tokenizer, documents)
@@ -95,7 +126,7 @@ class Data:
             self.blocks[name] = blocks[:number], blocks[number:][:512]
         self.sentences = {}
         for name, number in (("train", SENTENCES), ("dev", None)):
-            with gzip.open(given.sst2 / f"{name}.tsv.gz", "rt", encoding="utf-8") as file:
+            with gzip.open(given.data / f"sst2/{name}.tsv.gz", "rt", encoding="utf-8") as file:
                 rows = [line.rstrip("\n").split("\t") for line in file][1:]
             chosen = np.random.default_rng(0).permutation(len(rows))[:number] if number else range(len(rows))
             ids = [tokenizer(rows[k][1])["input_ids"][:OF_SENTENCES] for k in chosen]
@@ -131,7 +162,9 @@ class Llama(Stories):
             for parent in list(model.modules()):
                 for name, child in list(parent.named_children()):
                     if type(child) is nn.Linear and name != "lm_head":
-                        setattr(parent, name, LoRALinear(child, self.trained.rank))
+                        beside = LoRALinear(child, self.trained.rank)
+                        beside.scale = self.trained.alpha / self.trained.rank
+                        setattr(parent, name, beside)
         if self.trained.text == "sst2":
             model.score = nn.Linear(WIDTH, 2)
         return model
@@ -161,10 +194,121 @@ class Llama(Stories):
         return {"loss": functional.cross_entropy(logits, labels).item(), "accuracy": hits}
 
 
+class Encoder(Sentences):
+    """MiniLM with a fresh head, or a small BERT from scratch."""
+
+    def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
+        setting = replace(SETTINGS["minilm-4000"], examples=task.examples, rank=task.rank)
+        super().__init__(setting, given.bundle, "cpu", tiny=False)
+        self.trained = task
+
+    def model(self, seed: int) -> nn.Module:
+        """Make or load it."""
+        if self.trained.model == "minilm":
+            return super().model(seed)
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(
+            vocab_size=self.config["vocab_size"], hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=256, max_position_embeddings=64, num_labels=2, attn_implementation="eager",
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config).train()
+
+
+class Images(Pictures):
+    """CIFAR-10 with a ResNet-20 or a small ViT, from scratch."""
+
+    def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
+        super().__init__(SETTINGS["resnet20"], given.bundle, "cpu", tiny=False)
+        self.trained = task
+
+    def model(self, seed: int) -> nn.Module:
+        """Make it."""
+        if self.trained.model == "resnet20":
+            return super().model(seed)
+        torch.manual_seed(seed)
+        config = transformers.ViTConfig(
+            image_size=32, patch_size=4, hidden_size=96, num_hidden_layers=4, num_attention_heads=3,
+            intermediate_size=192, num_labels=10,
+        )  # fmt: skip
+        return LogitsOfViT(config).train()
+
+
+class LogitsOfViT(transformers.ViTForImageClassification):
+    """A ViT that returns its logits."""
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """Classify pictures."""
+        logits: Tensor = super().forward(pixel_values=images).logits
+        return logits
+
+
+class Translation(Task):
+    """Captions of Multi30k from German to English with a small T5, from scratch: nats a piece of the English side."""
+
+    LONGEST, PADDING, ENDS = 40, 0, 1
+
+    def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
+        self.trained = task
+        sides = {
+            (name, language): self._lines(given.data / f"multi30k/{name}.{language}.gz")
+            for name in ("train", "val")
+            for language in ("de", "en")
+        }  # fmt: skip
+        tokenizer = text_data.train_tokenizer([*sides["train", "de"], *sides["train", "en"]], 2048)
+        self.pieces = len(tokenizer) + 2
+        ids = {key: self._padded(tokenizer, lines) for key, lines in sides.items()}
+        self.train = ids["train", "de"], ids["train", "en"]
+        self.validation = ids["val", "de"], ids["val", "en"]
+        self.size = len(self.train[0])
+
+    @staticmethod
+    def _lines(path: Path) -> list[str]:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return file.read().strip().split("\n")
+
+    def _padded(self, tokenizer: Any, lines: list[str]) -> Tensor:
+        pieces = (tokenizer(line)["input_ids"][: self.LONGEST - 1] for line in lines)
+        rows = [[*(piece + 2 for piece in row), self.ENDS] for row in pieces]
+        return torch.tensor([row + [self.PADDING] * (self.LONGEST - len(row)) for row in rows])
+
+    def model(self, seed: int) -> nn.Module:
+        """Make it."""
+        torch.manual_seed(seed)
+        config = transformers.T5Config(
+            vocab_size=self.pieces, d_model=96, d_kv=32, d_ff=192, num_layers=2, num_heads=3, dropout_rate=0.0,
+            pad_token_id=self.PADDING, eos_token_id=self.ENDS, decoder_start_token_id=self.PADDING,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config).train()
+
+    def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """Losses of captions, so that their mean is that of all pieces."""
+        return self._of(model, *(side.index_select(0, rows) for side in self.train))
+
+    def _of(self, model: nn.Module, german: Tensor, english: Tensor) -> Tensor:
+        labels = english.masked_fill(english == self.PADDING, -100)
+        logits = model(input_ids=german, attention_mask=(german != self.PADDING).long(), labels=labels).logits
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        return losses.sum(1) * len(labels) / (labels != -100).sum()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Validation loss."""
+        parts = zip(*(side.split(128) for side in self.validation), strict=True)
+        pieces = [
+            ((english != self.PADDING).sum().item(), self._of(model, german, english)) for german, english in parts
+        ]
+        return {"loss": sum(n * losses.mean().item() for n, losses in pieces) / sum(n for n, _ in pieces)}
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "llama": Llama, "minilm": Encoder, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
+}  # fmt: skip
+"""Who makes a model and its data."""
+
+
 # ---- runs ----
 
 
-def with_a_constant_rate(task: Llama, seed: int, rate: float, *, adamw: bool = False) -> dict[str, Any]:
+def with_a_constant_rate(task: Any, seed: int, rate: float, *, adamw: bool = False) -> dict[str, Any]:
     """Train with the direction of elra_spectral at a constant rate, or with AdamW, clipping and a cosine to zero."""
     updates = task.trained.updates
     lane = Lane(task, task.model(seed), task.trained.batch, updates, adamw=adamw)
@@ -178,7 +322,7 @@ def with_a_constant_rate(task: Llama, seed: int, rate: float, *, adamw: bool = F
     return {"found": found}
 
 
-def with_nothing_chosen(task: Llama, seed: int, _: Any) -> dict[str, Any]:
+def with_nothing_chosen(task: Any, seed: int, _: Any) -> dict[str, Any]:
     """Train with elra_spectral as a user gets it."""
     trained, model = task.trained, task.model(seed)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -202,17 +346,39 @@ def with_nothing_chosen(task: Llama, seed: int, _: Any) -> dict[str, Any]:
     return {"found": found, "alpha": marks, "restarts": optimizer.restarts}
 
 
-ROWS: dict[str, Callable[[Llama, int, Any], dict[str, Any]]] = {
+def with_a_partner(name: str, task: Any, seed: int, rate: float | None) -> dict[str, Any]:
+    """Train with another optimizer; evaluate where it would, and the weighted mean of all points."""
+    trained, model, partner = task.trained, task.model(seed), PARTNERS[name]
+    training = Training(partner, model, rate, trained.updates)
+    average, found = WeightAverage(model, power=8), {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed), start=1):
+        training.step(task.losses(model, rows).mean())
+        average.add()
+        if number in (trained.updates // 3, trained.updates):
+            mean = [average.mean[names[id(p)]] for p in training.params]
+            training.to_evaluate()
+            last = evaluated(task, model, training.params, None)
+            training.to_train()
+            found[str(number)] = {"mean": evaluated(task, model, training.params, mean), "last": last}
+    return {"found": found, "state_bytes": training.state_bytes()}
+
+
+ROWS: dict[str, Callable[[Any, int, Any], dict[str, Any]]] = {
     "ours": with_nothing_chosen,
     "constant": with_a_constant_rate,
     "adamw": lambda task, seed, rate: with_a_constant_rate(task, seed, rate, adamw=True),
+    **{name: partial(with_a_partner, name) for name in PARTNERS if name != "AdamW, cosine"},
 }
+"""Row → what makes a run; ``adamw`` is AdamW with clipping and a cosine without a warm-up."""
+TITLES = {"ours": "elra_spectral", "constant": "its direction, constant rate", "adamw": "AdamW, cosine"}
 
 
 def wanted(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is to be run, the first seed of everything first."""
     for seed, name, row in itertools.product(given.seeds, given.only, given.rows):
-        grid = {"ours": (None,), "constant": TASKS[name].constant, "adamw": TASKS[name].adamw}[row]
+        has_rate = row == "adamw" or (row in PARTNERS and PARTNERS[row].has_rate)
+        grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw if has_rate else (None,)
         for rate in grid:
             yield {"task": name, "row": row, "rate": rate, "seed": seed}
 
@@ -241,34 +407,42 @@ def trained_llama(given: argparse.Namespace, data: Data) -> Path:
 
 
 def table(lines: list[str]) -> str:
-    """Return a table of the mean's loss at the end, and accuracy: one row a task, the mean of what seeds there are."""
+    """Return a table, one row a task: loss and accuracy at the end, the mean of what seeds there are.
+
+    Ours is the weighted mean of all points. Of a constant rate and of a partner it is that or the last point, whichever
+    is better, at the best rate of the grid, which is named.
+    """
     runs: dict[tuple[str, str, float | None], list[dict[str, float]]] = {}
     for run in map(json.loads, lines):
-        end = list(run["found"].values())[-1]["mean"]
-        runs.setdefault((run["task"], run["row"], run["rate"]), []).append(end)
-
-    def cell(ends: list[dict[str, float]]) -> str:
-        loss = f"{sum(end['loss'] for end in ends) / len(ends):.3f}"
-        if "accuracy" in ends[0]:
-            loss += f", {sum(end['accuracy'] for end in ends) / len(ends):.1%}"
-        return loss + (f" ({len(ends)})" if len(ends) > 1 else "")
-
-    rows = ["| task | elra_spectral | constant rate: loss | AdamW, cosine: loss |", "|---|---:|---|---|"]
-    for task in TASKS:
+        end = list(run["found"].values())[-1]
+        better = end["mean"] if run["row"] == "ours" else min(end.values(), key=lambda found: found["loss"])
+        runs.setdefault((run["task"], run["row"], run["rate"]), []).append(better)
+    kinds = [row for row in ROWS if any(row == kind for _, kind, _ in runs)]
+    rows = ["| task | " + " | ".join(TITLES.get(kind, kind) for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for task in (task for task in TASKS if any(task == name for name, _, _ in runs)):
         cells = []
-        for row in ROWS:
-            of_row = [(rate, cell(ends)) for (name, kind, rate), ends in runs.items() if (name, kind) == (task, row)]
-            cells.append(" · ".join(text if rate is None else f"{rate:g}: {text}" for rate, text in of_row) or "–")
+        for row in kinds:
+            found = {rate: ends for (name, kind, rate), ends in runs.items() if (name, kind) == (task, row)}
+            best = min(found, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]), default=None)
+            cells.append(_cell(found[best], best) if found else "–")
         rows.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _cell(ends: list[dict[str, float]], rate: float | None) -> str:
+    text = f"{statistics.mean(end['loss'] for end in ends):.3f}"
+    if "accuracy" in ends[0]:
+        text += f", {statistics.mean(end['accuracy'] for end in ends):.1%}"
+    notes = [] if rate is None else [f"{rate:g}"]
+    notes += [f"{len(ends)} seeds"] if len(ends) > 1 else []
+    return text + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def main(words: list[str]) -> int:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in (
-        ("output", "file of JSON lines"), ("bundle", "folder of rate_scan_bundle.py"), ("stories", "folder of texts"),
-        ("sst2", "folder of train.tsv.gz and dev.tsv.gz"), ("shakespeare", "text"), ("german", "text, gzip"),
+        ("output", "file of JSON lines"), ("bundle", "folder of rate_scan_bundle.py"), ("data", "folder of data sets"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", required=True, type=Path, help=what)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -290,7 +464,8 @@ def main(words: list[str]) -> int:
         if run in done:
             continue
         begun = time.perf_counter()
-        task = Llama(TASKS[run["task"]], given, data, start)
+        trained = TASKS[run["task"]]
+        task = MODELS[trained.model](trained, given, data, start)
         result = {**run, **ROWS[run["row"]](task, run["seed"], run["rate"])}
         result |= {"seconds": round(time.perf_counter() - begun, 1), **environment("cpu")}
         with given.output.open("a", encoding="utf-8") as file:

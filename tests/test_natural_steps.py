@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_elra import ELRASpectral, embeddings_of
-from hf_elra.optim.natural_steps import HEAD, NEW, OFFSET, adapters_of, looks_new, natural_steps
+from hf_elra.optim.natural_steps import EMBEDDING, HEAD, NEW, OFFSET, adapters_of, looks_new, natural_steps
 from tests.conftest import llama
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
@@ -83,11 +83,21 @@ def test_one_update_leaves_a_matrix_new_and_a_training_does_not():
 def test_new_matrices_step_by_the_root_of_their_longer_side():
     torch.manual_seed(0)
     square, wide, vector, table = (nn.Parameter(torch.randn(*s)) for s in [(64, 64), (64, 256), (64,), (100, 64)])
+    table.data *= 0.02
     found = natural_steps([group(square, vector), group(wide, table, embeddings=[False, True])])
     rates = [[found.rate * share for share in shares] for shares in found.shares]
     median = (NEW / 8 + NEW / 16) / 2
     assert rates == [pytest.approx([NEW / 8, median]), pytest.approx([NEW / 16, median])]
     assert not any(flag for flags in found.new for flag in flags)
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_large_embeddings_step_in_proportion_to_their_size(size):
+    torch.manual_seed(0)
+    matrix, table = nn.Parameter(torch.randn(64, 64)), nn.Parameter(size * torch.randn(100, 64))
+    found = natural_steps([group(matrix, table, embeddings=[False, True])])
+    rms = table.detach().square().mean().sqrt().item()
+    assert found.rate * found.shares[0][1] == pytest.approx(max(found.rate, EMBEDDING * rms))
 
 
 def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_by_its_side():

@@ -30,6 +30,8 @@ ADAPTER = 0.06
 """As :data:`NEW`, for the product of a pair of LoRA."""
 HEAD = 0.05
 """As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
+EMBEDDING = 0.8
+"""Rate of new embeddings: at least this share of their root mean square over the root of t + :data:`OFFSET`."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -63,7 +65,8 @@ class NaturalSteps:
 def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     """Return what suits the parameters as they are now.
 
-    Vectors and embeddings go with the matrices: at the median rate of new ones, or at the rate of trained ones.
+    Vectors and embeddings go with the matrices: at the median rate of new ones, or at the rate of trained ones. But
+    embeddings that are large, as T5's, which begin at a mean square of one, go in proportion to their size.
 
     Args:
         groups: the optimizer's parameter groups, with flags for embeddings and experts, and of ``adapters`` the number
@@ -94,6 +97,10 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     rates |= _rates_of_adapters(params, adapters)
     counted = [*adapters, *trained] or whole
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
+    for g, i in places:
+        if groups[g]["embeddings"][i] and params[g, i].numel():
+            size = _root_mean_square([params[g, i]])
+            rates[g, i] = max(rate, (TRAINED if is_trained else EMBEDDING) * size)
     for bias in (place for place in new if params[place].dim() == 1):
         rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
     return NaturalSteps(

@@ -245,7 +245,7 @@ def _muon(rate: float) -> tuple[type, dict[str, Any]]:
 
 def _plan(part: Part, text: dict[str, Any]) -> dict[str, Any]:
     """Settle the number of updates from the speed of the first ones."""
-    known, warm_up = _rows(), 16 if part.tiny else 60
+    known, warm_up = _rows(), 6 if part.tiny else 60
     speeds = {}
     for kind in {name.split(",")[0]: name for name in rows(part.tiny) if name in known}.values():
         trial = _train(part, text, known[kind], warm_up, seed=0)

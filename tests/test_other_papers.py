@@ -1,5 +1,6 @@
 """scripts/experiments/other_papers.py: steps are batches drawn, runs go on, tables say what the files hold."""
 
+import gzip
 import json
 from itertools import pairwise
 
@@ -8,9 +9,10 @@ import torch
 
 import compare
 import other_papers
+from lib.small_networks import Captions, Pictures
 
 
-class FewPictures(other_papers.Pictures):
+class FewPictures(Pictures):
     """Small ones, dark or bright."""
 
     def __init__(self):
@@ -22,7 +24,6 @@ class FewPictures(other_papers.Pictures):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(other_papers, "TRAINED", 64)
     monkeypatch.setattr(other_papers, "MEASURED", 16)
     return FewPictures()
 
@@ -55,6 +56,23 @@ def test_the_piecewise_rate_falls_twice(few):
     assert rates[0] == 0.1
     assert rates[5] == pytest.approx(0.01)
     assert rates[-1] == pytest.approx(0.001)
+
+
+def test_a_translator_learns_captions(tmp_path):
+    """Every noun has its translation; what a caption ends in is foreseen, and no word after it counts."""
+    nouns = [("hund", "dog"), ("mann", "man"), ("ball", "ball")]
+    for part in ("train", "val"):
+        for which, language in enumerate(("de", "en")):
+            with gzip.open(tmp_path / f"{part}.{language}.gz", "wt") as file:
+                file.write("".join(f"{('ein', 'a')[which]} {nouns[i % 3][which]} .\n" for i in range(36)))
+    data = Captions(tmp_path)
+    assert len(data) == 36
+    assert data.target[0, :6].tolist() == [data.BEGINS, 5, 7, 4, data.ENDS, data.NO_WORD]  # ".", "a", then the nouns
+    run = other_papers.Run("translation", "adamw", {"lr": 1e-2, "epochs": 6}, 12, 0)
+    result = other_papers.translation_run(run, data)
+    assert result["failed"] is None
+    assert result["loss"] < 1.5 < result["curve"][0][2]
+    assert 0.6 < result["accuracy"] <= 1
 
 
 def test_runs_go_on_and_tables_say_what_they_hold(tmp_path, monkeypatch, capsys):

@@ -197,7 +197,7 @@ def run(problem: Problem, data: Images | Text, method: str, rate: float | None, 
 
 
 def train(
-    problem: Problem, data: Images | Text, model: nn.Module, optimizer: Any, seed: int, looks: int = LOOKS_PER_EPOCH
+    problem: Problem, data: Any, model: nn.Module, optimizer: Any, seed: int, looks: int = LOOKS_PER_EPOCH
 ) -> dict[str, Any]:
     """Train a model to the end of a problem's budget; return what was measured, at so many looks per epoch."""
     per_epoch = len(data) // problem.batch
@@ -263,7 +263,7 @@ def step(optimizer: Any, loss: Tensor, evaluate: Callable[[], float] | None) -> 
         optimizer.step()
 
 
-def looked_at(model: nn.Module, optimizer: Any, data: Images | Text) -> tuple[float, float]:
+def looked_at(model: nn.Module, optimizer: Any, data: Any) -> tuple[float, float]:
     """Loss and accuracy of the test rows; of schedule-free optimizers at their averages."""
     switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
     if switches:

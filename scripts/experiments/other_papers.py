@@ -5,12 +5,13 @@
 
 ``ntlr``: NTLR's figure 2, MNIST by 784-1000-10 from α_0 of 1e-1 to 1e-9, beside SGD. ``batches``: the same network with
 batches of 64 to 512. ``hypergradients``: NTLR's table 1, hypergradients of K updates with every η of the paper; here on
-MNIST by 784-100-10. ``labpal``: LABPAL's figure 8, ResNet-20 on CIFAR-10, beside other line searches and SGD with a
-piecewise constant rate; here images have half the height and width. Its steps are batches drawn: those that a
+MNIST by 784-100-10. ``translation``: its figure 5, NTLR over SGD and Adam; here two layers of width 64 on each side,
+on 4,000 captions of Multi30k. ``labpal``: LABPAL's figure 8, ResNet-20 on CIFAR-10, beside other line searches and SGD
+with a piecewise constant rate; here images have half the height and width. Its steps are batches drawn: those that a
 measurement takes are spent. ``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
 
-DIR holds ``mnist/`` (idx files) and ``cifar10/cifar10_jpeg.npz``. Every run is a JSON line, written at once; the first
-line is command, machine and versions. Runs that are in the file already are left out.
+DIR holds ``mnist/`` (idx files), ``cifar10/cifar10_jpeg.npz`` and ``multi30k/``. Every run is a JSON line, written at
+once; the first line is command, machine and versions. Runs that are in the file already are left out.
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ from torch import Tensor, nn
 from compare import PROBLEMS, Costs, Images, Problem, batches, train
 from hf_elra.optim import OPTIMIZERS
 from hf_elra.optim.snapshot import nothing_changes
-from hf_elra.recipes.image_data import load_images
-from hf_elra.recipes.image_models import BasicBlock
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
+from lib.small_networks import Captions, Pictures, resnet20
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def hypergradient_runs(seed: int, epochs: int) -> Iterator[Run]:
     kinds: list[tuple[str, dict[str, Any]]] = [("ntlr_sgd", {})]
     for formula in ("additive", "multiplicative"):
         kinds += [("hypergradient_sgd", {"formula": formula, "hyper_lr": eta, "every": None}) for eta in ETAS]
-    for batch in BATCHES:
+    for batch in (512, 128, 256, 64):
         for rate in DECADES[:3]:
             for method, more in kinds:
                 yield Run("hypergradients", method, {"lr": rate, "epochs": epochs, **more}, batch, seed)
@@ -115,7 +115,7 @@ def mnist_run(run: Run, data: Images) -> dict[str, Any]:
 
 # ---- LABPAL: figure 8 ----
 
-TRAINED, TESTED, BATCH, LOOKS = 40_000, 2_000, 128, 8
+BATCH, LOOKS = 128, 8
 MEASURED = 1280
 """Samples of LABPAL's measurement."""
 LABPAL = ("labpal_sgd", "labpal_nsgd")
@@ -123,47 +123,8 @@ SCHEDULE = ((0.75, 4), (0.5, 2), (0.0, 1))
 """From which share of training on LABPAL's updates have how many batches."""
 
 
-class Pictures:
-    """CIFAR-10 with half the height and width: means of 2×2 pixels, normalised, on the CPU."""
-
-    def __init__(self, source: str) -> None:
-        splits = load_images(source)
-        of_training, of_tests = range(TRAINED), range(0, len(splits.test), len(splits.test) // TESTED)
-        self.images, self.labels = self._small(splits.train, of_training)
-        self.test_images, self.test_labels = self._small(splits.test, of_tests)  # the test file is sorted by class
-
-    @staticmethod
-    def _small(images: Any, rows: Any) -> tuple[Tensor, Tensor]:
-        batch = images.__getitems__(rows)
-        return nn.functional.avg_pool2d(batch["pixel_values"], 2), batch["labels"]
-
-    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """The mean over these rows."""
-        return nn.functional.cross_entropy(model(self.images[rows]), self.labels[rows])
-
-    def test(self, model: nn.Module) -> tuple[float, float]:
-        """Loss and accuracy on test images, with the averages of BatchNorm."""
-        model.eval()
-        with torch.no_grad():
-            scores = torch.cat([model(part) for part in self.test_images.split(500)])
-        model.train()
-        loss = nn.functional.cross_entropy(scores, self.test_labels).item()
-        return loss, (scores.argmax(1) == self.test_labels).double().mean().item()
-
-
-def resnet20() -> nn.Module:
-    """272,474 parameters, 16, 32 and 64 filters (He et al. 2016)."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    width = 16
-    for stage in range(3):
-        for position in range(3):
-            layers.append(BasicBlock(width, 16 * 2**stage, 2 if stage and position == 0 else 1))
-            width = 16 * 2**stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-
-
 def labpal_runs(seed: int, steps: int) -> Iterator[Run]:
-    """The methods of figure 8, and ``elra``. LABPAL measures every 50 updates, not every 1,000, as training is short."""
+    """The methods of figure 8, and ``elra``. LABPAL measures every 50 updates in place of 1,000: training is short."""
     for rate in (0.1, 0.01):
         yield Run("labpal", "sgd_piecewise", {"lr": rate, "momentum": 0.9, "steps": steps}, BATCH, seed)
     for method in LABPAL:
@@ -183,8 +144,8 @@ def labpal_run(run: Run, data: Pictures) -> dict[str, Any]:
         optimizer: Any = torch.optim.SGD(model.parameters(), **settings)
     else:
         optimizer = OPTIMIZERS[run.method](model.parameters(), **settings)
-        optimizer.updates_per_epoch, optimizer.samples_per_update = TRAINED // run.batch, run.batch
-    source, costs = batches(TRAINED, run.batch, run.seed), Costs()
+        optimizer.updates_per_epoch, optimizer.samples_per_update = len(data.labels) // run.batch, run.batch
+    source, costs = batches(len(data.labels), run.batch, run.seed), Costs()
     curve: list[list[Any]] = []
     drawn = updates = 0
     failed, look_every, start = None, max(1, steps // LOOKS), time.perf_counter()
@@ -287,6 +248,29 @@ def labpal_digits_run(run: Run, data: Images) -> dict[str, Any]:
     return {**result, "length": length, "weights": norm, "lowest": round(lowest, 2)}
 
 
+# ---- NTLR over SGD and Adam, in translation: figure 5 ----
+
+TRANSLATED = {"sgd": (0.1, 1.0), "ntlr_sgd": (1e-3, 1.0), "adamw": (1e-3, 1e-2), "ntlr_adamw": (1e-5, 1e-3)}
+"""Rates of each."""
+WIDTH, TRANSLATED_BATCH = 64, 64
+
+
+def translation_runs(seed: int, epochs: int) -> Iterator[Run]:
+    """SGD and Adam at two rates, and NTLR over both from one that is far too small and from one that is not."""
+    for method, rates in TRANSLATED.items():
+        for rate in rates:
+            yield Run("translation", method, {"lr": rate, "epochs": epochs}, TRANSLATED_BATCH, seed)
+
+
+def translation_run(run: Run, data: Captions) -> dict[str, Any]:
+    """Train a small Transformer."""
+    problem = Problem("multi30k", WIDTH, run.batch, run.settings["epochs"], math.inf)
+    torch.manual_seed(run.seed)
+    model = data.network(WIDTH)
+    kind: Any = {**OPTIMIZERS, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[run.method]
+    return train(problem, data, model, kind(model.parameters(), lr=run.settings["lr"]), run.seed, looks=1)
+
+
 # ---- runs ----
 
 
@@ -319,7 +303,7 @@ def table(file: Path) -> str:
     runs = [line for line in map(json.loads, file.read_text().splitlines()) if "method" in line]
     tables = {
         "ntlr": ntlr_table, "batches": batch_table, "hypergradients": hypergradient_table, "labpal": labpal_table,
-        "labpal_digits": labpal_digits_table,
+        "labpal_digits": labpal_digits_table, "translation": translation_table,
     }  # fmt: skip
     names = dict.fromkeys(run["experiment"] for run in runs)
     return "\n\n".join(tables[name]([run for run in runs if run["experiment"] == name]) for name in names)
@@ -378,6 +362,16 @@ def hypergradient_table(runs: list[dict[str, Any]]) -> str:
     return markdown_table(["", *(f"α_0 = {rate:.0e}" for rate in DECADES[:3])], rows)
 
 
+def translation_table(runs: list[dict[str, Any]]) -> str:
+    """Loss and words foreseen at the end, and how low the loss was."""
+    rows = []
+    for run in runs:
+        lowest = min(row[2] for row in run["curve"])
+        rows.append([f"`{run['method']}`", f"{run['settings']['lr']:.0e}", f"{run['loss']:.3f}", f"{lowest:.3f}",
+                     f"{100 * run['accuracy']:.1f}", f"{run['alpha']:.2g}" if run["alpha"] else ""])  # fmt: skip
+    return markdown_table(["method", "α_0", "loss", "lowest", "words foreseen", "last α"], rows)
+
+
 def labpal_digits_table(runs: list[dict[str, Any]]) -> str:
     """Accuracy of every seed."""
     rows = []
@@ -406,7 +400,7 @@ def labpal_table(runs: list[dict[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
-EXPERIMENTS = ("ntlr", "batches", "hypergradients", "labpal", "labpal_digits")
+EXPERIMENTS = ("ntlr", "batches", "hypergradients", "translation", "labpal", "labpal_digits")
 
 
 def main() -> None:
@@ -417,7 +411,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the tables of this file instead")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with mnist/ and cifar10/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="of ntlr (20), batches (5) and hypergradients (3)")
+    parser.add_argument("--epochs", type=int, help="of ntlr (20), batches (5), hypergradients (3), translation (4)")
     parser.add_argument("--steps", type=int, default=312, help="of labpal, batches drawn (312 an epoch)")
     parser.add_argument("--methods", nargs="+", help="these alone")
     given = parser.parse_args()
@@ -434,6 +428,8 @@ def main() -> None:
             runs += batch_runs(seed, given.epochs or 5)
         elif given.experiment == "hypergradients":
             runs += hypergradient_runs(seed, given.epochs or 3)
+        elif given.experiment == "translation":
+            runs += translation_runs(seed, given.epochs or 4)
         elif given.experiment == "labpal":
             runs += labpal_runs(seed, given.steps)
         else:
@@ -444,6 +440,9 @@ def main() -> None:
     if given.experiment == "labpal":
         pictures = Pictures(str(given.data / "cifar10" / "cifar10_jpeg.npz"))
         make(runs, lambda run: labpal_run(run, pictures), given.output)
+    elif given.experiment == "translation":
+        captions = Captions(given.data / "multi30k")
+        make(runs, lambda run: translation_run(run, captions), given.output)
     elif given.experiment == "labpal_digits":
         digits = Images.load("digits")
         make(runs, lambda run: labpal_digits_run(run, digits), given.output)

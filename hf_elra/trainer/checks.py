@@ -101,18 +101,12 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
             fp16=trainer.args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=fsdp_version(trainer)
         )
         return {}
-    replaced = replaced_defaults(
+    return replaced_defaults(
         trainer.args,
         deepspeed=trainer.is_deepspeed_enabled,
         fsdp_version=fsdp_version(trainer),
         ours="ELRA" if issubclass(ours, ELRA) else name_of(ours),
     )
-    if trainer.is_fsdp_enabled and not ours.takes_shards:
-        raise ConfigurationError(
-            f"fsdp cannot be used with optim={optimizer_name(trainer.args)}, which needs whole matrices. Use DDP, or "
-            "optim=elra."
-        )
-    return replaced
 
 
 def name_of(ours: type[LossAwareOptimizer]) -> str:

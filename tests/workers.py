@@ -207,19 +207,23 @@ class Moved(TorchDispatchMode):
         return result
 
 
-def polar_factors_distributed(shapes, dtype):
-    """Updates of copies of the same parameters: whether weights differ from those of a process that does all."""
+def copies_share_polar_factors(shapes, dtypes):
+    """Of every type: whether weights differ from those of a process that does all, and the bytes of an update."""
     dist.init_process_group("gloo")
+    return [beside_all_on_each(shapes, getattr(torch, dtype)) for dtype in dtypes]
+
+
+def beside_all_on_each(shapes, dtype):
     generator = torch.Generator().manual_seed(0)
-    ours = [[torch.randn(shape, generator=generator, dtype=getattr(torch, dtype)) for shape in shapes]]
-    ours = [[nn.Parameter(t.clone()) for t in ours[0]] for _ in range(2)]
+    weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    ours = [[nn.Parameter(t.clone()) for t in weights] for _ in range(2)]
     optimizers = [
         ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3])
         for params, how in zip(ours, ("auto", "off"), strict=True)
     ]
     moved, differing = [Moved(), Moved()], 0
     for _ in range(5):
-        gradients = [torch.randn(shape, generator=generator, dtype=getattr(torch, dtype)) for shape in shapes]
+        gradients = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
         for params, optimizer, counter in zip(ours, optimizers, moved, strict=True):
             optimizer.process_group = dist.group.WORLD
             for p, gradient in zip(params, gradients, strict=True):
@@ -440,7 +444,7 @@ def rows_of_a_resumed_run(folder):
 
 if __name__ == "__main__":
     functions = (
-        one_reads_garbage, bare_loops, events_on_one, spectral_on_shards, polar_factors_distributed, sharded_offload,
+        one_reads_garbage, bare_loops, events_on_one, spectral_on_shards, copies_share_polar_factors, sharded_offload,
         fsdp_trainer, noise_scale, line_losses, losses_of_both_kinds, one_without_labels, split_batches,
         rows_of_a_resumed_run,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Several processes: the path of one, whatever is broken, sharded or resumed."""
 
+import math
+
 import pytest
 import torch
 
@@ -100,6 +102,17 @@ def test_polar_factors_of_shards_are_those_of_whole_matrices(processes, cases):
         assert other == pytest.approx(one, rel=1e-9), case
         assert one[1:] == [4, 1], case  # restarts, one of them for the NaN
         assert found["apart"] < 1e-10, case
+
+
+def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
+    """As if every process took all of them; the formula is that of docs/guides/devices.md."""
+    alike = {(64, 64): 5, (160, 64): 1, (64, 160): 2, (8, 8): 7}  # matrices of a shape, the last in a stack of experts
+    shapes = [*[shape for shape, number in alike.items() for _ in range(number)][:-7], (7, 8, 8), (9,)]
+    processes, dtypes = 3, {"float32": 4, "bfloat16": 2}
+    all_of_them = together(workers.copies_share_polar_factors, processes, shapes=shapes, dtypes=list(dtypes))
+    for width, found in zip(dtypes.values(), all_of_them, strict=True):
+        numbers = sum(processes * math.ceil(k / processes) * math.prod(shape) for shape, k in alike.items())
+        assert found == {"differing": 0, "moved": [numbers * width, 0]}, width
 
 
 def test_shards_cannot_be_offloaded():

@@ -136,7 +136,9 @@ def _unit_polar_factors(matrices: Tensor) -> Tensor:
     factors = polar_factor(flat.mT.contiguous() if is_high else flat)
     scale = (factors.shape[1] * factors.shape[2]) ** 0.5
     factors = factors * (scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30))
-    return (factors.mT if is_high else factors).to(matrices.dtype).reshape(matrices.shape)
+    factors = factors.to(matrices.dtype)
+    # In the memory order of the weights: otherwise the step would be slow, and in bfloat16 be rounded differently.
+    return (factors.mT.contiguous() if is_high else factors).view(matrices.shape)
 
 
 def polar_factor(matrices: Tensor) -> Tensor:

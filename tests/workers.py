@@ -272,7 +272,7 @@ def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT", optim="elra"):
         llama().double(),
         arguments(
             f"{folder}/{state}-{processes}", fsdp=True, fsdp_config=settings, save_strategy="steps", save_steps=5,
-            per_device_train_batch_size=8 // processes, elra_control_cycle="2ba", optim=optim, elra_boost_mean="off",
+            per_device_train_batch_size=8 // processes, elra_control_cycle="2ba", optim=optim,
         ),
         train_dataset=token_rows(),
     )  # fmt: skip
@@ -283,6 +283,8 @@ def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT", optim="elra"):
         "alpha": logged(trainer, "alpha"),
         "batches": logged(trainer, "batch_size"),
         "restarts": logged(trainer, "restarts"),
+        "evaluation": trainer.evaluate(token_rows(8))["eval_loss"],
+        "weights": flat_weights(trainer.model).norm().item(),
     }
 
 

@@ -141,6 +141,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def parted(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return something that every process has all of, split like another tensor; what is split already stays."""
+    if not isinstance(tensor, DTensor) or isinstance(values, DTensor):
+        return values
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    copies = DTensor.from_local(values, tensor.device_mesh, everywhere, run_check=False)
+    return copies.redistribute(placements=tensor.placements)
+
+
 class Rows(NamedTuple):
     """Whether rows of a tensor are looked at one by one, or the tensor is one row; and who has their parts.
 

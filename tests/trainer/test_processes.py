@@ -8,7 +8,7 @@ import torch
 from lib import many_processes
 from lib.many_processes import apart, together
 from tests import workers
-from tests.conftest import llama, logged, trainer
+from tests.conftest import llama, logged, token_rows, trainer, weights
 
 
 @pytest.fixture(autouse=True)
@@ -127,16 +127,19 @@ def test_shards_cannot_be_offloaded():
 @pytest.mark.filterwarnings("ignore:elra_spectral")
 def test_fsdp_through_accelerate_and_its_checkpoints(tmp_path, optim, state, then):
     """The path of one process; sharded checkpoints go on on another number of processes."""
-    run = trainer(tmp_path / "one", llama().double(), elra_control_cycle="2ba", optim=optim, elra_boost_mean="off")
+    run = trainer(tmp_path / "one", llama().double(), elra_control_cycle="2ba", optim=optim)
     run.train()
     two = together(workers.fsdp_trainer, 2, folder=str(tmp_path), state=state, optim=optim)
     assert two["sharded"] == "DTensor"
     assert two["loss"] == pytest.approx(logged(run, "loss"), rel=1e-6)  # logged in float32
     assert two["alpha"] == pytest.approx(logged(run, "alpha"), rel=1e-9)
     assert two["batches"] == logged(run, "batch_size")
+    assert two["weights"] == pytest.approx(weights(run.model).norm().item(), rel=1e-9)  # of elra_spectral the mean's
+    assert two["evaluation"] == pytest.approx(run.evaluate(token_rows(8))["eval_loss"], rel=1e-6)
     checkpoint = str(tmp_path / f"{state}-2" / "checkpoint-5")
     again = together(workers.fsdp_trainer, then, folder=str(tmp_path), resume=checkpoint, state=state, optim=optim)
-    assert again["alpha"] == pytest.approx(two["alpha"], rel=1e-9)
+    for name in ("alpha", "weights", "evaluation"):
+        assert again[name] == pytest.approx(two[name], rel=1e-6 if name == "evaluation" else 1e-9)
     assert again["restarts"] == two["restarts"]
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
-from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
+from hf_elra.optim.directions.polar import polar_factor
+from hf_elra.optim.directions.spectral import spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -93,6 +94,21 @@ def test_polar_factor_has_singular_values_near_one(shape):
     assert values.median() > 0.6
     alone = torch.stack([polar_factor(matrix[None])[0] for matrix in matrices])
     torch.testing.assert_close(polar_factor(matrices), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_few_or_many_matrices_at_once_are_the_same(monkeypatch):
+    """Bit by bit, and never more of them than asked for."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape) for shape in [(16, 24)] * 7 + [(24, 16)] * 3 + [(40, 40)] + [(5, 16, 24)]]
+    flags = [False] * 12, [False] * 11 + [True]
+    together = spectral_direction(gradients, *flags)
+    sizes = []
+    monkeypatch.setattr("hf_elra.optim.directions.spectral.polar_factor", lambda x: sizes.append(x) or polar_factor(x))
+    for batch, counts in ((1, [1] * 16), (3 * 16 * 24, [3, 3, 3, 3, 3, 1])):
+        sizes.clear()
+        few = spectral_direction(gradients, *flags, batch=batch)
+        assert all(map(torch.equal, few, together))
+        assert sorted(map(len, sizes), reverse=True) == counts
 
 
 def test_every_direction_has_a_mean_square_of_one():

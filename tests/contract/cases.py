@@ -143,6 +143,7 @@ WRONG_OF_SPECTRAL = (
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
+    ({"polar_batch": 0}, "polar_batch=0 must be a whole number"),
     ({"distribute": "of"}, "distribute='of' must be one of 'auto', 'off'. Did you mean 'off'"),
 )
 

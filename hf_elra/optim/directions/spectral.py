@@ -15,18 +15,13 @@ from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
 from hf_elra.optim.directions import Direction, Groups
+from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
 from hf_elra.optim.tensors import local
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz iteration, as in Muon (K. Jordan et al., 2024): the polynomial is steep where
-singular values are small."""
-NEWTON_SCHULZ_STEPS = 5
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
 updates at a momentum of 0.9."""
-MOST_AT_ONCE = 2**24
-"""How many numbers a batch of matrices has at most, if it is of more than one."""
 
 
 class Spectral(Direction):
@@ -38,6 +33,7 @@ class Spectral(Direction):
     Args:
         momentum: share of the averaged gradient that is kept at an update (Nesterov's form). With 0 there is no
             average, and an existing one is dropped.
+        batch: how many numbers matrices have at most whose factors are taken together.
         group: processes that have the same parameters and gradients, and share the work; None for none.
 
     State per parameter: ``momentum``, the averaged gradient.
@@ -45,8 +41,8 @@ class Spectral(Direction):
 
     is_gradient = False
 
-    def __init__(self, momentum: float, *, group: dist.ProcessGroup | None = None) -> None:
-        self.momentum, self.group = momentum, group
+    def __init__(self, momentum: float, *, batch: int, group: dist.ProcessGroup | None = None) -> None:
+        self.momentum, self.batch, self.group = momentum, batch, group
 
     def apply(
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
@@ -60,7 +56,7 @@ class Spectral(Direction):
                 flags[kind] += [group[kind][places[p]] for p in group_params]
             shares += [group["shares"][places[p]] for p in group_params]
             averages += self.averaged(group_params, group_gradients, state)
-        directions = spectral_direction(averages, **flags, group=self.group)
+        directions = spectral_direction(averages, **flags, batch=self.batch, group=self.group)
         if self.momentum > 0:
             freeze_inactive(directions, averages, [g for of_group in gradients for g in of_group], **flags)
         if any(share != 1 for share in shares):
@@ -99,6 +95,7 @@ def spectral_direction(
     embeddings: Sequence[bool],
     experts: Sequence[bool] | None = None,
     *,
+    batch: int = 2**24,
     group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
@@ -112,6 +109,7 @@ def spectral_direction(
         gradients: floating point tensors of any shapes, which may be split over processes (DTensor).
         embeddings: for each, whether it is an embedding.
         experts: for each, whether it is several matrices in one, along its first dimension.
+        batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
         group: processes that have the same gradients, where these are no DTensors, and share the work.
     """
     experts = experts or [False] * len(gradients)
@@ -122,7 +120,7 @@ def spectral_direction(
         directions[index] = direction
     matrices = [i for i, direction in enumerate(directions) if direction is None]
     pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]
-    results = iter(each_once([piece for of_one in pieces for piece in of_one], _unit_polar_factors, most=MOST_AT_ONCE))
+    results = iter(each_once([piece for of_one in pieces for piece in of_one], _unit_polar_factors, most=batch))
     for index, of_one in zip(matrices, pieces, strict=True):
         parts = [next(results) for _ in of_one]
         directions[index] = put_together(parts, gradients[index], stacked=experts[index])
@@ -135,32 +133,10 @@ def _unit_polar_factors(matrices: Tensor) -> Tensor:
     is_high = flat.shape[1] > flat.shape[2]
     factors = polar_factor(flat.mT.contiguous() if is_high else flat)
     scale = (factors.shape[1] * factors.shape[2]) ** 0.5
-    factors = factors * (scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30))
+    factors *= scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30)
     factors = factors.to(matrices.dtype)
     # In the memory order of the weights: otherwise the step would be slow, and in bfloat16 be rounded differently.
     return (factors.mT.contiguous() if is_high else factors).view(matrices.shape)
-
-
-def polar_factor(matrices: Tensor) -> Tensor:
-    """Return approximately U·Vᵀ for each matrix U·S·Vᵀ: singular values become 0.7 to 1.2, or less if they were small.
-
-    Args:
-        matrices (Tensor, shape (number, rows, columns), rows <= columns): the iteration runs in bfloat16 on a GPU,
-            else in their own type but at least float32, which is the type of the result. The factor of zero is zero.
-
-    Source: Newton-Schulz iteration with the coefficients of Muon.
-    """
-    a, b, c = QUINTIC
-    wide = torch.promote_types(matrices.dtype, torch.float32)
-    x = matrices.to(wide)
-    x = _near_one(x, x.abs().amax((1, 2), keepdim=True)) if x.numel() else x
-    x = x / vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
-    if x.is_cuda:
-        x = x.bfloat16()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.to(wide)
 
 
 def freeze_inactive(
@@ -251,30 +227,19 @@ KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"embeddings": emb
 """Kinds of parameters with a direction of their own: the name of their argument, and the function that finds them."""
 
 
-def _near_one(tensor: Tensor, largest: Tensor) -> Tensor:
-    """Multiply by powers of two, which is exact, so that squares of very small numbers do not vanish.
-
-    Args:
-        tensor: numbers, of which ``largest`` are the largest absolute values.
-    """
-    exponent = torch.log2(largest).floor().clamp(-120, 120)  # 2^120 is a number in float32; MPS has no frexp
-    return tensor * torch.exp2(-exponent)
-
-
 def _unit_rows(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]:
     """Return tensors, or their rows where these are apart, with a mean square of one."""
     rows = [Rows.of(t, apart=a) if t.dim() else Rows(False, (), ()) for t, a in zip(tensors, apart, strict=True)]
     within = [r.within for r in rows]
     wide = [r.flat(t).to(torch.promote_types(t.dtype, torch.float32)) for r, t in zip(rows, tensors, strict=True)]
     peaks = reduced([_largest(w) for w in wide], within, dist.ReduceOp.MAX)
-    near_one = [_near_one(w, peak[:, None]) for w, peak in zip(wide, peaks, strict=True)]
-    norms = [vector_norm(n, dim=1) for n in near_one]
+    scaled = [near_one(w, peak[:, None]) for w, peak in zip(wide, peaks, strict=True)]
+    norms = [vector_norm(n, dim=1) for n in scaled]
     if any(within):
         norms = [square.sqrt() for square in reduced([n.square() for n in norms], within, dist.ReduceOp.SUM)]
     result = []
-    for tensor, is_apart, scaled, norm in zip(tensors, apart, near_one, norms, strict=True):
+    for tensor, is_apart, units, norm in zip(tensors, apart, scaled, norms, strict=True):
         columns = tensor.numel() / max(len(tensor), 1) if is_apart else tensor.numel()
-        factor = columns**0.5 / norm.clamp_min(1e-30)
-        units = torch.where(norm[:, None] > 0, scaled * factor[:, None], 0.0).to(tensor.dtype)
-        result.append(like(units.view(local(tensor).shape), tensor))
+        units *= torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)[:, None]
+        result.append(like(units.to(tensor.dtype).view(local(tensor).shape), tensor))
     return result

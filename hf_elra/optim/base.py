@@ -105,8 +105,6 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         settings: all other arguments by name, ``lr`` among them.
     """
 
-    takes_shards = True
-    """Whether parameters may be sharded (DTensor)."""
     scales_weight_decay = False
     """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
     needs_line_loss = False

@@ -100,13 +100,7 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
     refuse_unusable(ours, fp16=args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=version)
     if ours is Guarded:  # what suits a stock optimizer suits it still
         return {}
-    replaced = replaced_defaults(args, ours="ELRA" if issubclass(ours, ELRA) else name_of(ours))
-    if trainer.is_fsdp_enabled and not ours.takes_shards:
-        raise ConfigurationError(
-            f"fsdp cannot be used with optim={optimizer_name(trainer.args)}, which needs whole matrices. Use DDP, or "
-            "optim=elra."
-        )
-    return replaced
+    return replaced_defaults(args, ours="ELRA" if issubclass(ours, ELRA) else name_of(ours))
 
 
 def name_of(ours: type[LossAwareOptimizer]) -> str:

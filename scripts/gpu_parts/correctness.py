@@ -208,7 +208,7 @@ def _polar_factors(part: Part) -> dict[str, Any]:
     """
     import torch
 
-    from hf_elra.optim.directions.spectral import polar_factor
+    from hf_elra.optim.directions.polar import polar_factor
 
     generator = torch.Generator().manual_seed(0)
     cosines, largest = {}, 0.0

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
@@ -109,7 +110,8 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
     for g, i in places:
         if groups[g]["embeddings"][i] and params[g, i].numel():
-            norm = float(whole(vector_norm(params[g, i].detach().float())))
+            wide = torch.promote_types(params[g, i].dtype, torch.float32)
+            norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
             size = norm / math.sqrt(params[g, i].numel())
             rates[g, i] = max(rate, (TRAINED if is_trained else EMBEDDING) * size)
     for bias in (place for place in new if params[place].dim() == 1):

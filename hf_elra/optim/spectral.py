@@ -60,7 +60,7 @@ class ELRASpectral(LossAwareOptimizer):
         max_correction (float): corrections make α at most so many times what suits the weights, and only in the first
             pass over the data, whose length a bare loop tells as ``optimizer.updates_per_epoch = len(loader)``. A
             trained model that shall learn something quite different may need more; one that shall not forget, less.
-            Default: 6.
+            Default: 4.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -114,7 +114,7 @@ class ELRASpectral(LossAwareOptimizer):
         experts: Iterable[Tensor] = (),
         adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
         warmup: int = 10,
-        max_correction: float = 6.0,
+        max_correction: float = 4.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
@@ -210,7 +210,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
-    need("max_correction", lambda v: v >= 1, "a number >= 1 (6)")
+    need("max_correction", lambda v: v >= 1, "a number >= 1 (4)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     need_choice(settings, "distribute", ("auto", "off"))
     need("polar_batch", lambda v: isinstance(v, int) and v > 0, "a whole number of numbers, e.g. 2**24")

@@ -55,7 +55,7 @@ class ReferenceSpectral(ReferenceRestarts):
         *,
         momentum: float = 0.9,
         warmup: int = 10,
-        max_correction: float = 6.0,
+        max_correction: float = 4.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,

@@ -43,7 +43,7 @@ class EndSlopes(Rule):
     """log α changes by the first times what the mean is beyond its limit, at most by the second."""
 
     def __init__(
-        self, warmup: int = 10, *, max_correction: float = 6.0, fresh: int | None = None, falls: bool = True
+        self, warmup: int = 10, *, max_correction: float = 4.0, fresh: int | None = None, falls: bool = True
     ) -> None:
         self.warmup, self.max_correction, self.fresh, self.falls = warmup, max_correction, fresh, falls
         super().__init__()

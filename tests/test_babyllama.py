@@ -162,7 +162,7 @@ def test_runs_from_before_a_setting_was_written_down_go_on(tmp_path, module, opt
         ("--hidden_size 100 --num_heads 3", "hidden_size=100 must be an even multiple of num_heads=3"),
         ("--block_size 0", "block_size=0 must be at least 1"),
         ("--max_steps many", "invalid int value: 'many'"),
-        ("--fp16", "fp16=True cannot be used with ELRA"),
+        ("--optim sls --fp16", "fp16=True cannot be used with SLS"),
         ("--deepspeed ds.json", "deepspeed cannot be used with ELRA"),
         ("--max_step 1", "unknown argument --max_step. Did you mean '--max_steps'"),
     ],

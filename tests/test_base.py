@@ -1,10 +1,10 @@
-"""hf_elra.optim.base: an optimizer of other parts than ours, in a bare loop; losses along the line."""
+"""hf_elra.optim.base: an optimizer of other parts than ours, in a bare loop; losses along the line; loss scaling."""
 
 import pytest
 import torch
 
 from hf_elra import ConfigurationError
-from hf_elra.optim import LossAwareOptimizer
+from hf_elra.optim import ELRA, OPTIMIZERS, PAL, LossAwareOptimizer
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.guards import RestartGuard, StepGuards
@@ -89,3 +89,93 @@ def test_parts_are_asked_for():
 def test_guards_say_which_limit_decided(proposal, norm, expected):
     guards = StepGuards(lr_bounds=(0.01, 4.0), min_step_norm=0.1, max_step_norm=2.0)
     assert guards.apply(proposal, proposal, norm) == pytest.approx(expected)
+
+
+# ---- with a GradScaler ----
+
+
+def scaled_update(optimizer, scaler, loss, told=None):
+    """As a loop in half precision makes it."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer, loss=loss.detach() if told is None else told)
+    scaler.update()
+
+
+@pytest.mark.parametrize("name", ["elra", "elra_spectral", "ntlr_adamw", "sps", "gols"])
+def test_a_grad_scaler_changes_nothing_where_nothing_overflows(name):
+    """Every number is multiplied and divided by a power of two."""
+    ends = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer, inputs = OPTIMIZERS[name](model.parameters()), torch.randn(8, 4)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        for _ in range(6):
+            scaled_update(optimizer, scaler, (model(inputs) - 1).square().mean())
+        ends.append([optimizer.alpha, *(p.detach() for p in model.parameters())])
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
+def test_an_overflow_of_the_scale_makes_no_update():
+    """The loss is finite, so the point is no worse than others; α is what it was, and the scale is halved."""
+    x = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer, scaler = ELRA([x], max_relative_step=None), torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        scaled_update(optimizer, scaler, x.square().sum())
+    before, alpha, updates = x.item(), optimizer.alpha, optimizer.param_groups[0]["scalars"]["updates"]
+    scaled_update(optimizer, scaler, x.square().sum() * float("inf"), told=before**2)
+    assert (x.item(), optimizer.alpha, optimizer.restarts) == (before, alpha, 0)
+    assert optimizer.param_groups[0]["scalars"]["updates"] == updates
+    assert scaler.get_scale() == 2**15
+    scaled_update(optimizer, scaler, x.square().sum())
+    assert x.item() < before
+
+
+def test_a_loss_that_is_not_finite_takes_the_step_back_although_the_scaler_saw_an_overflow():
+    """Skipping these updates would leave the weights where they are for ever."""
+    x = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer, scaler = ELRA([x], lr=0.1, max_relative_step=None, max_first_step=None), torch.amp.GradScaler("cpu")
+    scaled_update(optimizer, scaler, x.square().sum())
+    beyond = x.item()
+    scaled_update(optimizer, scaler, x.square().sum() * float("nan"))
+    assert optimizer.restarts == optimizer.metrics["non_finite"] == 1
+    assert beyond < x.item() < 3
+
+
+def test_gradients_that_no_scale_makes_finite_are_an_error():
+    x = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer, scaler = ELRA([x]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaled_update(optimizer, scaler, x.square().sum())
+    for _ in range(3 + 19):  # at scales of 4, 2 and 1, then taken back
+        scaled_update(optimizer, scaler, x.square().sum() * float("inf"), told=9.0)
+    assert optimizer.metrics["non_finite"] == 19
+    with pytest.raises(RuntimeError, match="non-finite over 20 updates"):
+        scaled_update(optimizer, scaler, x.square().sum() * float("inf"), told=9.0)
+
+
+def test_gradients_that_were_unscaled_for_clipping_are_not_divided_again():
+    x = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer, scaler = ELRA([x]), torch.amp.GradScaler("cpu")
+    loss = x.square().sum()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer, loss=loss)
+    assert optimizer.metrics["grad_norm"] == 6
+
+
+def test_what_a_grad_scaler_cannot_do_is_refused():
+    x = torch.nn.Parameter(torch.tensor([3.0]))
+    for optimizer, words, message in (
+        (PAL([x]), {"loss": 9.0, "evaluate": lambda: 9.0}, "PAL cannot be used with a GradScaler"),
+        (ELRA([x]), {"loss": None}, "closure=.*cannot be used with a GradScaler"),
+    ):
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(x.square().sum()).backward()
+        with pytest.raises(ConfigurationError, match=message):
+            scaler.step(optimizer, *([] if words["loss"] else [lambda: 9.0]), **words)
+    half = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float16))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(half.square().sum()).backward()
+    with pytest.raises(ConfigurationError, match="a float16 parameter"):
+        scaler.step(ELRA([half]), loss=9.0)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_elra import ELRA, ConfigurationError, ELRASpectral, embeddings_of, experts_of
-from hf_elra.optim.directions.spectral import polar_factor, spectral_direction
+from hf_elra.optim.directions.polar import polar_factor
+from hf_elra.optim.directions.spectral import spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -95,6 +96,21 @@ def test_polar_factor_has_singular_values_near_one(shape):
     assert values.median() > 0.6
     alone = torch.stack([polar_factor(matrix[None])[0] for matrix in matrices])
     torch.testing.assert_close(polar_factor(matrices), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_few_or_many_matrices_at_once_are_the_same(monkeypatch):
+    """Bit by bit, and never more of them than asked for."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape) for shape in [(16, 24)] * 7 + [(24, 16)] * 3 + [(40, 40)] + [(5, 16, 24)]]
+    flags = [False] * 12, [False] * 11 + [True]
+    together = spectral_direction(gradients, *flags)
+    sizes = []
+    monkeypatch.setattr("hf_elra.optim.directions.spectral.polar_factor", lambda x: sizes.append(x) or polar_factor(x))
+    for batch, counts in ((1, [1] * 16), (3 * 16 * 24, [3, 3, 3, 3, 3, 1])):
+        sizes.clear()
+        few = spectral_direction(gradients, *flags, batch=batch)
+        assert all(map(torch.equal, few, together))
+        assert sorted(map(len, sizes), reverse=True) == counts
 
 
 def test_every_direction_has_a_mean_square_of_one():
@@ -269,6 +285,19 @@ def test_a_step_that_a_schedule_shortened_says_nothing():
 
 
 # ---- one high loss ----
+
+
+@pytest.mark.parametrize("stretch", [0.0, 3.0])
+def test_the_first_losses_of_a_trained_model_may_differ_by_more_than_a_tenth(stretch):
+    """As those of batches with a fresh head do; of a new model such a rise is a step that went too far."""
+    torch.manual_seed(0)
+    values = 0.05 * (torch.randn(24, 24) + stretch * torch.outer(torch.randn(24), torch.randn(24)))
+    weights = nn.Parameter(values)
+    optimizer = ELRASpectral([weights])
+    for loss in (0.60, 0.71, 0.68, 0.73, 0.66, 0.75):
+        weights.grad = torch.randn(24, 24)
+        optimizer.step(loss=loss)
+    assert (optimizer.restarts == 0) == (stretch > 0)
 
 
 def example(**given):

@@ -1,5 +1,6 @@
 """What only tests run on several processes, by ``lib.ready.together``."""
 
+import copy
 import os
 import warnings
 
@@ -8,7 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
@@ -110,6 +114,127 @@ def rate_after(kind, event):
     return {"alpha": optimizer.alpha, "differing": differing, "restarts": optimizer.restarts}
 
 
+class Mixture(nn.Module):
+    """An embedding, a convolution, experts, vectors: sizes that two and four processes do not divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.convolution = nn.Embedding(7, 6), nn.Conv1d(6, 9, 3)
+        self.experts = nn.Parameter(torch.randn(3, 9, 6) / 3)
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 3)
+
+    def forward(self, tokens):
+        hidden = self.convolution(self.table(tokens).mT).mT.tanh()
+        expert = self.experts[int(tokens[0, 0]) % 3]
+        return self.down(torch.tanh(self.up(hidden @ expert)))
+
+
+def last_even_dimension(parameter):
+    """Where FSDP2 splits a parameter among two: other dimensions than the first it splits evenly alone."""
+    return Shard(max(d for d, size in enumerate(parameter.shape) if d == 0 or size % 2 == 0))
+
+
+SPLITS = {
+    "rows": lambda model, mesh: fully_shard(model, mesh=mesh),
+    "columns": lambda model, mesh: fully_shard(model, mesh=mesh, shard_placement_fn=last_even_dimension),
+    "tensor": lambda model, mesh: parallelize_module(model, mesh, TENSOR_PARALLEL),
+    "tensor and rows": lambda model, mesh: fully_shard(
+        parallelize_module(model, mesh["shard"], TENSOR_PARALLEL), mesh=mesh["replicate"]
+    ),
+}
+TENSOR_PARALLEL = {
+    "table": ColwiseParallel(output_layouts=Replicate()),
+    "up": ColwiseParallel(),
+    "down": RowwiseParallel(),
+}
+
+
+def spectral_on_shards(cases):
+    """Of every case (shape of the mesh, how a model is split, momentum): how far shards come from one process."""
+    dist.init_process_group("gloo")
+    return [spectral_beside_one(*case) for case in cases]
+
+
+def spectral_beside_one(shape, split, momentum):
+    """Fifty updates with spikes, a NaN on one process, and tokens and experts that are not seen any more."""
+    mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    torch.manual_seed(0)
+    plain = Mixture().double()
+    parted = copy.deepcopy(plain)
+    SPLITS[split](parted, mesh)
+    one, other = (
+        ELRASpectral(model.parameters(), momentum=momentum, embeddings=[model.table.weight], experts=[model.experts],
+                     weight_decay=0.1)
+        for model in (plain, parted)
+    )  # fmt: skip
+    other.process_group = dist.group.WORLD
+    rank, processes, differing = dist.get_rank(), dist.get_world_size(), 0
+    for number in range(50):
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randint(0, 7 if number < 10 else 4, (4, 5), generator=generator)
+        tokens[:, 0] = number % 3 if number < 10 else 1
+        targets = torch.randn(4, 3, 3, generator=generator).double() / 2 + 1
+        part = slice(rank * 4 // processes, (rank + 1) * 4 // processes) if "tensor" not in split else slice(None)
+        for model, optimizer, own in ((plain, one, slice(None)), (parted, other, part)):
+            optimizer.zero_grad()
+            (model(tokens[own]) - targets[own]).square().mean().backward()
+            whole_loss = (plain(tokens) - targets).square().mean().item()
+            if number == 30 and rank == processes - 1 and model is parted:
+                model.up.weight.grad.to_local().view(-1)[:1] = float("nan")
+            elif number == 30 and model is plain:
+                model.up.weight.grad[-1, -1] = float("nan")
+            optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
+        differing += not same_everywhere(flat_weights(parted))
+    names = "alpha", "restarts", "non_finite"
+    return {
+        "apart": (flat_weights(plain) - flat_weights(parted)).abs().max().item(),
+        "numbers": [[optimizer.metrics[name] for name in names] for optimizer in (one, other)],
+        "differing": differing,
+    }
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes that are gathered from all processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "_c10d_functional::all_gather" in str(function.name()):
+            self.bytes += result.nbytes
+        return result
+
+
+def copies_share_polar_factors(shapes, dtypes):
+    """Of every type: whether weights differ from those of a process that does all, and the bytes of an update."""
+    dist.init_process_group("gloo")
+    return [beside_all_on_each(shapes, getattr(torch, dtype)) for dtype in dtypes]
+
+
+def beside_all_on_each(shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    ours = [[nn.Parameter(t.clone()) for t in weights] for _ in range(2)]
+    optimizers = [
+        ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3])
+        for params, how in zip(ours, ("auto", "off"), strict=True)
+    ]
+    moved, differing = [Moved(), Moved()], 0
+    for _ in range(5):
+        gradients = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+        for params, optimizer, counter in zip(ours, optimizers, moved, strict=True):
+            optimizer.process_group = dist.group.WORLD
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient.clone()
+            with counter:
+                optimizer.step(loss=1.0)
+        flat = [torch.cat([p.detach().reshape(-1) for p in params]) for params in ours]
+        differing += not torch.equal(*flat) or not same_everywhere(flat[0])
+    return {"differing": differing, "moved": [counter.bytes / 5 for counter in moved]}
+
+
 def sharded_offload():
     """The error for a memory layout that cannot be sharded."""
     dist.init_process_group("gloo")
@@ -158,6 +283,8 @@ def fsdp_trainer(folder, resume=None, state="SHARDED_STATE_DICT", optim="elra"):
         "alpha": logged(trainer, "alpha"),
         "batches": logged(trainer, "batch_size"),
         "restarts": logged(trainer, "restarts"),
+        "evaluation": trainer.evaluate(token_rows(8))["eval_loss"],
+        "weights": flat_weights(trainer.model).norm().item(),
     }
 
 

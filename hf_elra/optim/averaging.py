@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.shards import parted, whole
 from hf_elra.optim.snapshot import unchanged
+from hf_elra.optim.tensors import local
 
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
 BATCH_NORM_SAMPLES = 4096
@@ -80,6 +82,11 @@ class WeightAverage:
         tensor = tensor.detach()
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
+    @staticmethod
+    def _beside(mean: Tensor, point: Tensor) -> Tensor:
+        """A mean where the point is: the model may have been moved, or split over processes."""
+        return parted(mean.to(point.device, point.dtype), point)
+
     @torch.no_grad()
     def add(self) -> None:
         """Add the present point to the mean; the first one after the end of a cycle begins a new mean."""
@@ -95,11 +102,11 @@ class WeightAverage:
                 mean = point.clone()
                 if self.count:
                     self._joined[name] = self.count
-            self.mean[name] = mean = mean.to(point.device, point.dtype)  # the model may have been moved
+            self.mean[name] = mean = self._beside(mean, point)
             count = self.count - self._joined.get(name, 0)
             means, points = lots.setdefault((mean.dtype, mean.device, count), ([], []))
-            means.append(mean)
-            points.append(point)
+            means.append(local(mean))
+            points.append(local(point))
         power = self.power or 0
         for (_, _, count), (means, points) in lots.items():
             torch._foreach_lerp_(means, points, (power + 1) / (count + power + 1))
@@ -117,7 +124,7 @@ class WeightAverage:
     def put(self) -> None:
         """Put the mean into the parameters; without points they stay as they are."""
         for p, mean in self._known() if self.count else ():
-            p.copy_(mean)
+            p.copy_(self._beside(mean, p))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -131,14 +138,27 @@ class WeightAverage:
                 for p, values in kept:
                     p.copy_(values)
 
-    def save(self, folder: str) -> None:
-        """Write the mean and its description into a folder or checkpoint; write nothing while there are no points."""
+    def save(self, folder: str, *, writes: bool = True) -> None:
+        """Write the mean and its description into a folder or checkpoint; write nothing while there are no points.
+
+        Args:
+            folder: it is made if need be.
+            writes: whether this process is the one that writes. If parameters are split over processes, all of them
+                have to call this, as they fetch the mean from each other.
+        """
         if self.count == 0:
+            return
+        tensors = {}
+        for name, mean in self.mean.items():
+            values = whole(mean)
+            if writes:
+                tensors[name] = values.contiguous() if values is mean else values.cpu()
+        if not writes:
             return
         from safetensors.torch import save_file
 
         os.makedirs(folder, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.mean.items()}, os.path.join(folder, BOOSTED))
+        save_file(tensors, os.path.join(folder, BOOSTED))
         content = {
             "model.safetensors": "the point that training goes on from",
             BOOSTED: f"the mean of {self.count} points of the control cycle"
@@ -165,7 +185,7 @@ class WeightAverage:
         saved = load_file(os.path.join(folder, BOOSTED))
         for name, p in present.items():
             if name in saved and saved[name].shape == p.shape:
-                self.mean[name] = saved[name].to(p.device, self._wide(p).dtype)
+                self.mean[name] = self._beside(saved[name], self._wide(p))
         if not self.mean:
             return False
         content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))

@@ -105,14 +105,15 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         settings: all other arguments by name, ``lr`` among them.
     """
 
-    takes_shards = True
-    """Whether parameters may be sharded (DTensor)."""
     scales_weight_decay = False
     """Whether weight decay is multiplied by α; if not, it is the same share of the weights in every update."""
     needs_line_loss = False
     """Whether the rule asks for losses along the step to come; see :meth:`step` and :attr:`line_loss`."""
     stays_with_object: tuple[str, ...] = ("stochastic_rounding",)
     """Settings that loading a state does not change."""
+    _step_supports_amp_scaling = True
+    """A ``torch.amp.GradScaler`` reads this: it leaves gradients to :meth:`step`, which divides them, and never skips
+    it. An update whose loss is not finite has to be seen here, as the step before is to be taken back for it."""
     process_group: dist.ProcessGroup | None = None
     """Processes whose losses and scalar products are averaged; not part of the state."""
     gradient_decay: float = 1.0
@@ -128,6 +129,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     """For rules that count samples; a Trainer sets it, no part of the state."""
     last_update: LastUpdate | None = None
     """None before the first update, after a batch that was skipped, and where updates are made on the device."""
+    grad_scale: Tensor | None
+    found_inf: Tensor | float
+    """Both are there only while a GradScaler calls :meth:`step`."""
     _observed_loss: Tensor | float | None = None
     _warned_no_loss = False
     _warned_of_processes = False
@@ -261,6 +265,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             evaluate (callable, optional): returns the loss of this update's batch at the present parameters, without
                 gradients; for optimizers that look along the line before they step (:attr:`needs_line_loss`).
 
+        A ``torch.amp.GradScaler`` calls it as ``scaler.step(optimizer, loss=loss)``, with the loss as it was before
+        scaling. Gradients that are too large for its scale make no step, as with any optimizer, but may take one back.
+
         Returns:
             What the closure returned, else ``loss``.
         """
@@ -268,6 +275,16 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             raise ConfigurationError(f"closure={closure!r} cannot be called; tell a loss as step(loss=loss).")
         if closure is not None and loss is not None:
             raise ConfigurationError("step() got both closure and loss; give one of them.")
+        if self.needs_line_loss and hasattr(self, "found_inf"):
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot be used with a GradScaler: it compares losses at points close to one "
+                "another, which in half precision differ by less than their rounding. Use torch.bfloat16 without one."
+            )
+        if closure is not None and hasattr(self, "found_inf"):
+            raise ConfigurationError(
+                f"closure={closure!r} cannot be used with a GradScaler, which looks at the gradients before it is "
+                "called; make them first, and call scaler.step(optimizer, loss=loss)."
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -297,8 +314,35 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "step(loss=loss, evaluate=function), where function() returns the loss of the same batch."
             )
         self._steps += 1
+        if self._unscale():
+            agreed = None if observed is None else self._agreed(float(observed))[0]
+            if agreed is None or (math.isfinite(agreed) and not self.takes_back(agreed)):
+                self.last_update = None
+                return loss
+            if math.isfinite(agreed):  # the loss alone takes the last step back
+                self.zero_grad()
         self._update(observed, factors, evaluate)
         return loss
+
+    def _unscale(self) -> bool:
+        """Divide gradients by the scale of a GradScaler, if there is one.
+
+        Returns:
+            Whether the scale, which the GradScaler reduces then, was too large for them. With a scale below 1 it was
+            not the scale that made them infinite.
+        """
+        if not hasattr(self, "found_inf"):
+            return False
+        scale: Tensor | None = self.grad_scale  # None where they are divided already, as for clipping
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(gradient.dtype == torch.float16 for gradient in gradients):
+            raise ConfigurationError(
+                "params: a float16 parameter cannot be trained with a GradScaler, as its gradient has no room for the "
+                "scale; keep parameters in float32 and compute under torch.autocast."
+            )
+        if scale is not None and gradients:
+            torch._foreach_mul_(gradients, 1 / float(scale))
+        return float(self.found_inf) > 0 and (scale is None or float(scale) >= 1)
 
     # ---- the update ----
 

@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+
+from hf_elra.optim.shards import whole
 
 NEW = 0.3
 """Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
@@ -55,11 +58,13 @@ class NaturalSteps:
         rate: α·sqrt(t + OFFSET) of the tensors that count: all, or those that are not new in a trained model.
         shares: of every parameter, its own rate over ``rate``.
         new: of every parameter, whether it is new in a model that is trained otherwise.
+        is_trained: whether the model is trained, but for these.
     """
 
     rate: float
     shares: list[list[float]]
     new: list[list[bool]]
+    is_trained: bool
 
 
 def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
@@ -70,7 +75,8 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
 
     Args:
         groups: the optimizer's parameter groups, with flags for embeddings and experts, and of ``adapters`` the number
-            of each pair and what changes of it are multiplied by in its product.
+            of each pair and what changes of it are multiplied by in its product. Parameters may be split over
+            processes, all of which have to ask then, and get the same numbers as one process does.
     """
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     params = {(g, i): groups[g]["params"][i] for g, i in places}
@@ -78,28 +84,35 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
         (g, i) for g, i in places if params[g, i].dim() > 1 and params[g, i].numel() and not groups[g]["embeddings"][i]
     ]
     adapters = {(g, i): groups[g]["adapters"][i] for g, i in matrices if groups[g]["adapters"][i]}
-    whole = [place for place in matrices if place not in adapters]
-    verdicts = {place: looks_new(params[place]) for place in whole}
+    unpaired = [place for place in matrices if place not in adapters]
+    verdicts, squares = {}, {}
+    for place in unpaired:  # one after another, as all of a matrix that is split over processes is fetched
+        values = whole(params[place].detach()).flatten(1).float()
+        verdicts[place], squares[place] = looks_new(values), float(vector_norm(values)) ** 2
     sizes = {True: 0, False: 0, None: 0}
     for place, verdict in verdicts.items():
         sizes[verdict] += params[place].numel()
     is_trained = bool(adapters) or sizes[False] > sizes[True]
     new = _new_ones(places, params, verdicts) if is_trained else set()
-    trained = [place for place in whole if is_trained and place not in new]
-    of_trained = TRAINED * max(_root_mean_square([params[place] for place in trained]), LEAST_SIZE)
+    trained = [place for place in unpaired if is_trained and place not in new]
+    number = sum(params[place].numel() for place in trained)
+    root_mean_square = math.sqrt(sum(squares[place] for place in trained) / max(number, 1))
+    of_trained = TRAINED * max(root_mean_square, LEAST_SIZE)
     of_new = HEAD if is_trained else NEW
     rates = {
         (g, i): of_trained
         if (g, i) in trained
         else of_new / math.sqrt(_longer_side(params[g, i], is_expert=groups[g]["experts"][i]))
-        for g, i in whole
+        for g, i in unpaired
     }
     rates |= _rates_of_adapters(params, adapters)
-    counted = [*adapters, *trained] or whole
+    counted = [*adapters, *trained] or unpaired
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
     for g, i in places:
         if groups[g]["embeddings"][i] and params[g, i].numel():
-            size = _root_mean_square([params[g, i]])
+            wide = torch.promote_types(params[g, i].dtype, torch.float32)
+            norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
+            size = norm / math.sqrt(params[g, i].numel())
             rates[g, i] = max(rate, (TRAINED if is_trained else EMBEDDING) * size)
     for bias in (place for place in new if params[place].dim() == 1):
         rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
@@ -107,6 +120,7 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
         rate,
         [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
+        is_trained,
     )
 
 
@@ -195,8 +209,3 @@ def _largest_singular_value(matrix: Tensor) -> float:
         vector = matrix.mT @ (matrix @ vector)
         vector = vector / vector_norm(vector).clamp_min(1e-30)
     return float(vector_norm(matrix @ vector))
-
-
-def _root_mean_square(tensors: Sequence[Tensor]) -> float:
-    square = sum(float(vector_norm(t.detach().float())) ** 2 for t in tensors)
-    return math.sqrt(square / max(sum(t.numel() for t in tensors), 1))

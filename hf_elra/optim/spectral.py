@@ -12,17 +12,17 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import need_number, settings_of
+from hf_elra.optim.arguments import need_choice, need_number, settings_of
 from hf_elra.optim.base import LossAwareOptimizer, Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, Spectral
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
 from hf_elra.optim.rules.end_slopes import EndSlopes
+from hf_elra.optim.shards import whole
 
 OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapters_of}
 """Arguments that tell of parameters what they are in a model, and who finds out."""
@@ -67,11 +67,18 @@ class ELRASpectral(LossAwareOptimizer):
             and Muon, whose usual values (0.1) fit. Default: 0.
         stochastic_rounding (bool): round bfloat16 parameters up or down at random, right on average, so that steps
             below their precision are not lost. The same on every process and in a resumed run. Default: False.
-        soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`.
+        distribute (str): with several processes that have the same parameters (:attr:`process_group`, as in DDP),
+            ``"auto"`` takes every polar factor on one of them, which tells the others; ``"off"`` takes all of them on
+            each. Parameters that are split (DTensor, as by FSDP2 or tensor parallelism) are always computed once each.
+            Default: ``"auto"``.
+        polar_batch (int): polar factors are taken of matrices of one shape together, of so many numbers at most, or of
+            one larger matrix: the memory for them is a few times as many numbers in float32 (on a GPU half of that).
+            Which are taken together changes nothing else. Default: 2^24.
+        soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`; the last one counts only
+            for a model that looks new.
 
     Raises:
-        ConfigurationError: an argument cannot be used, or parameters are sharded (DTensor), whose polar factors are not
-            those of their shards; the message names it, its value and the remedy.
+        ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
             updates.
 
@@ -92,8 +99,8 @@ class ELRASpectral(LossAwareOptimizer):
         ...     optimizer.end_cycle()
     """
 
-    takes_shards = False
     scales_weight_decay = True
+    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch")
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -112,6 +119,8 @@ class ELRASpectral(LossAwareOptimizer):
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
         stochastic_rounding: bool = False,
+        distribute: str = "auto",
+        polar_batch: int = 2**24,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
@@ -137,12 +146,16 @@ class ELRASpectral(LossAwareOptimizer):
             self.direction(float(s["momentum"])),
             rule,
             StepGuards(lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"]),
-            RestartGuard(s["restart_sigma"], s["initial_restart_ratio"]),
+            # The paper, section 3.2, drops the first rule for a start that was trained before: losses begin low there,
+            # and differ by more than a tenth.
+            RestartGuard(s["restart_sigma"], None if s.get("is_trained") else s["initial_restart_ratio"]),
         )
 
     def direction(self, momentum: float) -> Direction:
         """Polar factors of averages with this momentum; a subclass may choose another one."""
-        return Spectral(momentum)
+        settings = self.settings()
+        group = self.process_group if settings["distribute"] == "auto" else None
+        return Spectral(momentum, group=group, batch=settings["polar_batch"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
@@ -152,21 +165,15 @@ class ELRASpectral(LossAwareOptimizer):
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
         group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
+        group["is_trained"] = False  # read of the first group
 
     def _look_at_weights(self) -> float:
         """Find out what suits them, as they are before the first step; a group that comes later goes with α."""
         found = natural_steps(self.param_groups)
         for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
             group["shares"], group["new"] = shares, new
+        self.param_groups[0]["is_trained"] = found.is_trained
         return found.rate
-
-    def _check_parameter(self, parameter: Tensor) -> None:
-        super()._check_parameter(parameter)
-        if isinstance(parameter, DTensor):
-            raise ConfigurationError(
-                "params: elra_spectral cannot take sharded parameters (DTensor, as from FSDP2): the polar factor of a "
-                "matrix is not that of its shards. Use DDP, or optim=elra."
-            )
 
 
 def _identities(name: str, given: Any) -> dict[int, bool]:
@@ -192,7 +199,7 @@ def _pairs(given: Any) -> dict[int, list[float]]:
                 f"adapters must be a list of (A, B, factor), not of {type(pair).__name__}; pass "
                 "adapters=adapters_of(model)."
             )
-        norm = max(float(matrix_norm(p.detach().flatten(1).float(), 2)) for p in pair[:2])
+        norm = max(float(matrix_norm(whole(p.detach()).flatten(1).float(), 2)) for p in pair[:2])
         for p in pair[:2]:
             found[id(p)] = [float(number), abs(float(pair[2])) * norm]
     return found
@@ -205,3 +212,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
     need("max_correction", lambda v: v >= 1, "a number >= 1 (6)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
+    need_choice(settings, "distribute", ("auto", "off"))
+    need("polar_batch", lambda v: isinstance(v, int) and v > 0, "a whole number of numbers, e.g. 2**24")

@@ -6,8 +6,8 @@ decides what is summed and what a step is. The CUDA kernels that do the same wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def squares_and_products(
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         less = minus[index] if minus is not None and right is not None else None
         members: list[Any] = [None if t is None else local(t) for t in (left, right, less)]
-        totals = sums.setdefault((local(left).device, _shard_groups(left)), [[], []])
+        totals = sums.setdefault((local(left).device, shard_groups(left)), [[], []])
         square, product = _square_and_product(*members)
         totals[0].append(square)
         totals[1].append(product)
@@ -138,8 +138,10 @@ def _add_up(totals: list[list[Any]], device: torch.device) -> list[float]:
     return [sum(v for v in row if v is not None) for row in totals]
 
 
-def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the process groups over which a tensor is split."""
+def shard_groups(
+    tensor: Tensor, along: Callable[[int], bool] = lambda dimension: True
+) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups over which a tensor is split, along dimensions that ``along`` chooses."""
     if not isinstance(tensor, DTensor):
         return ()
     if any(placement.is_partial() for placement in tensor.placements):
@@ -147,11 +149,11 @@ def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
             f"ELRA cannot use a gradient that is still to be summed over processes (placements {tensor.placements}); "
             "redistribute it first."
         )
-    mesh = tensor.device_mesh
+    mesh, placements = tensor.device_mesh, cast(tuple[Any, ...], tensor.placements)
     return tuple(
         mesh.get_group(dimension)
-        for dimension, placement in enumerate(tensor.placements)
-        if not placement.is_replicate() and mesh.size(dimension) > 1
+        for dimension, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dimension) > 1 and along(placement.dim)
     )
 
 

@@ -27,7 +27,7 @@ from transformers.training_args import TrainingArguments
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 from hf_elra.errors import ConfigurationError, nearest
-from hf_elra.optim import ELRA, LABPALNSGD, LABPALSGD, OPTIMIZERS, ELRASpectral
+from hf_elra.optim import ELRA, LABPALNSGD, LABPALSGD, OPTIMIZERS, ELRASpectral, LossAwareOptimizer
 from hf_elra.optim.spectral import OF_A_MODEL
 from hf_elra.trainer.rows import number_of_rows
 
@@ -277,7 +277,8 @@ class ElraTrainingArguments(ElraSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         if uses_elra(self):
-            refuse_unusable(fp16=self.fp16, deepspeed=self.deepspeed is not None)
+            ours = OPTIMIZERS[optimizer_name(self)]
+            refuse_unusable(ours, fp16=self.fp16, deepspeed=self.deepspeed is not None)
         super().__post_init__()
 
 
@@ -357,12 +358,19 @@ def _is_one_of(model: Any, names: frozenset[str], endings: tuple[str, ...]) -> b
         model = inner
 
 
-def refuse_unusable(*, fp16: bool, deepspeed: bool, fsdp_version: int | None = None) -> None:
-    """Raise a ConfigurationError for what ELRA cannot be combined with."""
-    if fp16:
+def refuse_unusable(
+    ours: type[LossAwareOptimizer], *, fp16: bool, deepspeed: bool, fsdp_version: int | None = None
+) -> None:
+    """Raise a ConfigurationError for what an optimizer of ours cannot be combined with."""
+    if fp16 and ours.needs_line_loss:
         raise ConfigurationError(
-            "fp16=True cannot be used with ELRA: the loss scaler multiplies gradients and skips updates behind the "
-            "optimizer's back. Use --bf16, or neither."
+            f"fp16=True cannot be used with {ours.__name__}, which compares losses at points close to one another: in "
+            "half precision they differ by less than their rounding. Use --bf16 or neither, or another optimizer."
+        )
+    if fp16 and fsdp_version is not None:
+        raise ConfigurationError(
+            f"fp16=True cannot be used with fsdp and {ours.__name__}: each process would see the overflow of its own "
+            "shards alone. Use --bf16, or DDP."
         )
     if deepspeed:
         raise ConfigurationError(
@@ -389,23 +397,15 @@ def set_meanwhile(args: Any, **values: Any) -> Iterator[None]:
             setattr(args, name, value)
 
 
-def replaced_defaults(
-    args: TrainingArguments, *, deepspeed: bool, fsdp_version: int | None = None, ours: str = "ELRA"
-) -> dict[str, Any]:
-    """Check the arguments of a run with ELRA; return what it uses in place of stock defaults that would harm it.
+def replaced_defaults(args: TrainingArguments, *, ours: str = "ELRA") -> dict[str, Any]:
+    """Return what a run with ELRA uses in place of stock defaults that would harm it.
 
     A warning names the replaced defaults. ``args`` are the user's, may serve another run, and are not changed.
 
     Args:
         args: arguments of the Trainer.
-        deepspeed: whether DeepSpeed is in use.
-        fsdp_version: version of FSDP, if it is in use.
         ours: name of the optimizer in messages.
-
-    Raises:
-        ConfigurationError: a setting cannot be combined with ELRA.
     """
-    refuse_unusable(fp16=args.fp16, deepspeed=deepspeed, fsdp_version=fsdp_version)
     replaced: dict[str, Any] = {}
     told = []
     for name, value in (("max_grad_norm", 0.0), ("lr_scheduler_type", SchedulerType.CONSTANT)):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean, recompute_batch_norm
+from hf_elra.optim.tensors import local
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.batch_control import updates_per_cycle
 from hf_elra.trainer.update_size import UpdateSize
@@ -45,7 +46,8 @@ class _TakesBatches(nn.Module):
 
 def _holds(tensor: Tensor, value: Tensor) -> bool:
     """Return whether a tensor equals a value, as far as its type can hold it."""
-    return tensor.shape == value.shape and torch.equal(tensor.detach(), value.to(tensor))
+    same_shape = tensor.shape == value.shape and local(tensor).shape == local(value).shape
+    return same_shape and torch.equal(local(tensor.detach()), local(value).to(local(tensor)))
 
 
 class Averaging:
@@ -77,10 +79,10 @@ class Averaging:
             ConfigurationError: the Trainer shards its parameters.
         """
         self.over = over
-        if over != "off" and (self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled):
+        if over != "off" and self._trainer.is_deepspeed_enabled:
             raise ConfigurationError(
-                f"elra_boost_mean={over}, the mean of points, cannot be used with FSDP or DeepSpeed, which shard the "
-                "points; pass --elra_boost_mean off."
+                f"elra_boost_mean={over}, the mean of points, cannot be used with DeepSpeed, which splits points in "
+                "its own way; pass --elra_boost_mean off, or use FSDP2."
             )
 
     def begin(self, resume_from_checkpoint: str | None) -> None:
@@ -135,8 +137,8 @@ class Averaging:
 
     def save_beside_last_point(self, folder: str) -> None:
         """Write the mean into a checkpoint, beside the point that training goes on from."""
-        if self.mean is not None and self._trainer.args.should_save and not self._at_the_mean:
-            self.mean.save(folder)
+        if self.mean is not None and not self._at_the_mean:
+            self.mean.save(folder, writes=self._trainer.args.should_save)
 
     def take_best(self, checkpoint: str) -> None:
         """Put the mean of the best checkpoint, which was loaded, into the model: it is what was evaluated."""

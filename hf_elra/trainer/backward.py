@@ -1,7 +1,8 @@
 """Leaves out the pass back of an update whose loss alone says that the last step is taken back.
 
 The optimizer is asked between the two passes (``LossAwareOptimizer.takes_back``). Only where that costs nothing: with
-one process, one pass an update, and an optimizer that decides on the host. ``grad_norm`` is logged as 0 then.
+one process, one pass an update, and an optimizer that decides on the host; with a loss scaler there has to be a
+gradient to look at. ``grad_norm`` is logged as 0 then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Backward:
         """
         self.was_left_out = False
         accelerator, optimizer = self._trainer.accelerator, self._trainer.elra_optimizer
-        if passes != 1 or accelerator.num_processes > 1 or optimizer is None or not optimizer.asks_before_backward:
+        alone = passes == 1 and accelerator.num_processes == 1 and accelerator.scaler is None
+        if not alone or optimizer is None or not optimizer.asks_before_backward:
             yield
             return
         users, stock = vars(accelerator).get("backward"), accelerator.backward

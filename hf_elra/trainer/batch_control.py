@@ -226,8 +226,12 @@ def makes_own_batches(trainer_class: type) -> bool:
 
 
 def _check_noise(control: str, first: int, args: Any) -> None:
-    """Refuse to measure the noise scale with FSDP, or if updates do not have two micro-batches to compare."""
+    """Refuse to measure the noise scale with FSDP or a loss scaler, or where updates have one micro-batch alone."""
     flag = "elra_batch_control=noise" if control == "noise" else "elra_log_noise_scale"
+    if args.fp16:
+        raise ConfigurationError(
+            f"{flag} cannot be used with fp16=True, whose gradients are multiplied by a scale that changes; use --bf16."
+        )
     if args.fsdp:
         raise ConfigurationError(
             f"{flag} cannot be used with FSDP, which holds no gradient of a micro-batch; leave it out."

@@ -96,23 +96,11 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
             f"fsdp cannot be used with {ours.__name__}, as the optimizer inside it would keep the parameters from "
             "before they were sharded. Use DDP, or an optimizer by name (optim=ntlr_adamw)."
         )
+    args, version = trainer.args, fsdp_version(trainer)
+    refuse_unusable(ours, fp16=args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=version)
     if ours is Guarded:  # what suits a stock optimizer suits it still
-        refuse_unusable(
-            fp16=trainer.args.fp16, deepspeed=trainer.is_deepspeed_enabled, fsdp_version=fsdp_version(trainer)
-        )
         return {}
-    replaced = replaced_defaults(
-        trainer.args,
-        deepspeed=trainer.is_deepspeed_enabled,
-        fsdp_version=fsdp_version(trainer),
-        ours="ELRA" if issubclass(ours, ELRA) else name_of(ours),
-    )
-    if trainer.is_fsdp_enabled and not ours.takes_shards:
-        raise ConfigurationError(
-            f"fsdp cannot be used with optim={optimizer_name(trainer.args)}, which needs whole matrices. Use DDP, or "
-            "optim=elra."
-        )
-    return replaced
+    return replaced_defaults(args, ours="ELRA" if issubclass(ours, ELRA) else name_of(ours))
 
 
 def name_of(ours: type[LossAwareOptimizer]) -> str:

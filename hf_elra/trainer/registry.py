@@ -133,7 +133,8 @@ def _check(trainer_class: type, args: Any, model: Any, train_dataset: Any) -> No
     """Raise a ConfigurationError for settings that cannot be used."""
     if uses_elra(args):
         version = (args.fsdp_plugin_args or {}).get("fsdp_version")
-        refuse_unusable(fp16=args.fp16, deepspeed=bool(args.deepspeed), fsdp_version=version)
+        ours = OPTIMIZERS[optimizer_name(args)]
+        refuse_unusable(ours, fp16=args.fp16, deepspeed=bool(args.deepspeed), fsdp_version=version)
         optimizer_arguments(args, model)
     if uses_elra(args) or wants_mixin(args) or isinstance(args, ElraSettings) or LAUNCHER_FLAGS.values:
         settings = ElraSettings.of(args, only_checked=True)

@@ -128,7 +128,7 @@ UPSTREAM = (
     Upstream("trainer.compute_loss_func", "trainer.loss_scale", "is taken to divide by num_items_in_batch"),
     Upstream("trainer.optimizer_cls_and_kwargs", _HOOK, "a class that was passed in"),
     Upstream("trainer.hp_search_backend", "trainer.registry", "whether a trial has set arguments"),
-    Upstream("trainer.is_fsdp_enabled", "trainer.averaging", "what shards parameters"),
+    Upstream("trainer.is_fsdp_enabled", "trainer.checks", "what shards parameters"),
     Upstream("trainer.is_deepspeed_enabled", "trainer.averaging", "what shards parameters"),
     Upstream("trainer.callback_handler.callbacks", "trainer.accounting", "callbacks in the order of their calls"),
     Upstream("trainer.callback_handler.pop_callback", "trainer.accounting", "takes a class", ("callback",)),

@@ -65,6 +65,7 @@ class Problem:
 PROBLEMS = {
     "digits": Problem("digits", 32, 32, 15, 0.88),
     "mnist": Problem("mnist", 100, 128, 2, 0.95),
+    "mnist_10": Problem("mnist", 10, 64, 20, 0.93),
     "fashion_mnist": Problem("fashion_mnist", 100, 128, 2, 0.83),
     "llama": Problem("tinyshakespeare/input.txt", 64, 16, 1, 0.3),
 }
@@ -192,11 +193,17 @@ def run(problem: Problem, data: Images | Text, method: str, rate: float | None, 
     """Train once; return what was measured."""
     torch.manual_seed(seed)
     model = data.network(problem.hidden)
-    optimizer = METHODS[method].make(model, problem.batch, rate)
+    return train(problem, data, model, METHODS[method].make(model, problem.batch, rate), seed)
+
+
+def train(
+    problem: Problem, data: Any, model: nn.Module, optimizer: Any, seed: int, looks: int = LOOKS_PER_EPOCH
+) -> dict[str, Any]:
+    """Train a model to the end of a problem's budget; return what was measured, at so many looks per epoch."""
     per_epoch = len(data) // problem.batch
     optimizer.updates_per_epoch, optimizer.samples_per_update = per_epoch, problem.batch
     rows, costs, curve = LookAhead(batches(len(data), problem.batch, seed)), Costs(), []
-    look_every, failed = max(1, per_epoch // LOOKS_PER_EPOCH), None
+    look_every, failed = max(1, per_epoch // looks), None
 
     def loss_of(rows: Tensor) -> Tensor:
         costs.forwards += 1
@@ -256,7 +263,7 @@ def step(optimizer: Any, loss: Tensor, evaluate: Callable[[], float] | None) -> 
         optimizer.step()
 
 
-def looked_at(model: nn.Module, optimizer: Any, data: Images | Text) -> tuple[float, float]:
+def looked_at(model: nn.Module, optimizer: Any, data: Any) -> tuple[float, float]:
     """Loss and accuracy of the test rows; of schedule-free optimizers at their averages."""
     switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
     if switches:

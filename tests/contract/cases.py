@@ -143,6 +143,8 @@ WRONG_OF_SPECTRAL = (
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
+    ({"polar_batch": 0}, "polar_batch=0 must be a whole number"),
+    ({"distribute": "of"}, "distribute='of' must be one of 'auto', 'off'. Did you mean 'off'"),
 )
 
 CASES = (
@@ -151,12 +153,11 @@ CASES = (
          twin=FlatTwin),
     Case("elra, offload", ELRA, "elra", {"memory": "offload", "weight_decay": 1e-3}, "memory=offload",
          takes_shards=False, twin=FlatTwin),
-    Case("elra_spectral", ELRASpectral, "elra_spectral", takes_shards=False, twin=ReferenceSpectral,
-         wrong=WRONG_OF_SPECTRAL),
+    Case("elra_spectral", ELRASpectral, "elra_spectral", twin=ReferenceSpectral, wrong=WRONG_OF_SPECTRAL),
     Case("elra_spectral, no momentum", ELRASpectral, "elra_spectral", {"momentum": 0.0, "weight_decay": 0.1},
-         "momentum=0", takes_shards=False, twin=ReferenceSpectral),
+         "momentum=0", twin=ReferenceSpectral),
     Case("elra_spectral, no warm-up", ELRASpectral, "elra_spectral", {"warmup": 0, "lr": 1e-2}, "warmup=0",
-         takes_shards=False, twin=ReferenceSpectral),
+         twin=ReferenceSpectral),
     Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, brief=True,
          wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
     Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),

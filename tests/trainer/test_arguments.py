@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from hf_elra import ConfigurationError, ElraSeq2SeqTrainingArguments, ElraTrainingArguments
 from hf_elra.optim import ELRA
-from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args, replaced_defaults
+from hf_elra.trainer.arguments import ElraSettings, is_language_model, parse_optim_args, refuse_unusable
 from tests.conftest import arguments, classifier, llama, token_rows, trainer
 
 
@@ -95,12 +95,20 @@ def test_bad_control_cycle_is_refused_before_training(tmp_path):
 
 
 @pytest.mark.parametrize("arguments_class", [ElraTrainingArguments, TrainingArguments])
-def test_fp16_is_refused(tmp_path, arguments_class):
+def test_fp16_is_refused_by_what_looks_along_the_line(tmp_path, arguments_class):
     def build():
-        return Trainer(llama(), arguments(tmp_path, arguments_class, optim="elra", fp16=True), train_dataset=[])
+        return Trainer(llama(), arguments(tmp_path, arguments_class, optim="pal", fp16=True), train_dataset=[])
 
-    with pytest.raises(ConfigurationError, match=r"fp16=True.*--bf16"):
+    with pytest.raises(ConfigurationError, match=r"fp16=True cannot be used with PAL.*--bf16"):
         build()
+
+
+def test_fp16_is_refused_where_it_cannot_be_seen(tmp_path):
+    with pytest.raises(ConfigurationError, match="fp16=True cannot be used with fsdp"):
+        refuse_unusable(ELRA, fp16=True, deepspeed=False, fsdp_version=2)
+    flags = {"elra_log_noise_scale": True, "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigurationError, match="elra_log_noise_scale cannot be used with fp16=True"):
+        Trainer(llama(), arguments(tmp_path, optim="elra", fp16=True, **flags), train_dataset=token_rows())
 
 
 def test_deepspeed_is_refused(tmp_path):
@@ -110,7 +118,7 @@ def test_deepspeed_is_refused(tmp_path):
 
 def test_fsdp_of_the_first_version_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="fsdp_version=1 cannot be used with ELRA.*Use FSDP2"):
-        replaced_defaults(arguments(tmp_path), deepspeed=False, fsdp_version=1)
+        refuse_unusable(ELRA, fp16=False, deepspeed=False, fsdp_version=1)
     given = arguments(tmp_path, fsdp=True, fsdp_config={"version": 1})
     with pytest.raises(ConfigurationError, match="fsdp_version=1"):
         Trainer(llama(), given, train_dataset=[])

@@ -115,7 +115,7 @@ def test_module(tmp_path, monkeypatch):
         (["--optim", "elra", "--optim_args", "c=2"], "'c' is not an argument of ELRA"),
         (["--optim", "elra", "--elra_control_cycle", "soon"], "elra_control_cycle='soon'"),
         (["--optim", "adamw_torch", "--elra_batch_schedule", "0:1"], "needs --elra_batch_control schedule"),
-        (["--optim", "elra", "--fp16", "true"], "fp16=True cannot be used"),
+        (["--optim", "pal", "--fp16", "true"], "fp16=True cannot be used with PAL"),
         (["--optim", "elra", "--elra_min_step_norm", "big"], "elra_min_step_norm"),
     ],
 )

@@ -1,5 +1,7 @@
 """Several processes: the path of one, whatever is broken, sharded or resumed."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from lib import many_processes
 from lib.many_processes import apart
 from lib.ready import together
 from tests import workers
-from tests.conftest import llama, logged, trainer
+from tests.conftest import llama, logged, token_rows, trainer, weights
 
 
 def test_data_parallel_walks_the_path_of_one():
@@ -79,24 +81,61 @@ def test_shards_walk_the_path_of_one_process(processes, cases):
         assert found["apart"] < (1e-8 if case[2] == "point" else 1e-12), case
 
 
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        (2, [([2], "rows", 0.5), ([2], "rows", 0.0), ([2], "columns", 0.5), ([2], "tensor", 0.5)]),
+        (4, [([4], "rows", 0.5), ([2, 2], "rows", 0.5), ([2, 2], "tensor and rows", 0.5)]),
+    ],
+    ids=["FSDP2 and tensor parallel", "FSDP2, HSDP, FSDP2 and tensor parallel"],
+)
+def test_polar_factors_of_shards_are_those_of_whole_matrices(processes, cases):
+    """The path of one process, with restarts and a NaN on one of them, bit by bit the same on all; some have no part
+    of a tensor."""
+    for case, found in zip(cases, together(workers.spectral_on_shards, processes, cases=cases), strict=True):
+        assert found["differing"] == 0, case
+        one, other = found["numbers"]
+        assert other == pytest.approx(one, rel=1e-9), case
+        assert one[1:] == [4, 1], case  # restarts, one of them for the NaN
+        assert found["apart"] < 1e-10, case
+
+
+def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
+    """As if every process took all of them; the formula is that of docs/guides/devices.md."""
+    alike = {(64, 64): 5, (160, 64): 1, (64, 160): 2, (8, 8): 7}  # matrices of a shape, the last in a stack of experts
+    shapes = [*[shape for shape, number in alike.items() for _ in range(number)][:-7], (7, 8, 8), (9,)]
+    processes, dtypes = 3, {"float32": 4, "bfloat16": 2}
+    all_of_them = together(workers.copies_share_polar_factors, processes, shapes=shapes, dtypes=list(dtypes))
+    for width, found in zip(dtypes.values(), all_of_them, strict=True):
+        numbers = sum(processes * math.ceil(k / processes) * math.prod(shape) for shape, k in alike.items())
+        assert found == {"differing": 0, "moved": [numbers * width, 0]}, width
+
+
 def test_shards_cannot_be_offloaded():
     error = together(workers.sharded_offload, 2)
     assert "memory='offload' cannot be used with sharded parameters" in error
 
 
-@pytest.mark.parametrize(("state", "then"), [("SHARDED_STATE_DICT", 4), ("FULL_STATE_DICT", 2)])
-def test_fsdp_through_accelerate_and_its_checkpoints(tmp_path, state, then):
+@pytest.mark.parametrize(
+    ("optim", "state", "then"),
+    [("elra", "SHARDED_STATE_DICT", 4), ("elra", "FULL_STATE_DICT", 2), ("elra_spectral", "SHARDED_STATE_DICT", 4)],
+)
+@pytest.mark.filterwarnings("ignore:elra_spectral")
+def test_fsdp_through_accelerate_and_its_checkpoints(tmp_path, optim, state, then):
     """The path of one process; sharded checkpoints go on on another number of processes."""
-    run = trainer(tmp_path / "one", llama().double(), elra_control_cycle="2ba")
+    run = trainer(tmp_path / "one", llama().double(), elra_control_cycle="2ba", optim=optim)
     run.train()
-    two = together(workers.fsdp_trainer, 2, folder=str(tmp_path), state=state)
+    two = together(workers.fsdp_trainer, 2, folder=str(tmp_path), state=state, optim=optim)
     assert two["sharded"] == "DTensor"
     assert two["loss"] == pytest.approx(logged(run, "loss"), rel=1e-6)  # logged in float32
     assert two["alpha"] == pytest.approx(logged(run, "alpha"), rel=1e-9)
     assert two["batches"] == logged(run, "batch_size")
+    assert two["weights"] == pytest.approx(weights(run.model).norm().item(), rel=1e-9)  # of elra_spectral the mean's
+    assert two["evaluation"] == pytest.approx(run.evaluate(token_rows(8))["eval_loss"], rel=1e-6)
     checkpoint = str(tmp_path / f"{state}-2" / "checkpoint-5")
-    again = together(workers.fsdp_trainer, then, folder=str(tmp_path), resume=checkpoint, state=state)
-    assert again["alpha"] == pytest.approx(two["alpha"], rel=1e-9)
+    again = together(workers.fsdp_trainer, then, folder=str(tmp_path), resume=checkpoint, state=state, optim=optim)
+    for name in ("alpha", "weights", "evaluation"):
+        assert again[name] == pytest.approx(two[name], rel=1e-6 if name == "evaluation" else 1e-9)
     assert again["restarts"] == two["restarts"]
 
 
@@ -105,8 +144,3 @@ def test_the_noise_scale_is_that_of_all_processes(tmp_path):
     assert found["equal"]
     assert found["signal"] == pytest.approx(found["square"], rel=0.5)  # of five updates
     assert len(found["batches"]) == 5
-
-
-def test_whole_matrices_cannot_be_had_of_shards(tmp_path):
-    with pytest.raises(RuntimeError, match="fsdp cannot be used with optim=elra_spectral, which needs whole matrices"):
-        together(workers.fsdp_trainer, 2, folder=str(tmp_path), optim="elra_spectral")

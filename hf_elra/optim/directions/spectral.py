@@ -5,20 +5,20 @@ The functions that find the embeddings and the stacked experts of a model are he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
 from hf_elra.optim.directions import Direction, Groups
+from hf_elra.optim.directions.polar import near_one, polar_factor
+from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
+from hf_elra.optim.tensors import local
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz iteration, as in Muon (K. Jordan et al., 2024): the polynomial is steep where
-singular values are small."""
-NEWTON_SCHULZ_STEPS = 5
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
 updates at a momentum of 0.9."""
@@ -33,41 +33,36 @@ class Spectral(Direction):
     Args:
         momentum: share of the averaged gradient that is kept at an update (Nesterov's form). With 0 there is no
             average, and an existing one is dropped.
+        batch: how many numbers matrices have at most whose factors are taken together.
+        group: processes that have the same parameters and gradients, and share the work; None for none.
 
     State per parameter: ``momentum``, the averaged gradient.
     """
 
     is_gradient = False
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
+    def __init__(self, momentum: float, *, batch: int, group: dist.ProcessGroup | None = None) -> None:
+        self.momentum, self.batch, self.group = momentum, batch, group
 
     def apply(
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
         """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
-        directions_of_groups = []
-        of_all: list[list[Any]] = [[], [], [], []]
+        flags: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        averages, shares = [], []
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
             places = {p: index for index, p in enumerate(group["params"])}
-            embeddings, experts = ([group[kind][places[p]] for p in group_params] for kind in KINDS)
-            averages = self.averaged(group_params, group_gradients, state)
-            matrices = unstack(averages, experts)
-            counts = [len(p) if is_expert else 1 for p, is_expert in zip(group_params, experts, strict=True)]
-            embeddings = [flag for flag, count in zip(embeddings, counts, strict=True) for _ in range(count)]
-            directions = spectral_direction(matrices, embeddings)
-            parts = directions, matrices, unstack(group_gradients, experts), embeddings
-            for kept, part in zip(of_all, parts, strict=True):
-                kept.extend(part)
-            directions_of_groups.append((directions, group_params, experts))
+            for kind in KINDS:
+                flags[kind] += [group[kind][places[p]] for p in group_params]
+            shares += [group["shares"][places[p]] for p in group_params]
+            averages += self.averaged(group_params, group_gradients, state)
+        directions = spectral_direction(averages, **flags, batch=self.batch, group=self.group)
         if self.momentum > 0:
-            freeze_inactive(*of_all)
-        found = [restack(*group) for group in directions_of_groups]
-        for group, group_params, directions in zip(groups, params, found, strict=True):
-            shares = dict(zip(group["params"], group["shares"], strict=True))
-            if any(share != 1 for share in group["shares"]) and directions:
-                torch._foreach_mul_(directions, [shares[p] for p in group_params])
-        return found
+            freeze_inactive(directions, averages, [g for of_group in gradients for g in of_group], **flags)
+        if any(share != 1 for share in shares):
+            torch._foreach_mul_([local(u) for u in directions], shares)
+        remaining = iter(directions)
+        return [[next(remaining) for _ in group_params] for group_params in params]
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Return Nesterov's average of the gradients, which may begin at zero, as its size does not matter here."""
@@ -78,9 +73,10 @@ class Spectral(Direction):
         for p in params:
             if "momentum" not in state[p]:
                 state[p]["momentum"] = torch.zeros_like(p)
-        averages = [state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
-        return list(torch._foreach_lerp(averages, gradients, 1 - self.momentum))
+        averages, new = [local(state[p]["momentum"]) for p in params], [local(g) for g in gradients]
+        torch._foreach_lerp_(averages, new, 1 - self.momentum)
+        ahead = torch._foreach_lerp(averages, new, 1 - self.momentum)
+        return [like(values, p) for values, p in zip(ahead, params, strict=True)]
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return all matrices, with or without a gradient; all parameters if there are no matrices."""
@@ -94,7 +90,14 @@ class Spectral(Direction):
         return [[p for p in matrices or weights if p.numel() > 0]]
 
 
-def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) -> list[Tensor]:
+def spectral_direction(
+    gradients: Sequence[Tensor],
+    embeddings: Sequence[bool],
+    experts: Sequence[bool] | None = None,
+    *,
+    batch: int = 2**24,
+    group: dist.ProcessGroup | None = None,
+) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
 
     For a matrix it is the polar factor U·Vᵀ of its gradient, so that a rotation of the inputs or outputs of a layer
@@ -103,89 +106,105 @@ def spectral_direction(gradients: Sequence[Tensor], embeddings: Sequence[bool]) 
     the direction.
 
     Args:
-        gradients: floating point tensors of any shapes.
+        gradients: floating point tensors of any shapes, which may be split over processes (DTensor).
         embeddings: for each, whether it is an embedding.
+        experts: for each, whether it is several matrices in one, along its first dimension.
+        batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
+        group: processes that have the same gradients, where these are no DTensors, and share the work.
     """
-    directions: list[Tensor] = [torch.empty(0)] * len(gradients)
-    by_shape: dict[tuple[object, ...], list[int]] = {}
-    for index, (gradient, embedding) in enumerate(zip(gradients, embeddings, strict=True)):
-        if gradient.dim() < 2:
-            directions[index] = _unit_rows(gradient.reshape(1, -1)).view_as(gradient)
-        elif embedding:
-            directions[index] = _unit_rows(gradient.flatten(1)).view_as(gradient)
-        else:
-            rows, columns = gradient.flatten(1).shape
-            key = (min(rows, columns), max(rows, columns), gradient.dtype, gradient.device)
-            by_shape.setdefault(key, []).append(index)
-    for indices in by_shape.values():
-        flat = [gradients[index].flatten(1) for index in indices]
-        stacked = torch.stack([g if g.shape[0] <= g.shape[1] else g.mT for g in flat])
-        factors = polar_factor(stacked)
-        scale = (factors.shape[1] * factors.shape[2]) ** 0.5
-        factors = factors * (scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30))
-        for index, g, factor in zip(indices, flat, factors, strict=True):
-            whole = factor if g.shape[0] <= g.shape[1] else factor.mT
-            directions[index] = whole.to(g.dtype).reshape(gradients[index].shape)
+    experts = experts or [False] * len(gradients)
+    directions: list[Any] = [None] * len(gradients)
+    by_rows = [i for i, gradient in enumerate(gradients) if gradient.dim() < 2 or embeddings[i]]
+    found = _unit_rows([gradients[i] for i in by_rows], [embeddings[i] and gradients[i].dim() > 1 for i in by_rows])
+    for index, direction in zip(by_rows, found, strict=True):
+        directions[index] = direction
+    matrices = [i for i, direction in enumerate(directions) if direction is None]
+    pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]
+    results = iter(each_once([piece for of_one in pieces for piece in of_one], _unit_polar_factors, most=batch))
+    for index, of_one in zip(matrices, pieces, strict=True):
+        parts = [next(results) for _ in of_one]
+        directions[index] = put_together(parts, gradients[index], stacked=experts[index])
     return directions
 
 
-def polar_factor(matrices: Tensor) -> Tensor:
-    """Return approximately U·Vᵀ for each matrix U·S·Vᵀ: singular values become 0.7 to 1.2, or less if they were small.
-
-    Args:
-        matrices (Tensor, shape (number, rows, columns), rows <= columns): the iteration runs in bfloat16 on a GPU,
-            else in their own type but at least float32, which is the type of the result. The factor of zero is zero.
-
-    Source: Newton-Schulz iteration with the coefficients of Muon.
-    """
-    a, b, c = QUINTIC
-    wide = torch.promote_types(matrices.dtype, torch.float32)
-    x = _near_one(matrices.to(wide), (1, 2))
-    x = x / vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
-    if x.is_cuda:
-        x = x.bfloat16()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.to(wide)
+def _unit_polar_factors(matrices: Tensor) -> Tensor:
+    """Return polar factors of a batch of tensors, of a mean square of one."""
+    flat = matrices.flatten(2)
+    is_high = flat.shape[1] > flat.shape[2]
+    factors = polar_factor(flat.mT.contiguous() if is_high else flat)
+    scale = (factors.shape[1] * factors.shape[2]) ** 0.5
+    factors *= scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    factors = factors.to(matrices.dtype)
+    # In the memory order of the weights: otherwise the step would be slow, and in bfloat16 be rounded differently.
+    return (factors.mT.contiguous() if is_high else factors).view(matrices.shape)
 
 
 def freeze_inactive(
-    directions: Sequence[Tensor], averaged: Sequence[Tensor], gradients: Sequence[Tensor], embeddings: Sequence[bool]
+    directions: Sequence[Tensor],
+    averaged: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    embeddings: Sequence[bool],
+    experts: Sequence[bool],
 ) -> None:
     """Set to zero, in place, directions that come only from gradients of long ago.
 
     A direction does not become shorter with the average that it is made of. Without this, something that has no
     gradient any more (the row of a rare token in an untied embedding, an expert that is not chosen) would go on as
     fast as ever. It stops when its gradient is exactly zero and its average is below a thousandth of the largest row
-    of its embedding, or, for other tensors, below a thousandth of the largest root mean square of all averages.
+    of its embedding, or, for other tensors and experts, below a thousandth of the largest root mean square of all
+    averages.
 
     Args:
-        directions, averaged, gradients, embeddings: one of each per parameter, as for :func:`spectral_direction`, over
-            all groups of an optimizer, since they are compared with each other.
+        directions, averaged, gradients, embeddings, experts: one of each per parameter, as for
+            :func:`spectral_direction`, over all groups of an optimizer, since they are compared with each other.
     """
     if not directions:
         return
-    peaks = [_peaks(gradient, embedding) for gradient, embedding in zip(gradients, embeddings, strict=True)]
-    if not torch.cat([peak.to(peaks[0].device) == 0 for peak in peaks]).any():  # one wait, and mostly the end
+    flags = zip(gradients, embeddings, experts, strict=True)
+    rows = [Rows.of(g, apart=bool(expert or (table and g.dim() > 1))) for g, table, expert in flags]
+    within, between = [r.within for r in rows], [r.between for r in rows]
+    peaks = [_largest(r.flat(g)) for r, g in zip(rows, gradients, strict=True)]
+    resting = [peak == 0 for peak in reduced(peaks, within, dist.ReduceOp.MAX)]
+    first = resting[0].device
+    some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
+    if not torch.stack([rests.to(first) for rests in some_rest]).any():  # one wait, and mostly the end
         return
-    norms = torch._foreach_norm(list(averaged))
-    sizes = torch.stack([n.to(norms[0]) / max(a.numel(), 1) ** 0.5 for n, a in zip(norms, averaged, strict=True)])
-    small = (sizes < OVER * sizes.max()).tolist()
-    for direction, average, peak, is_small in zip(directions, averaged, peaks, small, strict=True):
-        if is_small and (peak == 0).all():
-            direction.zero_()
-        elif peak.numel() > 1:
-            rows = vector_norm(average.flatten(1), dim=1)
-            direction.flatten(1).masked_fill_(((peak == 0) & (rows < OVER * rows.max()))[:, None], 0.0)
+    norms = list(torch._foreach_norm([local(a) for a in averaged]))
+    for index, is_expert in enumerate(experts):
+        if is_expert:
+            norms[index] = vector_norm(rows[index].flat(averaged[index]), dim=1)
+    everywhere = [w if expert else w + b for w, b, expert in zip(within, between, experts, strict=True)]
+    if any(everywhere):
+        norms = [square.sqrt() for square in reduced([n.square() for n in norms], everywhere, dist.ReduceOp.SUM)]
+    numbers = [a.numel() / len(a) if expert else a.numel() for a, expert in zip(averaged, experts, strict=True)]
+    sizes = [norm / max(number, 1) ** 0.5 for norm, number in zip(norms, numbers, strict=True)]
+    sizes_here = [size.max() if size.numel() else size.new_zeros(()) for size in sizes]
+    of_all = [b if expert else () for b, expert in zip(between, experts, strict=True)]
+    largest = torch.stack([size.to(first) for size in reduced(sizes_here, of_all, dist.ReduceOp.MAX)]).max()
+    lengths = _row_lengths(averaged, rows, embeddings)
+    for index, (direction, rest) in enumerate(zip(directions, resting, strict=True)):
+        ends = rest & (sizes[index] < OVER * largest.to(rest.device))
+        if index in lengths:
+            ends |= rest & (lengths[index][0] < OVER * lengths[index][1])
+        here = local(direction)
+        here.masked_fill_(ends.view(-1, *[1] * (here.dim() - 1)) if rows[index].apart else ends.view(()), 0.0)
 
 
-def _peaks(gradient: Tensor, embedding: bool) -> Tensor:
-    """Return the largest absolute value of every row of an embedding, or of another tensor as a whole."""
-    if gradient.numel() == 0:
-        return gradient.new_zeros(1)
-    by_rows = gradient.flatten(1) if embedding and gradient.dim() > 1 else gradient.reshape(1, -1)
-    return torch.maximum(by_rows.amax(1), -by_rows.amin(1))  # an infinity norm is ten times slower on a CPU
+def _row_lengths(averaged: Sequence[Tensor], rows: Sequence[Rows], embeddings: Sequence[bool]) -> dict[int, Any]:
+    """Return of every embedding the norms of the rows that are here, and the largest of all."""
+    tables = [i for i, r in enumerate(rows) if r.apart and embeddings[i]]
+    squares = [vector_norm(rows[i].flat(averaged[i]), dim=1).square() for i in tables]
+    norms = [s.sqrt() for s in reduced(squares, [rows[i].within for i in tables], dist.ReduceOp.SUM)]
+    here = [n.max() if n.numel() else n.new_zeros(()) for n in norms]
+    largest = reduced(here, [rows[i].between for i in tables], dist.ReduceOp.MAX)
+    return dict(zip(tables, zip(norms, largest, strict=True), strict=True))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return the largest absolute value of every row."""
+    if rows.numel() == 0:
+        return rows.new_zeros(len(rows))
+    return torch.maximum(rows.amax(1), -rows.amin(1))  # an infinity norm is ten times slower on a CPU
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
@@ -208,30 +227,19 @@ KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"embeddings": emb
 """Kinds of parameters with a direction of their own: the name of their argument, and the function that finds them."""
 
 
-def unstack(tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
-    """Return views of the matrices that are stacked in some tensors, and the other tensors, in order."""
-    return [part for t, is_expert in zip(tensors, stacked, strict=True) for part in (t.unbind() if is_expert else (t,))]
-
-
-def restack(parts: Iterable[Tensor], tensors: Iterable[Tensor], stacked: Iterable[bool]) -> list[Tensor]:
-    """Put ``parts``, which correspond to what :func:`unstack` made of some tensors, together again."""
-    parts = iter(parts)
-    return [
-        torch.stack([next(parts) for _ in t]) if is_expert else next(parts)
-        for t, is_expert in zip(tensors, stacked, strict=True)
-    ]
-
-
-def _near_one(tensor: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Multiply by powers of two, which is exact, so that squares of very small numbers do not vanish."""
-    if tensor.numel() == 0:
-        return tensor
-    largest = tensor.abs().amax(dim, keepdim=True)
-    exponent = torch.log2(largest).floor().clamp(-120, 120)  # 2^120 is a number in float32; MPS has no frexp
-    return tensor * torch.exp2(-exponent)
-
-
-def _unit_rows(matrix: Tensor) -> Tensor:
-    wide = _near_one(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), (1,))
-    norms = vector_norm(wide, dim=1, keepdim=True)
-    return torch.where(norms > 0, wide * (matrix.shape[1] ** 0.5 / norms.clamp_min(1e-30)), 0.0).to(matrix.dtype)
+def _unit_rows(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]:
+    """Return tensors, or their rows where these are apart, with a mean square of one."""
+    rows = [Rows.of(t, apart=a) if t.dim() else Rows(False, (), ()) for t, a in zip(tensors, apart, strict=True)]
+    within = [r.within for r in rows]
+    wide = [r.flat(t).to(torch.promote_types(t.dtype, torch.float32)) for r, t in zip(rows, tensors, strict=True)]
+    peaks = reduced([_largest(w) for w in wide], within, dist.ReduceOp.MAX)
+    scaled = [near_one(w, peak[:, None]) for w, peak in zip(wide, peaks, strict=True)]
+    norms = [vector_norm(n, dim=1) for n in scaled]
+    if any(within):
+        norms = [square.sqrt() for square in reduced([n.square() for n in norms], within, dist.ReduceOp.SUM)]
+    result = []
+    for tensor, is_apart, units, norm in zip(tensors, apart, scaled, norms, strict=True):
+        columns = tensor.numel() / max(len(tensor), 1) if is_apart else tensor.numel()
+        units *= torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)[:, None]
+        result.append(like(units.to(tensor.dtype).view(local(tensor).shape), tensor))
+    return result

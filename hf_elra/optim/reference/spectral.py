@@ -155,6 +155,8 @@ class ReferenceSpectral(ReferenceRestarts):
         group = {"params": self.x, "embeddings": embeddings, "experts": [False] * len(self.x)}
         found = natural_steps([{**group, "adapters": [0] * len(self.x)}])
         self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
+        if found.is_trained:
+            self.initial_restart_ratio = None
 
     def suits(self, update: int) -> float:
         """The α that suits the weights at an update."""

@@ -1,0 +1,213 @@
+"""What needs whole tensors, or numbers over whole tensors, of parameters that are split over processes.
+
+Whole matrices are computed once each, by one process of all that hold a part of them or a copy. Only public means of
+torch are used: the parts of matrices of one shape are a batch, and ``DTensor.redistribute`` turns a batch that is split
+within its matrices into one that is split between them, and back. ``tensors.py`` has the sums over all parameters, and
+knows shards too. What is computed is not known here (``directions/spectral.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hf_elra.optim.tensors import local, shard_groups
+
+
+class Piece(NamedTuple):
+    """One matrix, or what this process has of it.
+
+    Attributes:
+        values: the part of it that is here; all of it without a mesh.
+        shape: of the whole matrix.
+        mesh, placements: the processes that hold the matrix, and how, as of a DTensor.
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+    mesh: DeviceMesh | None = None
+    placements: tuple[Any, ...] = ()
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Pieces of one kind can be in one batch."""
+        return self.shape, self.values.dtype, self.values.device, self.mesh, self.placements
+
+
+def pieces_of(tensor: Tensor, *, stacked: bool, group: dist.ProcessGroup | None = None) -> list[Piece]:
+    """Return the matrices of which this process has anything.
+
+    Args:
+        tensor: one matrix, or several.
+        stacked: whether the tensor is several matrices, along its first dimension.
+        group: processes that have copies of a tensor that is no DTensor, and share the work on it; None for none.
+    """
+    mesh: DeviceMesh | None = None
+    placements: tuple[Any, ...] = ()
+    if isinstance(tensor, DTensor):
+        tensor = plain = _plainly_split(tensor)
+        mesh, placements = plain.device_mesh, plain.placements
+    elif group is not None and dist.get_world_size(group) > 1:
+        mesh, placements = _copies_on(group, tensor.device.type), (Replicate(),)
+    if not stacked:
+        return [Piece(local(tensor), tuple(tensor.shape), mesh, placements)]
+    if any(placement.is_shard(0) for placement in placements):  # whole matrices are here already
+        return [Piece(values, tuple(tensor.shape[1:])) for values in local(tensor).unbind()]
+    inside = tuple(Shard(p.dim - 1) if p.is_shard() else p for p in placements)
+    return [Piece(values, tuple(tensor.shape[1:]), mesh, inside) for values in local(tensor).unbind()]
+
+
+def put_together(parts: Sequence[Tensor], tensor: Tensor, *, stacked: bool) -> Tensor:
+    """Return a tensor like another one from what was made of its pieces; see :func:`pieces_of`."""
+    plain = _plainly_split(tensor) if isinstance(tensor, DTensor) else tensor
+    if stacked:
+        values = torch.stack(list(parts)) if parts else torch.empty_like(local(plain))
+    else:
+        (values,) = parts
+    found = like(values, plain)
+    if isinstance(tensor, DTensor) and isinstance(found, DTensor) and plain is not tensor:
+        return found.redistribute(placements=tensor.placements)
+    return found
+
+
+def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, most: int) -> list[Tensor]:
+    """Return what ``compute`` makes of every matrix, as much of it as this process has of the matrix.
+
+    Args:
+        pieces: the same matrices in the same order on all processes of a mesh.
+        compute: is given a batch of whole matrices, shape (number, ...) and maybe empty, and returns one of this shape
+            and type; what becomes of a matrix must not depend on the others.
+        most: how many numbers a batch has at most, if it is of more than one matrix.
+    """
+    results: list[Any] = [None] * len(pieces)
+    lots: dict[tuple[Any, ...], list[int]] = {}
+    for index, piece in enumerate(pieces):
+        lots.setdefault(piece.kind, []).append(index)
+    for (shape, _, _, mesh, _), indices in lots.items():
+        number = max(1, most // max(1, math.prod(shape))) * (1 if mesh is None else mesh.size())
+        for start in range(0, len(indices), number):
+            batch = indices[start : start + number]
+            of_batch = _of_batch([pieces[index] for index in batch], compute)
+            for index, result in zip(batch, of_batch, strict=True):
+                results[index] = result
+    return results
+
+
+def _of_batch(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
+    """:func:`each_once` of pieces of one kind, at once."""
+    _, shape, mesh, placements = pieces[0]
+    if mesh is None or mesh.size() == 1:
+        return compute(torch.stack([piece.values for piece in pieces])).unbind()
+    mine, held = list(pieces), list[Any]()
+    for dimension, placement in enumerate(placements):
+        if placement.is_replicate():  # copies share the batch, without a transfer
+            share, rank = math.ceil(len(mine) / mesh.size(dimension)), mesh.get_local_rank(dimension)
+            mine = mine[share * rank : share * (rank + 1)]
+            held.append(Shard(0))
+        else:
+            held.append(Shard(placement.dim + 1))
+    values = [piece.values for piece in mine]
+    stacked = torch.stack(values) if values else pieces[0].values.new_empty((0, *pieces[0].values.shape))
+    size = torch.Size((len(pieces), *shape))
+    spread = [Shard(0)] * mesh.ndim
+    whole = _as_dtensor(stacked, mesh, held, size).redistribute(placements=spread).to_local()
+    found = _as_dtensor(compute(whole), mesh, spread, size).redistribute(placements=held)
+    everywhere = [p if p.is_replicate() else of_batch for p, of_batch in zip(placements, held, strict=True)]
+    return found.redistribute(placements=everywhere).to_local().unbind()
+
+
+def _as_dtensor(values: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: torch.Size) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def like(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return the local part of something as a tensor that is split like another one."""
+    if not isinstance(tensor, DTensor):
+        return values
+    return _as_dtensor(values.contiguous(), tensor.device_mesh, tensor.placements, tensor.shape)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, on every process; all processes that hold it have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def parted(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return something that every process has all of, split like another tensor; what is split already stays."""
+    if not isinstance(tensor, DTensor) or isinstance(values, DTensor):
+        return values
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    copies = DTensor.from_local(values, tensor.device_mesh, everywhere, run_check=False)
+    return copies.redistribute(placements=tensor.placements)
+
+
+class Rows(NamedTuple):
+    """Whether rows of a tensor are looked at one by one, or the tensor is one row; and who has their parts.
+
+    Attributes:
+        apart: whether the first dimension counts rows.
+        within: process groups that have parts of every row that is here.
+        between: process groups that have other rows.
+    """
+
+    apart: bool
+    within: tuple[dist.ProcessGroup, ...]
+    between: tuple[dist.ProcessGroup, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, apart: bool) -> Rows:
+        """Return what is so of a tensor with at least one dimension."""
+        if not apart:
+            return cls(False, shard_groups(tensor), ())
+        return cls(True, shard_groups(tensor, lambda dim: dim != 0), shard_groups(tensor, lambda dim: dim == 0))
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """Return the local part of a tensor as a matrix, whose rows are the rows."""
+        values = local(tensor)
+        return values.flatten(1) if self.apart else values.reshape(1, -1)
+
+
+def reduced(values: Sequence[Tensor], groups: Sequence[tuple[dist.ProcessGroup, ...]], operation: Any) -> list[Tensor]:
+    """Return tensors of numbers reduced over processes, those of the same processes by one call.
+
+    Args:
+        values: any shapes, the same on all processes of a group.
+        groups: for each, the process groups.
+        operation: of ``torch.distributed.ReduceOp``.
+    """
+    result = list(values)
+    lots: dict[Any, list[int]] = {}
+    for index, (value, of_value) in enumerate(zip(values, groups, strict=True)):
+        if of_value:
+            lots.setdefault((of_value, value.dtype, value.device), []).append(index)
+    for (of_lot, _, _), indices in lots.items():
+        flat = torch.cat([values[index].reshape(-1) for index in indices])
+        for group in of_lot:
+            dist.all_reduce(flat, op=operation, group=group)
+        for index, part in zip(indices, flat.split([values[index].numel() for index in indices]), strict=True):
+            result[index] = part.view_as(values[index])
+    return result
+
+
+@functools.cache
+def _copies_on(group: dist.ProcessGroup, device: str) -> DeviceMesh:
+    """Return the processes of a group as a mesh."""
+    return DeviceMesh.from_group(group, device)
+
+
+def _plainly_split(tensor: DTensor) -> DTensor:
+    """Return a tensor in contiguous parts, as two ways of splitting one dimension leave none (FSDP2 of what is split by
+    tensor parallelism already)."""
+    placements: tuple[Any, ...] = tensor.placements
+    if all(p.is_replicate() or type(p) is Shard for p in placements):
+        return tensor
+    return tensor.redistribute(placements=[p if p.is_replicate() else Shard(p.dim) for p in placements])

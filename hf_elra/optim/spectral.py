@@ -18,7 +18,7 @@ from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import need_choice, need_number, settings_of
 from hf_elra.optim.base import LossAwareOptimizer, Parts
 from hf_elra.optim.directions import Direction
-from hf_elra.optim.directions.spectral import KINDS, Spectral
+from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -120,7 +120,7 @@ class ELRASpectral(LossAwareOptimizer):
         weight_decay: float = 0.0,
         stochastic_rounding: bool = False,
         distribute: str = "auto",
-        polar_batch: int = 2**24,
+        polar_batch: int = POLAR_BATCH,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,

@@ -10,23 +10,24 @@ from tests.conftest import finish
 
 def test_kills_and_faults(tmp_path):
     file = tmp_path / "stress.json"
-    # 13 has no factor in common with the numbers of faults, moments and layouts: nearly every pair of them is there.
-    words = ["--parts", "faults", "kills", "--every", "13", "--kills", "1", "--updates", "20"]
+    # 7 has no factor in common with the numbers of faults, moments and layouts.
+    words = ["--parts", "faults", "kills", "--every", "7", "--kills", "1", "--updates", "20"]
     code, output, error = finish("experiments/stress.py", "--output", str(file), *words)
     assert code == 0, error + output
     results = json.loads(file.read_text())
     assert results["kills"]["kills"] == 1
     assert results["kills"]["weights_identical"] is True
-    assert len(results["faults"]) == -(-12 * 5 * (3 * 2 + 2) // 13)
+    assert len(results["faults"]) == -(-12 * 5 * (3 * 2 + 2) // 7)
     assert all(result["finite"] and result["learnt"] for result in results["faults"])
     # What is not finite is always taken back.
     counted = [r["restarts"] for r in results["faults"] if r["fault"] == "loss NaN" and r["moment"] == "three in a row"]
     assert min(counted) >= 3
     # α of elra_spectral, which hardly moves by itself here, is where it is without a fault.
     single = [r for r in results["faults"] if r["optimizer"] == "elra_spectral" and r["moment"] == "in mid-run"]
+    assert single
     assert all(0.5 < r["alpha_later"] < 2 for r in single)
     nothing = [r for r in results["faults"] if r["fault"].startswith("a batch without") and r["moment"] == "in mid-run"]
-    assert all(r["skipped"] == 1 for r in nothing)
+    assert [r["skipped"] for r in nothing] == [1] * len(nothing) != []
     assert "(SIGKILL) and resumed: weights identical to those of the run without: yes" in output
 
 

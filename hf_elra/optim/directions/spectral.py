@@ -22,6 +22,8 @@ from hf_elra.optim.tensors import local
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
 updates at a momentum of 0.9."""
+POLAR_BATCH = 2**24
+"""Numbers of the matrices, at most, whose polar factors are taken together."""
 
 
 class Spectral(Direction):
@@ -41,7 +43,7 @@ class Spectral(Direction):
 
     is_gradient = False
 
-    def __init__(self, momentum: float, *, batch: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, momentum: float, *, batch: int = POLAR_BATCH, group: dist.ProcessGroup | None = None) -> None:
         self.momentum, self.batch, self.group = momentum, batch, group
 
     def apply(
@@ -95,7 +97,7 @@ def spectral_direction(
     embeddings: Sequence[bool],
     experts: Sequence[bool] | None = None,
     *,
-    batch: int = 2**24,
+    batch: int = POLAR_BATCH,
     group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.

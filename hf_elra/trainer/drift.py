@@ -8,11 +8,13 @@ the loss on old data does is another matter; this is what can be had without suc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_elra.optim.natural_steps import adapters_of_layer
+from hf_elra.optim.natural_steps import adapters_of, adapters_of_layer
 
 SAMPLE = 2048
 """Numbers that are kept of a matrix, so that its distance is right within about 2 %."""
@@ -26,38 +28,52 @@ class Drift:
     """
 
     def __init__(self) -> None:
-        self._start: list[tuple[nn.Parameter, Tensor]] = []
-        self._pairs: list[tuple[nn.Parameter, nn.Parameter, float]] = []
+        self._start: dict[str, Tensor] = {}  # by name: parameters may be replaced, and kept ones would not be freed
         self._size = 0.0  # the square of the norm of all matrices that are moved
 
     def begin(self, model: nn.Module) -> None:
-        """Remember where the matrices are that are trained, and which pairs of LoRA are."""
-        self._pairs, self._size, beside = [], 0.0, set()
-        for module in model.modules():
-            base = getattr(getattr(module, "base_layer", None), "weight", None)
-            for first, second, factor in adapters_of_layer(module):
-                beside |= {id(first), id(second)}
-                if isinstance(base, Tensor) and base.is_floating_point() and first.dim() == 2 and first.requires_grad:
-                    self._pairs.append((first, second, factor))
-                    self._size += _square(base)
-        trained = [p for p in model.parameters() if p.requires_grad and p.dim() > 1 and p.numel() > 0]
-        self._start = [(p, _sample(p)) for p in trained if id(p) not in beside and not isinstance(p, DTensor)]
-        self._size += sum(_square(start) * p.numel() / len(start) for p, start in self._start)
+        """Remember where the matrices are that are trained."""
+        pairs = list(_pairs(model))
+        beside = {id(p) for pair in adapters_of(model) for p in pair[:2]}
+        self._start = {
+            name: _sample(p)
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.dim() > 1 and p.numel() > 0 and id(p) not in beside and not isinstance(p, DTensor)
+        }
+        shares = {
+            name: p.numel() / len(self._start[name]) for name, p in model.named_parameters() if name in self._start
+        }
+        squares = [start.square().sum() * shares[name] for name, start in self._start.items()]
+        self._size = _sum([*squares, *(base.detach().float().square().sum() for base, _ in pairs)])
 
-    def measure(self) -> float | None:
-        """Return the distance over the norm; None where nothing is known, or parameters were sharded since."""
-        pairs = [p for pair in self._pairs for p in pair[:2]]
-        if self._size == 0 or any(isinstance(p, DTensor) or p.numel() == 0 for p in [*pairs, *dict(self._start)]):
+    def measure(self, model: nn.Module) -> float | None:
+        """Return the distance over the norm; None where nothing is known, or parameters are split over processes."""
+        params, pairs = dict(model.named_parameters()), list(_pairs(model))
+        compared = [params.get(name) for name in self._start] + [p for _, pair in pairs for p in pair[:2]]
+        if self._size == 0 or any(p is None or isinstance(p, DTensor) or p.numel() == 0 for p in compared):
             return None
-        squares = [(_sample(p) - start).square().sum() * (p.numel() / len(start)) for p, start in self._start]
-        for first, second, factor in self._pairs:
+        squares = [
+            (_sample(params[name]) - start).square().sum() * (params[name].numel() / len(start))
+            for name, start in self._start.items()
+        ]
+        for _, (first, second, factor) in pairs:
             a, b = first.detach().float(), second.detach().float()
             squares.append(factor**2 * ((b.mT @ b) * (a @ a.mT)).sum())  # of ‖B·A‖, without the product
-        return math.sqrt(max(sum(float(square) for square in squares), 0.0) / self._size)
+        return math.sqrt(max(_sum(squares), 0.0) / self._size)
 
 
-def _square(tensor: Tensor) -> float:
-    return float(tensor.detach().float().square().sum())
+def _pairs(model: nn.Module) -> Iterator[tuple[Tensor, tuple[nn.Parameter, nn.Parameter, float]]]:
+    """The pairs of LoRA that are trained, each with the matrix beside it."""
+    for module in model.modules():
+        base = getattr(getattr(module, "base_layer", None), "weight", None)
+        for pair in adapters_of_layer(module):
+            if isinstance(base, Tensor) and base.is_floating_point() and pair[0].dim() == 2 and pair[0].requires_grad:
+                yield base, pair
+
+
+def _sum(numbers: Sequence[Tensor]) -> float:
+    """Add numbers up that may be on several devices, with one wait."""
+    return float(torch.stack([number.to(numbers[0].device) for number in numbers]).sum()) if numbers else 0.0
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Logs:
             asked_for = self._size.control is not None and self._size.control.asked_for
             if self._trainer.elra_active or asked_for:
                 logs.update(dataclasses.asdict(self._trials.counts))
-                if (drift := self._drift.measure()) is not None:
+                if (drift := self._drift.measure(self._trainer.model)) is not None:
                     logs["drift"] = drift
             if asked_for:
                 batches = self._micro_batches.in_last_update or self._accounting.accumulation

@@ -37,7 +37,8 @@ from hf_elra.optim import OPTIMIZERS
 from hf_elra.optim.snapshot import nothing_changes
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
-from lib.small_networks import Captions, Pictures, resnet20
+from lib.small_networks import Captions, Pictures
+from rate_scan import resnet20
 
 
 @dataclass(frozen=True)

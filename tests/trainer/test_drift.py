@@ -1,5 +1,8 @@
 """How far a training moved its model, in the logs."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -39,12 +42,25 @@ def test_of_lora_it_is_the_product():
     layers = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")]
     drift = Drift()
     drift.begin(model)
-    assert drift.measure() == 0
+    assert drift.measure(model) == 0
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
     moved = sum(layer.get_delta_weight("default").square().sum() for layer in layers)
     size = sum(layer.base_layer.weight.square().sum() for layer in layers)
-    assert drift.measure() == pytest.approx((moved / size).sqrt().item(), rel=1e-4)
+    assert drift.measure(model) == pytest.approx((moved / size).sqrt().item(), rel=1e-4)
+
+
+def test_parameters_that_are_replaced_are_found_and_not_kept_alive():
+    """As FSDP2 replaces them by their parts, whose distance is not known."""
+    model, drift = nn.Linear(8, 8), Drift()
+    drift.begin(model)
+    old = weakref.ref(model.weight)
+    model.weight = nn.Parameter(2 * model.weight.detach())
+    gc.collect()
+    assert old() is None
+    assert drift.measure(model) == pytest.approx(1)
+    model.weight = nn.Parameter(torch.empty(0, 8))
+    assert drift.measure(model) is None
 
 
 def test_it_is_logged_only_where_something_of_ours_is_in_use(tmp_path):

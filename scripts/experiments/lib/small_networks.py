@@ -1,4 +1,4 @@
-"""What the figures of other papers train, small enough for one core: ResNet-20 on small pictures, a translator.
+"""What the figures of other papers train, small enough for one core: small pictures, a translator.
 
 Data sets have what ``compare.train`` asks for: a length, the loss of rows, and loss and accuracy on what is kept for
 tests.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_elra.recipes.image_data import load_images
-from hf_elra.recipes.image_models import BasicBlock
 
 
 class Pictures:
@@ -47,17 +46,6 @@ class Pictures:
         model.train()
         loss = nn.functional.cross_entropy(scores, self.test_labels).item()
         return loss, (scores.argmax(1) == self.test_labels).double().mean().item()
-
-
-def resnet20() -> nn.Module:
-    """272,474 parameters, 16, 32 and 64 filters (He et al. 2016)."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    width = 16
-    for stage in range(3):
-        for position in range(3):
-            layers.append(BasicBlock(width, 16 * 2**stage, 2 if stage and position == 0 else 1))
-            width = 16 * 2**stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
 class Translator(nn.Module):

@@ -591,7 +591,7 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
             p.grad = torch.ones_like(p)
         optimizer.step(loss=1.0)
         if number > 8:
-            assert 0.97 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
+            assert 0.94 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
         with torch.no_grad():
             for p, value in zip(params, start, strict=True):
                 p.copy_(value)

@@ -173,16 +173,23 @@ def descend(
         step_size: step size of this update.
         decay: share of the parameters that this update takes off.
         foreach: False for one tensor at a time.
-        rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
+        rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed, and alike where
+            processes have the same part of a parameter; None: to nearest.
     """
     pairs = [(local(p), local(u)) for p, u in zip(params, directions, strict=True)]
     if rounding_seed is not None and (decay != 0 or step_size != 0):
         generators: dict[torch.device, torch.Generator] = {}
-        for x, u in [pair for pair in pairs if pair[0].dtype == torch.bfloat16]:
-            if x.device not in generators:
-                generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+        for number, (p, (x, u)) in enumerate(zip(params, pairs, strict=True)):
+            if x.dtype != torch.bfloat16:
+                continue
+            if isinstance(p, DTensor):
+                generator = torch.Generator(x.device).manual_seed(_seed_of_part(p, rounding_seed, number))
+            else:
+                if x.device not in generators:
+                    generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+                generator = generators[x.device]
             wide = (1 - decay) * x.float() - step_size * u.float()
-            x.copy_(stochastically_rounded(wide, generators[x.device]))
+            x.copy_(stochastically_rounded(wide, generator))
         pairs = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
     lots = [[pair] for pair in pairs] if foreach is False else [pairs] if pairs else []
     for lot in lots:
@@ -191,6 +198,24 @@ def descend(
             torch._foreach_mul_(xs, 1 - decay)
         if step_size != 0:
             torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def _seed_of_part(tensor: DTensor, seed: int, number: int) -> int:
+    """Return a seed for the part of a tensor that is here: that of its copies on other processes, and of no other part.
+
+    One generator for all would part ways with other processes after a tensor of which they have more or less.
+
+    Args:
+        tensor: split over processes.
+        seed: of the update.
+        number: of the tensor in the update.
+    """
+    mesh = tensor.device_mesh
+    place = 0
+    for dimension, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            place = place * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return hash((seed, number, place)) % 2**63
 
 
 def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:

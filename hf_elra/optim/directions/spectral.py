@@ -6,6 +6,7 @@ The functions that find the embeddings and the stacked experts of a model are he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,19 +38,33 @@ class Spectral(Direction):
             average, and an existing one is dropped.
         batch: how many numbers matrices have at most whose factors are taken together.
         group: processes that have the same parameters and gradients, and share the work; None for none.
+        polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
+        state_dtype: what averages and directions are kept in, as for :func:`kept_in`.
 
     State per parameter: ``momentum``, the averaged gradient.
     """
 
     is_gradient = False
 
-    def __init__(self, momentum: float, *, batch: int = POLAR_BATCH, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        momentum: float,
+        *,
+        batch: int = POLAR_BATCH,
+        group: dist.ProcessGroup | None = None,
+        polar_dtype: str = "auto",
+        state_dtype: str = "auto",
+    ) -> None:
         self.momentum, self.batch, self.group = momentum, batch, group
+        self.polar_dtype, self.state_dtype = polar_dtype, state_dtype
 
     def apply(
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
-        """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
+        """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`).
+
+        Directions have the type that state is kept in, so that the step is taken along the very numbers that are kept.
+        """
         flags: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         averages, shares = [], []
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
@@ -58,7 +73,9 @@ class Spectral(Direction):
                 flags[kind] += [group[kind][places[p]] for p in group_params]
             shares += [group["shares"][places[p]] for p in group_params]
             averages += self.averaged(group_params, group_gradients, state)
-        directions = spectral_direction(averages, **flags, batch=self.batch, group=self.group)
+        directions = spectral_direction(
+            averages, **flags, batch=self.batch, group=self.group, polar_dtype=self.polar_dtype
+        )
         if self.momentum > 0:
             freeze_inactive(directions, averages, [g for of_group in gradients for g in of_group], **flags)
         if any(share != 1 for share in shares):
@@ -68,17 +85,23 @@ class Spectral(Direction):
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Return Nesterov's average of the gradients, which may begin at zero, as its size does not matter here."""
-        if self.momentum == 0 or not params:
+        dtypes = [kept_in(p, self.state_dtype) for p in params]
+        if self.momentum == 0:
             for p in params:
                 state[p].pop("momentum", None)
-            return gradients
-        for p in params:
+            return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        ahead = []
+        for p, gradient, dtype in zip(params, gradients, dtypes, strict=True):
             if "momentum" not in state[p]:
-                state[p]["momentum"] = torch.zeros_like(p)
-        averages, new = [local(state[p]["momentum"]) for p in params], [local(g) for g in gradients]
-        torch._foreach_lerp_(averages, new, 1 - self.momentum)
-        ahead = torch._foreach_lerp(averages, new, 1 - self.momentum)
-        return [like(values, p) for values, p in zip(ahead, params, strict=True)]
+                state[p]["momentum"] = torch.zeros_like(p, dtype=dtype)
+            average = local(state[p]["momentum"])
+            wide = torch.promote_types(dtype, torch.float32)
+            new = local(gradient).to(wide)
+            # Rounded to nearest once it is taken: an average of noisy gradients does not stall.
+            exact = torch.lerp(average.to(wide), new, 1 - self.momentum)
+            average.copy_(exact)
+            ahead.append(like(exact.lerp_(new, 1 - self.momentum).to(dtype), p))
+        return ahead
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return all matrices, with or without a gradient; all parameters if there are no matrices."""
@@ -99,6 +122,7 @@ def spectral_direction(
     *,
     batch: int = POLAR_BATCH,
     group: dist.ProcessGroup | None = None,
+    polar_dtype: str = "auto",
 ) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
 
@@ -113,6 +137,7 @@ def spectral_direction(
         experts: for each, whether it is several matrices in one, along its first dimension.
         batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
         group: processes that have the same gradients, where these are no DTensors, and share the work.
+        polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
     """
     experts = experts or [False] * len(gradients)
     directions: list[Any] = [None] * len(gradients)
@@ -122,18 +147,32 @@ def spectral_direction(
         directions[index] = direction
     matrices = [i for i, direction in enumerate(directions) if direction is None]
     pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]
-    results = iter(each_once([piece for of_one in pieces for piece in of_one], _unit_polar_factors, most=batch))
+    compute = partial(_unit_polar_factors, polar_dtype=polar_dtype)
+    results = iter(each_once([piece for of_one in pieces for piece in of_one], compute, most=batch))
     for index, of_one in zip(matrices, pieces, strict=True):
         parts = [next(results) for _ in of_one]
         directions[index] = put_together(parts, gradients[index], stacked=experts[index])
     return directions
 
 
-def _unit_polar_factors(matrices: Tensor) -> Tensor:
+def kept_in(param: Tensor, asked: str) -> torch.dtype:
+    """Return the type in which the average and the direction of a parameter are kept.
+
+    Args:
+        param: the parameter.
+        asked: ``"bfloat16"``; ``"float32"``, which means at least that; or ``"auto"`` for bfloat16, but float64 of a
+            parameter in float64.
+    """
+    if asked == "bfloat16" or (asked == "auto" and param.dtype != torch.float64):
+        return torch.bfloat16
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _unit_polar_factors(matrices: Tensor, polar_dtype: str) -> Tensor:
     """Return polar factors of a batch of tensors, of a mean square of one."""
     flat = matrices.flatten(2)
     is_high = flat.shape[1] > flat.shape[2]
-    factors = polar_factor(flat.mT.contiguous() if is_high else flat)
+    factors = polar_factor(flat.mT.contiguous() if is_high else flat, polar_dtype)
     scale = (factors.shape[1] * factors.shape[2]) ** 0.5
     factors *= scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30)
     factors = factors.to(matrices.dtype)

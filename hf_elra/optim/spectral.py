@@ -192,7 +192,8 @@ class ELRASpectral(LossAwareOptimizer):
         params = (p for group in self.param_groups for p in group["params"])
         for number, p in zip(saved, params, strict=True):
             for name, kept in state_dict["state"].get(number, {}).items():
-                self.state[p][name] = kept.to(p.device, kept_in(p, self.settings()["state_dtype"]))
+                if isinstance(kept, Tensor):
+                    self.state[p][name] = kept.to(p.device, kept_in(p, self.settings()["state_dtype"]))
 
     def _look_at_weights(self) -> float:
         """Find out what suits them, as they are before the first step; a group that comes later goes with α."""

@@ -6,7 +6,7 @@ decides what is summed and what a step is. The CUDA kernels that do the same wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,22 @@ def flat(*tensors: Tensor) -> list[Tensor]:
     if is_dense(tensors[0]) and all(layout(t) == layout(tensors[0]) for t in tensors):
         return [t.as_strided((t.numel(),), (1,)) for t in tensors]
     return [t.reshape(-1) for t in tensors]
+
+
+def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of one shape, to read and to write: on a CPU as many numbers at once as :data:`PIECE`.
+
+    What is made of a piece stays in the cache, and needs little memory. Elsewhere, and where memory orders differ, all
+    is one piece.
+    """
+    first = tensors[0]
+    alike = all(t.is_contiguous() for t in tensors) or (
+        is_dense(first) and all(layout(t) == layout(first) for t in tensors)
+    )
+    if first.device.type != "cpu" or first.numel() <= PIECE or not alike:
+        yield tensors
+        return
+    yield from zip(*(vector.split(PIECE) for vector in flat(*tensors)), strict=True)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -191,6 +207,13 @@ def descend(
             wide = (1 - decay) * x.float() - step_size * u.float()
             x.copy_(stochastically_rounded(wide, generator))
         pairs = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
+    for x, u in [pair for pair in pairs if pair[0].dtype != pair[1].dtype]:  # foreach functions would copy all of u
+        for part, along in in_pieces(x, u):
+            if decay != 0:
+                part.mul_(1 - decay)
+            if step_size != 0:
+                part.add_(along, alpha=-step_size)
+    pairs = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
     lots = [[pair] for pair in pairs] if foreach is False else [pairs] if pairs else []
     for lot in lots:
         xs, us = zip(*lot, strict=True)

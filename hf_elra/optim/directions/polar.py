@@ -32,7 +32,7 @@ def polar_factor(matrices: Tensor, dtype: str = "auto") -> Tensor:
         return matrices.to(wide)
     largest = torch.maximum(matrices.amax((1, 2), keepdim=True), -matrices.amin((1, 2), keepdim=True))
     x = near_one(matrices.to(wide), largest.to(wide))
-    x = x / vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    x /= vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
     x = x.to(iterates_in(matrices, dtype))
     a, b, c = QUINTIC
     for _ in range(STEPS):

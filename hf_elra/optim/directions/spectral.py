@@ -5,7 +5,7 @@ The functions that find the embeddings and the stacked experts of a model are he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
-from hf_elra.optim.tensors import local
+from hf_elra.optim.tensors import PIECE, in_pieces, local
 
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
@@ -95,12 +95,12 @@ class Spectral(Direction):
             if "momentum" not in state[p]:
                 state[p]["momentum"] = torch.zeros_like(p, dtype=dtype)
             average = local(state[p]["momentum"])
-            wide = torch.promote_types(dtype, torch.float32)
-            new = local(gradient).to(wide)
-            # Rounded to nearest once it is taken: an average of noisy gradients does not stall.
-            exact = torch.lerp(average.to(wide), new, 1 - self.momentum)
-            average.copy_(exact)
-            ahead.append(like(exact.lerp_(new, 1 - self.momentum).to(dtype), p))
+            ahead.append(like(torch.empty_like(average), p))
+            for old, new, further in in_pieces(average, local(gradient), local(ahead[-1])):
+                wide = torch.promote_types(dtype, torch.float32)
+                exact = torch.lerp(old.to(wide), new.to(wide), 1 - self.momentum)
+                old.copy_(exact)  # to the nearest number: an average of noisy gradients does not stall
+                further.copy_(exact.lerp_(new.to(wide), 1 - self.momentum))
         return ahead
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -272,15 +272,31 @@ def _unit_rows(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]
     """Return tensors, or their rows where these are apart, with a mean square of one."""
     rows = [Rows.of(t, apart=a) if t.dim() else Rows(False, (), ()) for t, a in zip(tensors, apart, strict=True)]
     within = [r.within for r in rows]
-    wide = [r.flat(t).to(torch.promote_types(t.dtype, torch.float32)) for r, t in zip(rows, tensors, strict=True)]
-    peaks = reduced([_largest(w) for w in wide], within, dist.ReduceOp.MAX)
-    scaled = [near_one(w, peak[:, None]) for w, peak in zip(wide, peaks, strict=True)]
-    norms = [vector_norm(n, dim=1) for n in scaled]
+    flat = [r.flat(t) for r, t in zip(rows, tensors, strict=True)]
+    peaks = reduced([_wide(_largest(f)) for f in flat], within, dist.ReduceOp.MAX)
+    norms = []
+    for values, peak in zip(flat, peaks, strict=True):
+        parts = [vector_norm(near_one(_wide(v), p[:, None]), dim=1) for v, p in _some_rows(values, peak)]
+        norms.append(torch.cat(parts))
     if any(within):
         norms = [square.sqrt() for square in reduced([n.square() for n in norms], within, dist.ReduceOp.SUM)]
     result = []
-    for tensor, is_apart, units, norm in zip(tensors, apart, scaled, norms, strict=True):
+    for tensor, is_apart, values, peak, norm in zip(tensors, apart, flat, peaks, norms, strict=True):
         columns = tensor.numel() / max(len(tensor), 1) if is_apart else tensor.numel()
-        units *= torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)[:, None]
-        result.append(like(units.to(tensor.dtype).view(local(tensor).shape), tensor))
+        factors = torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)
+        units = torch.empty_like(values)
+        for unit, v, p, factor in _some_rows(units, values, peak, factors):
+            unit.copy_(near_one(_wide(v), p[:, None]).mul_(factor[:, None]))
+        result.append(like(units.view(local(tensor).shape), tensor))
     return result
+
+
+def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of tensors that have as many: as many at once as :data:`PIECE` numbers, on a CPU, else all."""
+    first = tensors[0]
+    number = max(1, PIECE // max(1, first[:1].numel())) if first.device.type == "cpu" else max(1, len(first))
+    yield from zip(*(t.split(number) for t in tensors), strict=True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

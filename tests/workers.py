@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,6 +193,43 @@ def spectral_beside_one(shape, split, momentum):
     }
 
 
+def bfloat16_on_shards():
+    """Five updates with stochastic rounding, of a vector that two processes cannot split evenly, of one that is copied,
+    and of one that is no DTensor: whether copies are alike, how far all have come, and whether parts are alike."""
+    dist.init_process_group("gloo")
+    mesh, ends = init_device_mesh("cpu", (2,)), []
+    for resumes in (False, True):
+        made = [torch.ones(8001), torch.ones(4001), torch.ones(3000)]
+        placements = [[Shard(0)], [Replicate()], None]
+        params = [
+            nn.Parameter(t.bfloat16() if p is None else distribute_tensor(t.bfloat16(), mesh, p))
+            for t, p in zip(made, placements, strict=True)
+        ]
+        given = dict(lr=2e-4, warmup=0, momentum=0.0, stochastic_rounding=True)
+        optimizer = ELRASpectral(params, **given)
+        optimizer.process_group = dist.group.WORLD
+        for number in range(5):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step(loss=1.0)
+            if resumes and number == 2:
+                state, optimizer = optimizer.state_dict(), ELRASpectral(params, **given)
+                optimizer.process_group = dist.group.WORLD
+                optimizer.load_state_dict(state)
+        split, copied, plain = params
+        whole = split.full_tensor().detach().float()
+        ends.append(torch.cat([whole.view(-1), copied.to_local().detach().view(-1), plain.detach()]))
+    moved = [float(1 - t.float().mean()) for t in (whole, copied.full_tensor(), plain)]
+    copies = torch.cat([copied.to_local().detach().view(-1), plain.detach()])
+    return {
+        "copies": same_everywhere(copies),
+        "moved": moved,
+        "alike": float((whole[:4000] == whole[4001:]).float().mean()),
+        "chance": float((whole[:4000] == whole[:4000].flip(0)).float().mean()),
+        "resumed": torch.equal(*ends),
+    }
+
+
 class Moved(TorchDispatchMode):
     """Counts the bytes that are gathered from all processes."""
 
@@ -207,18 +244,19 @@ class Moved(TorchDispatchMode):
         return result
 
 
-def copies_share_polar_factors(shapes, dtypes):
-    """Of every type: whether weights differ from those of a process that does all, and the bytes of an update."""
+def copies_share_polar_factors(shapes, types):
+    """Of every type of weights and state: whether weights differ from those of a process that does all, and the bytes
+    of an update."""
     dist.init_process_group("gloo")
-    return [beside_all_on_each(shapes, getattr(torch, dtype)) for dtype in dtypes]
+    return [beside_all_on_each(shapes, getattr(torch, dtype), state_dtype) for dtype, state_dtype in types]
 
 
-def beside_all_on_each(shapes, dtype):
+def beside_all_on_each(shapes, dtype, state_dtype):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
     ours = [[nn.Parameter(t.clone()) for t in weights] for _ in range(2)]
     optimizers = [
-        ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3])
+        ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3], state_dtype=state_dtype)
         for params, how in zip(ours, ("auto", "off"), strict=True)
     ]
     moved, differing = [Moved(), Moved()], 0

@@ -215,7 +215,7 @@ def _polar_factors(part: Part) -> dict[str, Any]:
     for rank in (256, 64, 4):
         low = torch.randn(3, 256, rank, generator=generator) @ torch.randn(3, rank, 1024, generator=generator)
         gradients = low + 1e-2 * torch.randn(3, 256, 1024, generator=generator)
-        exact, here = polar_factor(gradients), polar_factor(gradients.to(part.device)).cpu()
+        exact, here = polar_factor(gradients, "float32"), polar_factor(gradients.to(part.device)).cpu()
         cosine = torch.nn.functional.cosine_similarity(exact.flatten(1), here.flatten(1)).min().item()
         cosines[rank] = cosine
         largest = max(largest, torch.linalg.svdvals(here).max().item())

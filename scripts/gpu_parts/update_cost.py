@@ -24,6 +24,7 @@ ORDER = (
     "SGD with momentum, fused",
     "ELRA, memory=point",
     "ELRA, memory=offload",
+    "elra_spectral, all in float32",
     "elra_spectral, momentum=0",
     "Lion",
     "Prodigy",

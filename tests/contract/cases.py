@@ -144,6 +144,8 @@ WRONG_OF_SPECTRAL = (
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
     ({"polar_batch": 0}, "polar_batch=0 must be a whole number"),
+    ({"state_dtype": "float16"}, "state_dtype=.float16. must be one of"),
+    ({"polar_dtype": "tf32"}, "polar_dtype=.tf32. must be one of"),
     ({"distribute": "of"}, "distribute='of' must be one of 'auto', 'off'. Did you mean 'off'"),
 )
 

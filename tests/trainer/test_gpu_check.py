@@ -41,7 +41,7 @@ def test_every_row_of_every_part_is_measured(finished):
     updates = {e["row"]: e for e in entries(folder, "update_cost") if "state_bytes" in e}
     state = {name.removeprefix("2 M, "): e["state_bytes"] / e["parameters"] for name, e in updates.items()}
     assert state["ELRA"] == 4
-    assert state["elra_spectral"] == 8
+    assert state["elra_spectral"] == 4
     losses = {e["row"]: e["validation_loss"] for e in entries(folder, "language_model") if "validation_loss" in e}
     assert len(losses) == 5
     assert all(np.isfinite(loss) for loss in losses.values())

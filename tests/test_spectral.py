@@ -714,14 +714,14 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
     )
     params = [matrix, table, vector]
     start = [p.detach().clone() for p in params]
-    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, warmup=0)
+    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, max_correction=10, warmup=0)
     for number in range(30):
         size = matrix.detach().square().mean().sqrt().item()
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step(loss=1.0)
         if number > 8:
-            assert 0.94 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
+            assert 0.97 * share * size < optimizer.alpha < 1.00001 * share * size  # it falls between corrections
         with torch.no_grad():
             for p, value in zip(params, start, strict=True):
                 p.copy_(value)

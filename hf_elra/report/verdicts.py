@@ -222,8 +222,8 @@ def drift(run: Run) -> Verdict | None:
         return None
     return Verdict(
         "note",
-        f"The weights have moved by {moved:.0%} of their size since training began. What the model knew before may have "
-        "suffered: measure it, if it matters.",
+        f"The weights have moved by {moved:.0%} of their size since training began. What the model knew before may "
+        "have suffered: measure it, if it matters.",
     )
 
 

@@ -90,6 +90,9 @@ def test_the_page_of_one_run_has_every_panel_over_every_axis(one):
     assert "update 20: 12 samples, noise" in page
     assert "after them: 0.005" in page
     assert "No update was taken back" not in page
+    (told,) = as_json(one)["runs"]
+    assert told["series"]["drift"][-1] == (40, 0.4)
+    assert "drift             ▁" in as_text(one)
 
 
 def test_marks_that_would_lie_over_one_another_are_one(tmp_path):

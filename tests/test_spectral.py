@@ -714,7 +714,9 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
     )
     params = [matrix, table, vector]
     start = [p.detach().clone() for p in params]
-    optimizer = ELRASpectral(params, lr=share * 0.05, embeddings=[table], max_relative_step=share, max_correction=10, warmup=0)
+    optimizer = ELRASpectral(
+        params, lr=share * 0.05, embeddings=[table], max_relative_step=share, max_correction=10, warmup=0
+    )
     for number in range(30):
         size = matrix.detach().square().mean().sqrt().item()
         for p in params:

@@ -134,8 +134,8 @@ def write_captions(folder: Path, wheel: Path, output: Path) -> None:
         arrays[side] = np.searchsorted(used, arrays[side]).astype(np.uint16)
     rows = table[torch.from_numpy(used.astype(np.int64))].half().numpy()
     np.savez_compressed(output / "captions.npz", **arrays, table=rows)
-    print(f"{len(used)} word pieces of captions; {np.mean(arrays['train_capitals'][arrays['train_capitals'] >= 0]):.1%} "
-          "of the words that are not the first begin with a capital")
+    share = np.mean(arrays["train_capitals"][arrays["train_capitals"] >= 0])
+    print(f"{len(used)} word pieces of captions; {share:.1%} of the words that are not the first begin with a capital")
 
 
 def _capitals(text: str, caption: Any) -> list[int]:

@@ -794,8 +794,12 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             params, directions: before a step.
             step_size: of this step.
         """
-        lost = lost_in_rounding(params, directions, step_size) if self._looks_for_rounding else 0.0
-        if lost > 0.5:
+        if self._looks_for_rounding:
+            self._warn_of_lost_steps(lost_in_rounding(params, directions, step_size))
+
+    def _warn_of_lost_steps(self, lost: float) -> None:
+        """Warn once, if more than half of the numbers of a bfloat16 parameter stayed where they were."""
+        if lost > 0.5 and not self._warned_of_rounding:
             self._warned_of_rounding = True
             warn_user(
                 f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import need_choice, need_number, settings_of
-from hf_elra.optim.base import LossAwareOptimizer, Parts
+from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
+from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import whole
 
@@ -28,7 +29,7 @@ OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapte
 """Arguments that tell of parameters what they are in a model, and who finds out."""
 
 
-class ELRASpectral(LossAwareOptimizer):
+class ELRASpectral(DecidesOnDevice):
     r"""A learning rate that finds itself, over polar factors of averaged gradients.
 
     x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
@@ -74,6 +75,9 @@ class ELRASpectral(LossAwareOptimizer):
         polar_batch (int): polar factors are taken of matrices of one shape together, of so many numbers at most, or of
             one larger matrix: the memory for them is a few times as many numbers in float32 (on a GPU half of that).
             Which are taken together changes nothing else. Default: 2^24.
+        on_device (bool, optional): True to make all decisions on the device of the parameters, so that no update but
+            the first waits for it; False to make them on the host; None for the device where that is a CUDA device.
+            Nothing of the path depends on it but rounding. Default: None.
         soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`; the last one counts only
             for a model that looks new.
 
@@ -100,7 +104,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     scales_weight_decay = True
-    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch")
+    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "on_device")
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -121,6 +125,7 @@ class ELRASpectral(LossAwareOptimizer):
         stochastic_rounding: bool = False,
         distribute: str = "auto",
         polar_batch: int = POLAR_BATCH,
+        on_device: bool | None = None,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
@@ -213,4 +218,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need("max_correction", lambda v: v >= 1, "a number >= 1 (4)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     need_choice(settings, "distribute", ("auto", "off"))
+    need_flag(settings, "on_device", or_none=True)
     need("polar_batch", lambda v: isinstance(v, int) and v > 0, "a whole number of numbers, e.g. 2**24")

@@ -107,7 +107,7 @@ class Losses(NamedTuple):
 
     def where(self, happens: Tensor, **new: Tensor | float) -> Losses:
         """Replace some of the numbers, where it happens."""
-        return self._replace(**{name: _where(happens, value, getattr(self, name)) for name, value in new.items()})
+        return self._replace(**{name: torch.where(happens, value, getattr(self, name)) for name, value in new.items()})
 
 
 def decide(
@@ -144,7 +144,7 @@ def decide(
     n["updates"] = n["updates"] + ~skipped
     n["skipped"] = n["skipped"] + skipped
     n["non_finite"] = n["non_finite"] + broken
-    n["non_finite_in_a_row"] = _where(finite, 0.0, n["non_finite_in_a_row"] + broken)
+    n["non_finite_in_a_row"] = torch.where(finite, 0.0, n["non_finite_in_a_row"] + broken)
     n["gradient_norm"], n["weight_square"] = square.sqrt(), measured.size
 
     # ---- is the loss too high? (guards.judge) ----
@@ -162,7 +162,7 @@ def decide(
             too_high = finite & known & (loss > limit) & matters
         row = n["row_count"], n["row_mean"], n["row_squares"]
         down = (row[0] > 0) & (loss - middle < guards.COMES_DOWN * (row[1] - middle))  # never beside a NaN
-        kept_count, kept_mean, kept_squares = (_where(down, 0.0, value) for value in row)
+        kept_count, kept_mean, kept_squares = (torch.where(down, 0.0, value) for value in row)
         row_count, row_mean, row_squares = _added(kept_count, kept_mean, kept_squares, loss)
         persists = (row_count > guards.RETRIES_OF_A_LEVEL) | (consecutive >= guards.MOST_RETRIES)
         is_level, too_high = too_high & persists, too_high & ~persists
@@ -170,7 +170,7 @@ def decide(
         shrink = torch.where(base.isnan() | (decrease <= 0), guards.LONGEST_RETRY, shrink)
         shrink = shrink.clamp(min=guards.SHORTEST_RETRY)
         # A level is accepted (RestartGuard.accept_level).
-        jump = _where(middle.isnan(), 0.0, (row_mean - middle).abs())
+        jump = torch.where(middle.isnan(), 0.0, (row_mean - middle).abs())
         std = torch.maximum(_std(row_count, row_squares), losses.recent_variance.sqrt())
         std = torch.maximum(std, jump / guard.sigma)
         losses = losses.where(
@@ -181,16 +181,16 @@ def decide(
             recent_variance=std * std,
         ).where(is_level & ~losses.last_mean.isnan(), last_mean=row_mean, last_std=std)
         n["accepted_levels"] = n["accepted_levels"] + is_level
-        failures, on_trial = _where(is_level, 0.0, failures), on_trial & ~is_level
-        suspect = _where(is_level, math.nan, n["suspect"])
+        failures, on_trial = torch.where(is_level, 0.0, failures), on_trial & ~is_level
+        suspect = torch.where(is_level, math.nan, n["suspect"])
         good = finite & ~too_high
         losses = losses.recorded(good & (failures == 0) & ~suspect.isnan(), suspect, guard)  # it was the batch
         losses = losses.recorded(good, loss, guard)
-        suspect = _where(good & ((failures != 1) | on_trial), math.nan, suspect)
+        suspect = torch.where(good & ((failures != 1) | on_trial), math.nan, suspect)
         n["suspect"] = torch.where(too_high & (consecutive == 0) & ~on_trial, loss, suspect)
         n.update(losses._asdict())
         for name, new in (("row_count", row_count), ("row_mean", row_mean), ("row_squares", row_squares)):
-            n[name] = _where(good, 0.0, torch.where(too_high, new, n[name]))
+            n[name] = torch.where(good, 0.0, torch.where(too_high, new, n[name]))
 
     # ---- it is taken back (guards.take_back) ----
     taken_back = broken | too_high
@@ -198,12 +198,12 @@ def decide(
     shrink = torch.where((consecutive > 0) | ~finite, guards.SHORTEST_RETRY, shrink)
     length_of_retry = n["length"] * shrink
     n["restarts"] = n["restarts"] + taken_back
-    n["consecutive_restarts"] = _where(stands, 0.0, consecutive + taken_back)
+    n["consecutive_restarts"] = torch.where(stands, 0.0, consecutive + taken_back)
 
     # ---- it stands: what does that say about α? (guards.step_was_good) ----
     alpha, lowest = n["alpha"], parts.step_guards.lr_bounds[0]
     quiet, level, proven = n["quiet"] + 1, n["level"], n["proven"]
-    level = _where(quiet > guards.QUIET_UPDATES, math.nan, level)
+    level = torch.where(quiet > guards.QUIET_UPDATES, math.nan, level)
     went_well = known & (failures == 0)
     reduces = known & ~went_well & ((failures > 1) | on_trial)
     was_good = alpha * n["length"]
@@ -212,7 +212,7 @@ def decide(
     earlier = torch.where(level.isnan(), earlier, level / 2)
     level = torch.where(went_well & (level < alpha), alpha, level)
     level = torch.where(reduces, torch.maximum(earlier, reduced_alpha), level)
-    quiet = _where(reduces, 0.0, quiet)
+    quiet = torch.where(reduces, 0.0, quiet)
     proven = torch.where(went_well, alpha, proven)
     length = torch.where(reduces, was_good / reduced_alpha, n["length"])
     full = known & (length == 1)
@@ -222,7 +222,7 @@ def decide(
     rule = {name: n[name] for name in OF_RULE}
     fell = reduces & (reduced_alpha < alpha)
     for name in ("warms_up", "ratios_count", "ratios_mean", "ratios_squares"):
-        rule[name] = _where(fell, 0.0, rule[name])
+        rule[name] = torch.where(fell, 0.0, rule[name])
     proposal, proposed = _proposed(n, rule, measured, parts.rule, now)
     for name in OF_RULE:
         n[name] = torch.where(stands, torch.where(full, proposed[name], rule[name]), n[name])
@@ -241,7 +241,7 @@ def decide(
     n["on_trial"] = torch.where(stands, (known & (failures > 0)).to(alpha.dtype), on_trial.to(alpha.dtype))
     for name, new in (("alpha", proposal), ("quiet", quiet), ("level", level), ("proven", proven)):
         n[name] = torch.where(stands, new, n[name])
-    n["length"] = _where(stands, 1.0, torch.where(taken_back, length_of_retry, n["length"]))
+    n["length"] = torch.where(stands, 1.0, torch.where(taken_back, length_of_retry, n["length"]))
 
     # ---- how far it goes ----
     goes_back = taken_back & known
@@ -249,8 +249,8 @@ def decide(
     of_retry = n["step_size"] * n["direction_norm"]
     n["step_norm"] = torch.where(goes_back, of_retry, n["step_norm"])
     nothing_left = goes_back & (n["step_size"] == 0)  # back where the last step began, and nothing moves
-    n["previous_slope"] = _where(nothing_left, math.nan, slope)
-    n["previous_loss"] = _where(stands, math.nan if loss is None else loss, n["previous_loss"])
+    n["previous_slope"] = torch.where(nothing_left, math.nan, slope)
+    n["previous_loss"] = torch.where(stands, math.nan if loss is None else loss, n["previous_loss"])
     return n, Verdict(stands, goes_back)
 
 
@@ -259,7 +259,6 @@ def _proposed(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``EndSlopes.propose``: α_t and what the rule remembers then."""
     update, before = n["updates"], rule["rule_update"]
-
     natural = rule["natural"] / (OFFSET + (update if settings.falls else torch.full_like(update, OFFSET))).sqrt()
     on_the_way = torch.zeros_like(update, dtype=torch.bool)
     straight = alpha
@@ -294,13 +293,8 @@ def _proposed(
     takes_in, corrects = takes_in & ~warms_up, corrects & ~warms_up
     state = dict(rule, rule_update=update, warms_up=(warms_up & on_the_way).to(update.dtype))
     for name, new, kept in zip(OF_RULE[4:], (count, mean, squares), old, strict=True):
-        state[name] = _where(corrects, 0.0, torch.where(takes_in, new, kept))
+        state[name] = torch.where(corrects, 0.0, torch.where(takes_in, new, kept))
     return proposal, state
-
-
-def _where(condition: Tensor, value: Tensor | float, otherwise: Tensor) -> Tensor:
-    """``torch.where`` of a number or a tensor."""
-    return torch.where(condition, value, otherwise)
 
 
 def _added(count: Tensor, mean: Tensor, squares: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

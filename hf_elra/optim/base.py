@@ -217,6 +217,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
 
     @property
+    def reading_waits(self) -> bool:
+        """Whether whoever reads α, counts or metrics now waits for the device."""
+        return False
+
+    @property
     def asks_before_backward(self) -> bool:
         """Whether :meth:`takes_back` can be asked at no cost, as losses are looked at on the host anyway."""
         return bool(self.param_groups[0]["soft_restart"]) and self.process_group is None

@@ -110,6 +110,17 @@ class Losses(NamedTuple):
         return self._replace(**{name: torch.where(happens, value, getattr(self, name)) for name, value in new.items()})
 
 
+def cycle_ended(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``RestartGuard.end_cycle``: return the numbers that change."""
+    count, mean, squares = (numbers[name] for name in ("cycle_count", "cycle_mean", "cycle_squares"))
+    ends = count > 1
+    found = {"last_mean": torch.where(ends, mean, numbers["last_mean"])}
+    found["last_std"] = torch.where(ends, _std(count, squares), numbers["last_std"])
+    return found | {
+        name: torch.where(ends, 0.0, numbers[name]) for name in ("cycle_count", "cycle_mean", "cycle_squares")
+    }
+
+
 def decide(
     numbers: dict[str, Tensor],
     measured: Measured,

@@ -114,10 +114,15 @@ class NumbersOnDevice(LossAwareOptimizer):
         """Copy the device's numbers to the host."""
         raise NotImplementedError(f"{type(self).__name__} must say which numbers it has")
 
+    @property
+    def reading_waits(self) -> bool:
+        """Whether whoever reads α, counts or metrics now waits for the device."""
+        return self._there is not None and self._there.in_force and not self._there.was_read
+
     def _numbers(self) -> dict[str, Any]:
         """Return the numbers of the optimizer; reading them changes nothing."""
         there = self._there
-        if there is not None and there.in_force and not there.was_read:
+        if there is not None and self.reading_waits:
             self._pull()
             there.was_read = not self._is_replayed
         return super()._numbers()

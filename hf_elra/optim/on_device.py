@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim.base import Parts, shares
-from hf_elra.optim.decisions import NAMES, OF_RULE, Measured, Verdict, decide
+from hf_elra.optim.decisions import NAMES, OF_RULE, Measured, Verdict, cycle_ended, decide
 from hf_elra.optim.device_numbers import Numbers, NumbersOnDevice
 from hf_elra.optim.directions.spectral import Spectral
 from hf_elra.optim.guards import StepGuards
@@ -181,6 +181,18 @@ class DecidesOnDevice(NumbersOnDevice):
     def asks_before_backward(self) -> bool:
         """Not where updates are decided on the device, as asking would wait for it."""
         return super().asks_before_backward and not self._wants_device()
+
+    @torch.no_grad()
+    def end_cycle(self) -> None:
+        """Declare an epoch or control cycle over: mean and σ of its losses judge the losses of the next one."""
+        there = self._device_update
+        if there is None or not there.in_force or there.numbers is None:
+            super().end_cycle()
+            return
+        named = dict(zip(NAMES, there.numbers[: len(NAMES)].unbind(), strict=True))
+        for name, value in cycle_ended(named).items():
+            named[name].copy_(value)
+        there.was_read = False
 
     # ---- which updates ----
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,12 @@ arguments = st.fixed_dictionaries(
         "initial_restart_ratio": st.sampled_from([None, 1.1]),
     }
 )
+
+
+PLAIN = {
+    "lr": 1e-3, "momentum": 0.9, "warmup": 3, "max_correction": 4.0, "max_relative_step": 0.5, "weight_decay": 0.1,
+    "soft_restart": True, "initial_restart_ratio": 1.1,
+}  # fmt: skip
 
 
 class Walker:
@@ -79,13 +85,27 @@ def same_numbers(ours, others):
             assert one == other
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=15, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     arguments=arguments,
     sequence=st.lists(st.sampled_from(EVENTS), min_size=5, max_size=50),
     noise=st.sampled_from([0.1, 3.0]),
     epoch=st.sampled_from([None, 20]),
     seed=st.integers(0, 2**31),
+)
+@example(
+    arguments=PLAIN,
+    sequence=[*["plain"] * 12, "spike", "plain", "spike", *["plain"] * 5, *["spike"] * 3, *["plain"] * 60],
+    noise=3.0,
+    epoch=None,
+    seed=0,
+)
+@example(
+    arguments=PLAIN,
+    sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, *["other_level"] * 9, *["plain"] * 6, "spike", "plain"],
+    noise=0.1,
+    epoch=10,
+    seed=1,
 )
 @pytest.mark.filterwarnings("ignore:ELRASpectral was not told the loss")
 def test_both_paths_are_one(arguments, sequence, noise, epoch, seed):
@@ -285,18 +305,18 @@ def test_what_stays_not_finite_is_an_error_when_it_is_read():
 def test_in_a_compiled_training_step():
     """The step is left out of the compiled graphs, and the decision alone can be compiled whole."""
     plain, compiled = made(), made()
-    train(*plain, range(6))
+    train(*plain, range(3))
     torch.compiler.reset()
-    train(*compiled, range(6), way=lambda step: torch.compile(step, backend="eager"))
+    train(*compiled, range(3), way=lambda step: torch.compile(step, backend="eager"))
     assert torch.equal(weights(plain[0]), weights(compiled[0]))
     stock = decisions.decide
     whole = torch.compile(stock, backend="eager", fullgraph=True, dynamic=False)
     on_device.decide = whole
     try:
-        train(*compiled, range(6, 12))
+        train(*compiled, range(3, 10))
     finally:
         on_device.decide = stock
-    train(*plain, range(6, 12))
+    train(*plain, range(3, 10))
     assert torch.equal(weights(plain[0]), weights(compiled[0]))
 
 

@@ -73,41 +73,39 @@ class Losses(NamedTuple):
 
     def limit(self, guard: RestartGuard) -> tuple[Tensor, Tensor]:
         """``RestartGuard.limit``; NaN for a mean that is not known."""
-        enough, has_cycle = self.recent_count >= ENOUGH_LOSSES, ~self.last_mean.isnan()
+        enough, has_cycle = self.recent_count >= ENOUGH_LOSSES, self.last_mean == self.last_mean
         recent = self.recent_mean + guard.sigma * self.recent_variance.sqrt()
         first = torch.full_like(recent, math.inf)
         if guard.initial_ratio is not None:
-            known = ~self.initial_loss.isnan() & (self.initial_loss != 0)
-            first = torch.where(known, self.initial_loss + (guard.initial_ratio - 1) * self.initial_loss.abs(), first)
+            of_first = self.initial_loss + (guard.initial_ratio - 1) * self.initial_loss.abs()
+            first = torch.where(self.initial_loss.abs() > 0, of_first, first)  # known, and not zero
         of_cycle = self.last_mean + guard.sigma * self.last_std
         of_cycle = torch.where(enough, torch.maximum(of_cycle, recent), of_cycle)
         limit = torch.where(has_cycle, of_cycle, torch.where(enough, recent, first))
         mean = torch.where(has_cycle, self.last_mean, self.initial_loss)
         return limit, torch.where(enough, self.recent_mean, mean)
 
-    def recorded(self, happens: Tensor, loss: Tensor, guard: RestartGuard) -> Losses:
-        """``RestartGuard.record``, where it happens."""
+    def recorded(self, loss: Tensor, guard: RestartGuard) -> Losses:
+        """``RestartGuard.record``."""
         limit, middle = self.limit(guard)
-        most = middle + guards.COUNTS_AT_MOST * (limit - middle)
-        loss = torch.where(middle.isnan(), loss, torch.minimum(loss, most))
+        loss = torch.fmin(loss, middle + guards.COUNTS_AT_MOST * (limit - middle))  # where a mean is known
         count, mean, squares = _added(self.cycle_count, self.cycle_mean, self.cycle_squares, loss)
         number = (self.recent_count + 1).clamp(max=RECENT_LOSSES)
         deviation = loss - self.recent_mean
-        variance = (1 - 1 / number) * (self.recent_variance + deviation * deviation / number)
-        return self.where(
-            happens,
-            initial_loss=torch.where(self.initial_loss.isnan(), loss, self.initial_loss),
+        share = deviation / number
+        return self._replace(
+            initial_loss=torch.where(self.initial_loss == self.initial_loss, self.initial_loss, loss),
             cycle_count=count,
             cycle_mean=mean,
             cycle_squares=squares,
             recent_count=number,
-            recent_mean=self.recent_mean + deviation / number,
-            recent_variance=variance,
+            recent_mean=self.recent_mean + share,
+            recent_variance=(1 - 1 / number) * (self.recent_variance + deviation * share),
         )
 
-    def where(self, happens: Tensor, **new: Tensor | float) -> Losses:
-        """Replace some of the numbers, where it happens."""
-        return self._replace(**{name: torch.where(happens, value, getattr(self, name)) for name, value in new.items()})
+    def or_else(self, condition: Tensor, others: Losses) -> Losses:
+        """These where the condition holds, else the others."""
+        return Losses(*torch.where(condition, torch.stack(self), torch.stack(others)).unbind())
 
 
 def cycle_ended(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +130,9 @@ def decide(
 ) -> tuple[dict[str, Tensor], Verdict]:
     """Judge the last step, and choose α; as ``base.py`` does on the host. Nothing is changed.
 
+    What the numbers are afterwards is worked out for each of three cases, one of which is then chosen: the last step
+    stands; it is taken back; the batch is skipped.
+
     Args:
         numbers: of :data:`NAMES`, 0-dim tensors.
         measured: of this update.
@@ -144,167 +145,170 @@ def decide(
         The numbers after the update, but those of its direction: if the last step stands, ``previous_slope``,
         ``previous_slope_of_new``, ``direction_norm`` and ``step_norm`` are to follow.
     """
-    n, guard = dict(numbers), parts.restart_guard
-    square, loss = measured.square, measured.loss
-    known, slope, consecutive = ~n["previous_slope"].isnan(), n["previous_slope"], n["consecutive_restarts"]
+    square, loss, guard = measured.square, measured.loss, parts.restart_guard
+    zero, nan = torch.zeros_like(square), torch.full_like(square, math.nan)
+    slope, consecutive, alpha = numbers["previous_slope"], numbers["consecutive_restarts"], numbers["alpha"]
+    known = slope == slope
     finite = square.isfinite()
     skipped = torch.zeros_like(finite)
     if loss is not None:
-        finite, skipped = finite & loss.isfinite(), (square == 0) & ~loss.isfinite()
-    broken = ~finite & ~skipped
-    n["updates"] = n["updates"] + ~skipped
-    n["skipped"] = n["skipped"] + skipped
-    n["non_finite"] = n["non_finite"] + broken
-    n["non_finite_in_a_row"] = torch.where(finite, 0.0, n["non_finite_in_a_row"] + broken)
-    n["gradient_norm"], n["weight_square"] = square.sqrt(), measured.size
+        has_loss = loss.isfinite()
+        finite, skipped = finite & has_loss, ~has_loss & (square == 0)
+    skip = {**numbers, "gradient_norm": square.sqrt(), "weight_square": measured.size}
+    stand = {**skip, "updates": numbers["updates"] + 1, "non_finite_in_a_row": zero}
+    back = {**skip, "updates": stand["updates"]}
+    skip["skipped"] = numbers["skipped"] + 1
 
     # ---- is the loss too high? (guards.judge) ----
-    too_high, failures, on_trial = torch.zeros_like(finite), consecutive, n["on_trial"] != 0
-    shrink = torch.full_like(square, guards.LONGEST_RETRY)
+    too_high, failures, on_trial = torch.zeros_like(finite), consecutive, numbers["on_trial"] != 0
+    shrink = torch.full_like(square, guards.SHORTEST_RETRY)
+    stand["previous_loss"] = nan if loss is None else loss
     if loss is not None:
-        losses = Losses(*(n[name] for name in Losses._fields))
+        losses = Losses(*(numbers[name] for name in Losses._fields))
         limit, middle = losses.limit(guard)
-        before, mean = n["previous_loss"], losses.recent_mean
-        base = torch.where(losses.recent_count >= ENOUGH_LOSSES, torch.maximum(before, mean), before)  # NaN stays NaN
-        decrease = n["step_size"] * slope
-        rounding = guards.ROUNDING * torch.maximum(loss.abs(), base.abs()).clamp(min=1.0)
-        matters = base.isnan() | (loss - base > torch.maximum(guards.MATTERS * decrease, rounding))
+        before = numbers["previous_loss"]
+        base = torch.where(losses.recent_count >= ENOUGH_LOSSES, torch.maximum(before, losses.recent_mean), before)
+        decrease, rise = numbers["step_size"] * slope, loss - base
+        least = guards.ROUNDING * torch.maximum(loss.abs(), base.abs()).clamp(min=1.0)
+        matters = ~(rise <= torch.maximum(guards.MATTERS * decrease, least))  # or the base is not known
+        row_count, row_mean, row_squares = (numbers[f"row_{name}"] for name in ("count", "mean", "squares"))
+        # A loss that comes down begins a new row; not beside a mean that is not known, which is NaN.
+        stays = ~((row_count > 0) & (loss - middle < guards.COMES_DOWN * (row_mean - middle)))
+        row_count, row_mean, row_squares = _added(row_count * stays, row_mean * stays, row_squares * stays, loss)
+        persists = (row_count > guards.RETRIES_OF_A_LEVEL) | (consecutive >= guards.MOST_RETRIES)
         if soft_restart:
             too_high = finite & known & (loss > limit) & matters
-        row = n["row_count"], n["row_mean"], n["row_squares"]
-        down = (row[0] > 0) & (loss - middle < guards.COMES_DOWN * (row[1] - middle))  # never beside a NaN
-        kept_count, kept_mean, kept_squares = (torch.where(down, 0.0, value) for value in row)
-        row_count, row_mean, row_squares = _added(kept_count, kept_mean, kept_squares, loss)
-        persists = (row_count > guards.RETRIES_OF_A_LEVEL) | (consecutive >= guards.MOST_RETRIES)
         is_level, too_high = too_high & persists, too_high & ~persists
-        shrink = guards.LONGEST_RETRY * decrease / ((loss - base).clamp(min=0.0) + decrease)
-        shrink = torch.where(base.isnan() | (decrease <= 0), guards.LONGEST_RETRY, shrink)
-        shrink = shrink.clamp(min=guards.SHORTEST_RETRY)
+        shorter = guards.LONGEST_RETRY * decrease / (rise.clamp(min=0.0) + decrease)
+        shorter = torch.where((decrease > 0) & (base == base), shorter, guards.LONGEST_RETRY)
+        shrink = torch.where(finite & (consecutive == 0), shorter.clamp(min=guards.SHORTEST_RETRY), shrink)
         # A level is accepted (RestartGuard.accept_level).
-        jump = torch.where(middle.isnan(), 0.0, (row_mean - middle).abs())
-        std = torch.maximum(_std(row_count, row_squares), losses.recent_variance.sqrt())
-        std = torch.maximum(std, jump / guard.sigma)
-        losses = losses.where(
-            is_level,
+        jump = (row_mean - middle).abs() / guard.sigma
+        std = torch.fmax(torch.maximum(_std(row_count, row_squares), losses.recent_variance.sqrt()), jump)
+        has_cycle = losses.last_mean == losses.last_mean
+        accepted = losses._replace(
             initial_loss=row_mean,
-            recent_count=float(ENOUGH_LOSSES),
+            recent_count=torch.full_like(zero, ENOUGH_LOSSES),
             recent_mean=row_mean,
             recent_variance=std * std,
-        ).where(is_level & ~losses.last_mean.isnan(), last_mean=row_mean, last_std=std)
-        n["accepted_levels"] = n["accepted_levels"] + is_level
-        failures, on_trial = torch.where(is_level, 0.0, failures), on_trial & ~is_level
-        suspect = torch.where(is_level, math.nan, n["suspect"])
-        good = finite & ~too_high
-        losses = losses.recorded(good & (failures == 0) & ~suspect.isnan(), suspect, guard)  # it was the batch
-        losses = losses.recorded(good, loss, guard)
-        suspect = torch.where(good & ((failures != 1) | on_trial), math.nan, suspect)
-        n["suspect"] = torch.where(too_high & (consecutive == 0) & ~on_trial, loss, suspect)
-        n.update(losses._asdict())
-        for name, new in (("row_count", row_count), ("row_mean", row_mean), ("row_squares", row_squares)):
-            n[name] = torch.where(good, 0.0, torch.where(too_high, new, n[name]))
+            last_mean=torch.where(has_cycle, row_mean, nan),
+            last_std=torch.where(has_cycle, std, nan),
+        )
+        losses = accepted.or_else(is_level, losses)
+        stand["accepted_levels"] = numbers["accepted_levels"] + is_level
+        failures, on_trial_now = failures * ~is_level, on_trial & ~is_level
+        suspect = torch.where(is_level, nan, numbers["suspect"])
+        it_was_the_batch = (failures == 0) & (suspect == suspect)
+        losses = losses.recorded(suspect, guard).or_else(it_was_the_batch, losses).recorded(loss, guard)
+        stand.update(losses._asdict(), row_count=zero, row_mean=zero, row_squares=zero)
+        stand["suspect"] = torch.where((failures != 1) | on_trial_now, nan, suspect)
+        rows = {"row_count": row_count, "row_mean": row_mean, "row_squares": row_squares}
+        back.update({name: torch.where(too_high, new, numbers[name]) for name, new in rows.items()})
+        is_first = too_high & (consecutive == 0) & ~on_trial
+        back["suspect"] = torch.where(is_first, loss, numbers["suspect"])
+        on_trial = on_trial_now
 
     # ---- it is taken back (guards.take_back) ----
-    taken_back = broken | too_high
+    taken_back = (too_high | ~finite) & ~skipped
     stands = ~taken_back & ~skipped
-    shrink = torch.where((consecutive > 0) | ~finite, guards.SHORTEST_RETRY, shrink)
-    length_of_retry = n["length"] * shrink
-    n["restarts"] = n["restarts"] + taken_back
-    n["consecutive_restarts"] = torch.where(stands, 0.0, consecutive + taken_back)
+    back["length"] = numbers["length"] * shrink
+    back["restarts"] = numbers["restarts"] + 1
+    back["consecutive_restarts"] = consecutive + 1
+    back["non_finite"] = numbers["non_finite"] + ~finite
+    back["non_finite_in_a_row"] = (numbers["non_finite_in_a_row"] + 1) * ~finite
+    of_retry = scale * alpha * back["length"]
+    back["step_size"] = torch.where(known, of_retry, numbers["step_size"])
+    back["step_norm"] = torch.where(known, of_retry * numbers["direction_norm"], numbers["step_norm"])
+    back["previous_slope"] = torch.where(of_retry == 0, nan, slope)  # where it began, and nothing moves
 
     # ---- it stands: what does that say about α? (guards.step_was_good) ----
-    alpha, lowest = n["alpha"], parts.step_guards.lr_bounds[0]
-    quiet, level, proven = n["quiet"] + 1, n["level"], n["proven"]
-    level = torch.where(quiet > guards.QUIET_UPDATES, math.nan, level)
+    lowest, proven = parts.step_guards.lr_bounds[0], numbers["proven"]
+    quiet = numbers["quiet"] + 1
+    level = torch.where(quiet > guards.QUIET_UPDATES, nan, numbers["level"])
     went_well = known & (failures == 0)
-    reduces = known & ~went_well & ((failures > 1) | on_trial)
-    was_good = alpha * n["length"]
-    reduced_alpha = torch.maximum(was_good, guards.SHORTEST_RETRY * alpha).clamp(min=lowest)
-    earlier = torch.where(proven.isnan(), alpha, torch.minimum(proven, alpha))
-    earlier = torch.where(level.isnan(), earlier, level / 2)
+    reduces = known & ((failures > 1) | (on_trial & (failures > 0)))
+    was_good = alpha * numbers["length"]
+    reduced = torch.maximum(was_good, guards.SHORTEST_RETRY * alpha).clamp(min=lowest)
+    earlier = torch.where(level == level, level / 2, torch.fmin(proven, alpha))
     level = torch.where(went_well & (level < alpha), alpha, level)
-    level = torch.where(reduces, torch.maximum(earlier, reduced_alpha), level)
-    quiet = torch.where(reduces, 0.0, quiet)
-    proven = torch.where(went_well, alpha, proven)
-    length = torch.where(reduces, was_good / reduced_alpha, n["length"])
-    full = known & (length == 1)
-    now = torch.where(reduces, reduced_alpha, alpha)
+    level = torch.where(reduces, torch.maximum(earlier, reduced), level)
+    quiet = quiet * ~reduces
+    full = known & (torch.where(reduces, was_good / reduced, numbers["length"]) == 1)
+    now = torch.where(reduces, reduced, alpha)
+    stand["proven"], stand["level"], stand["quiet"] = torch.where(went_well, alpha, proven), level, quiet
+    stand["on_trial"] = (known & (failures > 0)).to(alpha.dtype)
+    stand["length"], stand["consecutive_restarts"] = torch.ones_like(zero), zero
 
     # ---- α: the rule, the way back, bounds ----
-    rule = {name: n[name] for name in OF_RULE}
-    fell = reduces & (reduced_alpha < alpha)
-    for name in ("warms_up", "ratios_count", "ratios_mean", "ratios_squares"):
-        rule[name] = torch.where(fell, 0.0, rule[name])
-    proposal, proposed = _proposed(n, rule, measured, parts.rule, now)
-    for name in OF_RULE:
-        n[name] = torch.where(stands, torch.where(full, proposed[name], rule[name]), n[name])
+    goes_on = ~reduces | (reduced == alpha)
+    rule = {name: numbers[name] for name in OF_RULE}
+    rule |= {name: rule[name] * goes_on for name in ("warms_up", "ratios_count", "ratios_mean", "ratios_squares")}
+    proposal, proposed = _proposed(stand["updates"], numbers, rule, measured, parts.rule, now)
+    of_rule = torch.where(full, torch.stack([proposed[name] for name in OF_RULE]), torch.stack(list(rule.values())))
+    stand.update(zip(OF_RULE, of_rule.unbind(), strict=True))
     returns = (now < level) & (quiet > 0) & (slope > 0) & (measured.current > -slope)
-    back = torch.where(returns, torch.minimum(guards.WAY_BACK * now, level), 0.0)
-    proposal = torch.where(full, torch.maximum(proposal, back), now)
-    highest = torch.full_like(proposal, parts.step_guards.lr_bounds[1])
+    way_back = torch.minimum(guards.WAY_BACK * now, level)
+    proposal = torch.where(returns, torch.maximum(proposal, way_back), proposal)
+    proposal = torch.where(full, proposal, now).clamp(max=parts.step_guards.lr_bounds[1])
     if (relative := parts.step_guards.max_relative_alpha) is not None:
         of_weights = relative * (measured.size / max(number_sized, 1)).sqrt()
-        highest = torch.where(measured.size > 0, torch.minimum(highest, of_weights), highest)
-    proposal = torch.minimum(proposal, highest).clamp(min=lowest)
+        proposal = torch.where(measured.size > 0, torch.minimum(proposal, of_weights), proposal)
+    stand["alpha"] = proposal = proposal.clamp(min=lowest)
+    stand["step_size"] = scale * proposal
+    norms = stand["gradient_norm"] * numbers["direction_norm"]
+    cosine = torch.where(norms > 0, measured.current / norms, zero)
+    stand["cosine"] = torch.where(known, cosine, numbers["cosine"])
 
-    norms = n["gradient_norm"] * n["direction_norm"]
-    cosine = torch.where(norms > 0, measured.current / norms, 0.0)
-    n["cosine"] = torch.where(stands & known, cosine, n["cosine"])
-    n["on_trial"] = torch.where(stands, (known & (failures > 0)).to(alpha.dtype), on_trial.to(alpha.dtype))
-    for name, new in (("alpha", proposal), ("quiet", quiet), ("level", level), ("proven", proven)):
-        n[name] = torch.where(stands, new, n[name])
-    n["length"] = torch.where(stands, 1.0, torch.where(taken_back, length_of_retry, n["length"]))
-
-    # ---- how far it goes ----
-    goes_back = taken_back & known
-    n["step_size"] = torch.where(stands | goes_back, scale * n["alpha"] * n["length"], n["step_size"])
-    of_retry = n["step_size"] * n["direction_norm"]
-    n["step_norm"] = torch.where(goes_back, of_retry, n["step_norm"])
-    nothing_left = goes_back & (n["step_size"] == 0)  # back where the last step began, and nothing moves
-    n["previous_slope"] = torch.where(nothing_left, math.nan, slope)
-    n["previous_loss"] = torch.where(stands, math.nan if loss is None else loss, n["previous_loss"])
-    return n, Verdict(stands, goes_back)
+    cases = (torch.stack([case[name] for name in NAMES]) for case in (stand, back, skip))
+    if_stands, if_back, if_skipped = cases
+    found = torch.where(stands, if_stands, torch.where(taken_back, if_back, if_skipped))
+    return dict(zip(NAMES, found.unbind(), strict=True)), Verdict(stands, taken_back & known)
 
 
 def _proposed(
-    n: dict[str, Tensor], rule: dict[str, Tensor], measured: Measured, settings: Any, alpha: Tensor
+    update: Tensor,
+    numbers: dict[str, Tensor],
+    rule: dict[str, Tensor],
+    measured: Measured,
+    settings: Any,
+    alpha: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``EndSlopes.propose``: α_t and what the rule remembers then."""
-    update, before = n["updates"], rule["rule_update"]
-    natural = rule["natural"] / (OFFSET + (update if settings.falls else torch.full_like(update, OFFSET))).sqrt()
-    on_the_way = torch.zeros_like(update, dtype=torch.bool)
-    straight = alpha
-    if settings.warmup > 0:
-        on_the_way = update <= settings.warmup
-        share = (update - 1) / settings.warmup
-        straight = rule["first"] ** (1 - share) * natural**share
-    falls = torch.sqrt((OFFSET + before) / (OFFSET + update)) if settings.falls else 1.0
-    fallen = alpha * falls
+    since = OFFSET + update
+    natural = rule["natural"] / (since.sqrt() if settings.falls else (2 * OFFSET) ** 0.5)
+    fallen = alpha * ((OFFSET + rule["rule_update"]) / since).sqrt() if settings.falls else alpha
 
     # Ratios are taken in, and may be significant (EndSlopes._corrected).
-    slope = n["previous_slope"] - n["previous_slope_of_new"]
+    slope = numbers["previous_slope"] - numbers["previous_slope_of_new"]
     takes_in = measured.was_full & (slope > 0)
-    ratio = ((measured.current - measured.of_new) / torch.where(takes_in, slope, 1.0)).clamp(-1.0, 1.0)
-    old = rule["ratios_count"], rule["ratios_mean"], rule["ratios_squares"]
-    count, mean, squares = _added(*old, ratio)
+    ratio = ((measured.current - measured.of_new) / slope).clamp(-1.0, 1.0)
+    old = [rule[name] for name in OF_RULE[4:]]
+    count, mean, squares = _added(old[0], old[1], old[2], ratio)
     freedom = (count - 1).clamp(min=1.0)
     few = 1 + (settings.FEWEST / freedom) ** 2
     error = settings.SIGNIFICANCE * few * _std(count, squares) / freedom.sqrt()
-    too_short, too_long = mean > error, mean + error < settings.TOO_LONG
-    corrects = takes_in & (count >= settings.FEWEST) & (too_short | too_long)
+    too_short = mean > error
+    corrects = takes_in & (count >= settings.FEWEST) & (too_short | (mean + error < settings.TOO_LONG))
     beyond = torch.where(too_short, mean, mean - settings.TOO_LONG)
     corrected = fallen * (settings.GAIN * beyond).clamp(-settings.LARGEST, settings.LARGEST).exp()
     raised = torch.maximum(fallen, torch.minimum(corrected, settings.max_correction * natural))
     if settings.fresh is not None:
         raised = torch.where(update > settings.fresh, fallen, raised)
     corrected = torch.where(corrected > fallen, raised, corrected)
-    later = torch.where(corrects, corrected, fallen)
+    proposal = torch.where(corrects, corrected, fallen)
+    taken = torch.stack(
+        [torch.where(takes_in, new, kept) for new, kept in zip((count, mean, squares), old, strict=True)]
+    )
+    ratios = taken * ~corrects
 
-    warms_up = rule["warms_up"] != 0
-    proposal = torch.where(warms_up, torch.where(on_the_way, straight, natural), later)
-    takes_in, corrects = takes_in & ~warms_up, corrects & ~warms_up
+    # The warm-up comes before all that.
+    warms_up, on_the_way = rule["warms_up"] != 0, update <= settings.warmup
+    share = (update - 1) / max(settings.warmup, 1)
+    straight = rule["first"] ** (1 - share) * natural**share
+    proposal = torch.where(warms_up, torch.where(on_the_way, straight, natural), proposal)
+    ratios = torch.where(warms_up, torch.stack(old), ratios)
     state = dict(rule, rule_update=update, warms_up=(warms_up & on_the_way).to(update.dtype))
-    for name, new, kept in zip(OF_RULE[4:], (count, mean, squares), old, strict=True):
-        state[name] = torch.where(corrects, 0.0, torch.where(takes_in, new, kept))
+    state.update(zip(OF_RULE[4:], ratios.unbind(), strict=True))
     return proposal, state
 
 

@@ -53,8 +53,10 @@ def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequenc
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Return ⟨l, r⟩ in the wider of their types, but at least float32."""
-    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     x, y = flat(left, right)
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x, y)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return torch.dot(x.to(wide), y.to(wide))
 
 

@@ -2,7 +2,8 @@
 
 What is different from ``elra.py``: the direction (``directions/spectral.py``), with momentum; where α begins, which is
 read off the weights (``natural_steps.py``); and the rule that corrects it (``rules/end_slopes.py``). The mean of the
-points, which belongs to it, is in ``averaging.py``.
+points, which belongs to it, is in ``averaging.py``. Updates are made by ``base.py``, or without waiting for
+the device by ``on_device.py``.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class ELRASpectral(DecidesOnDevice):
             Which are taken together changes nothing else. Default: 2^24.
         on_device (bool, optional): True to make all decisions on the device of the parameters, so that no update but
             the first waits for it; False to make them on the host; None for the device where that is a CUDA device.
-            Nothing of the path depends on it but rounding. Default: None.
+            The path does not depend on it, but for rounding. Default: None.
         soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`; the last one counts only
             for a model that looks new.
 
@@ -86,8 +87,11 @@ class ELRASpectral(DecidesOnDevice):
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
             updates.
 
-    State per parameter: the averaged gradient (with momentum) and the last direction. Numbers are decided on the host,
-    which waits for the device several times an update.
+    State per parameter: the averaged gradient (with momentum) and the last direction. With decisions on the device an
+    update queues its work and returns; :attr:`alpha`, :attr:`metrics` and a checkpoint wait for it when they are read,
+    and the error of what stays non-finite comes when :attr:`metrics` is. :meth:`step` can be captured in a CUDA graph
+    then, after two updates and without stochastic rounding; a graph keeps the settings of all groups, the ``lr`` of a
+    scheduler among them, as they were at its capture.
 
     Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.

@@ -91,6 +91,14 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
         "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
         "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
         "elra_spectral": (None, lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0)),
+        "elra_spectral, on_device=True": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=True),
+        ),
+        "elra_spectral, on_device=False": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=False),
+        ),
         "elra_spectral, momentum=0": (
             None,
             lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, momentum=0.0),
@@ -140,6 +148,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: the first two; on a GPU also the third")
     parser.add_argument("--rounds", type=int, default=15, help="how often every optimizer is measured")
     parser.add_argument("--updates", type=int, default=5, help="updates a measurement")
+    parser.add_argument("--only", nargs="+", help=f"optimizers to measure, beside {BASELINE}. Default: all.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(words)
     for name in ("rounds", "updates"):
@@ -221,7 +230,7 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     loss = torch.tensor(1.0, device=given.device)
     bandwidth = copy_bandwidth(number, given)
     write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
-    known = optimizers(model)
+    known = {n: v for n, v in optimizers(model).items() if given.only is None or n in (BASELINE, *given.only)}
     built = {name: build(params) for name, (_, build) in known.items()}
     peaks: dict[str, float] = {}
     for name, optimizer in built.items():  # warm up: state is made, kernels are compiled

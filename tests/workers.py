@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
+from hf_elra.optim.tensors import local
 from lib.many_processes import flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
@@ -135,6 +136,7 @@ def last_even_dimension(parameter):
 
 
 SPLITS = {
+    "copies": lambda model, mesh: None,
     "rows": lambda model, mesh: fully_shard(model, mesh=mesh),
     "columns": lambda model, mesh: fully_shard(model, mesh=mesh, shard_placement_fn=last_even_dimension),
     "tensor": lambda model, mesh: parallelize_module(model, mesh, TENSOR_PARALLEL),
@@ -150,12 +152,13 @@ TENSOR_PARALLEL = {
 
 
 def spectral_on_shards(cases):
-    """Of every case (shape of the mesh, how a model is split, momentum): how far shards come from one process."""
+    """Of every case (shape of the mesh, how a model is split, momentum, decisions on the device): how far shards come
+    from one process."""
     dist.init_process_group("gloo")
     return [spectral_beside_one(*case) for case in cases]
 
 
-def spectral_beside_one(shape, split, momentum):
+def spectral_beside_one(shape, split, momentum, on_device=False):
     """Fifty updates with spikes, a NaN on one process, and tokens and experts that are not seen any more."""
     mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("replicate", "shard")[-len(shape) :])
     torch.manual_seed(0)
@@ -164,11 +167,11 @@ def spectral_beside_one(shape, split, momentum):
     SPLITS[split](parted, mesh)
     one, other = (
         ELRASpectral(model.parameters(), momentum=momentum, embeddings=[model.table.weight], experts=[model.experts],
-                     weight_decay=0.1)
-        for model in (plain, parted)
+                     weight_decay=0.1, on_device=where)
+        for model, where in ((plain, False), (parted, on_device))
     )  # fmt: skip
     other.process_group = dist.group.WORLD
-    rank, processes, differing = dist.get_rank(), dist.get_world_size(), 0
+    rank, processes, differing, reductions = dist.get_rank(), dist.get_world_size(), 0, set()
     for number in range(50):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 7 if number < 10 else 4, (4, 5), generator=generator)
@@ -179,17 +182,24 @@ def spectral_beside_one(shape, split, momentum):
             optimizer.zero_grad()
             (model(tokens[own]) - targets[own]).square().mean().backward()
             whole_loss = (plain(tokens) - targets).square().mean().item()
+            if split == "copies" and model is parted:
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= processes
             if number == 30 and rank == processes - 1 and model is parted:
-                model.up.weight.grad.to_local().view(-1)[:1] = float("nan")
+                local(model.up.weight.grad).view(-1)[:1] = float("nan")
             elif number == 30 and model is plain:
                 model.up.weight.grad[-1, -1] = float("nan")
-            optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
+            with Reductions() as counted:
+                optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
+        reductions.add(counted.number if number else 1)  # the first update looks at the weights
         differing += not same_everywhere(flat_weights(parted))
     names = "alpha", "restarts", "non_finite"
     return {
         "apart": (flat_weights(plain) - flat_weights(parted)).abs().max().item(),
         "numbers": [[optimizer.metrics[name] for name in names] for optimizer in (one, other)],
         "differing": differing,
+        "reductions": sorted(reductions),
     }
 
 
@@ -242,6 +252,18 @@ class Moved(TorchDispatchMode):
         if "_c10d_functional::all_gather" in str(function.name()):
             self.bytes += result.nbytes
         return result
+
+
+class Reductions(TorchDispatchMode):
+    """Counts all-reduces."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += "allreduce" in str(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def copies_share_polar_factors(shapes, types):

@@ -2,7 +2,8 @@
 
 What is different from ``elra.py``: the direction (``directions/spectral.py``), with momentum; where α begins, which is
 read off the weights (``natural_steps.py``); and the rule that corrects it (``rules/end_slopes.py``). The mean of the
-points, which belongs to it, is in ``averaging.py``.
+points, which belongs to it, is in ``averaging.py``. Updates are made by ``base.py``, or without waiting for
+the device by ``on_device.py``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import need_choice, need_number, settings_of
-from hf_elra.optim.base import LossAwareOptimizer, Parts
+from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
+from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import whole
 
@@ -28,7 +30,7 @@ OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapte
 """Arguments that tell of parameters what they are in a model, and who finds out."""
 
 
-class ELRASpectral(LossAwareOptimizer):
+class ELRASpectral(DecidesOnDevice):
     r"""A learning rate that finds itself, over polar factors of averaged gradients.
 
     x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
@@ -81,6 +83,9 @@ class ELRASpectral(LossAwareOptimizer):
             ``"auto"`` takes bfloat16, but float64 for float64 parameters: with the weight average in float32 that is 8
             bytes a parameter, as much as AdamW's state. ``"float32"`` is at least that. A state that was saved in
             another type is converted as it is loaded. Default: ``"auto"``.
+        on_device (bool, optional): True to make all decisions on the device of the parameters, so that no update but
+            the first waits for it; False to make them on the host; None for the device where that is a CUDA device.
+            The path does not depend on it, but for rounding. Default: None.
         soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`; the last one counts only
             for a model that looks new.
 
@@ -89,8 +94,11 @@ class ELRASpectral(LossAwareOptimizer):
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
             updates.
 
-    State per parameter: the averaged gradient (with momentum) and the last direction. Numbers are decided on the host,
-    which waits for the device several times an update.
+    State per parameter: the averaged gradient (with momentum) and the last direction. With decisions on the device an
+    update queues its work and returns; :attr:`alpha`, :attr:`metrics` and a checkpoint wait for it when they are read,
+    and the error of what stays non-finite comes when :attr:`metrics` is. :meth:`step` can be captured in a CUDA graph
+    then, after two updates and without stochastic rounding; a graph keeps the settings of all groups, the ``lr`` of a
+    scheduler among them, as they were at its capture.
 
     Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
@@ -107,7 +115,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     scales_weight_decay = True
-    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "polar_dtype", "state_dtype")
+    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "polar_dtype", "state_dtype", "on_device")
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -130,6 +138,7 @@ class ELRASpectral(LossAwareOptimizer):
         polar_batch: int = POLAR_BATCH,
         polar_dtype: str = "auto",
         state_dtype: str = "auto",
+        on_device: bool | None = None,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
@@ -243,4 +252,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need_choice(settings, "distribute", ("auto", "off"))
     for name in ("polar_dtype", "state_dtype"):
         need_choice(settings, name, ("auto", "float32", "bfloat16"))
+    need_flag(settings, "on_device", or_none=True)
     need("polar_batch", lambda v: isinstance(v, int) and v > 0, "a whole number of numbers, e.g. 2**24")

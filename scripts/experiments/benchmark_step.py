@@ -100,6 +100,14 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
             None,
             lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, **EXACT),
         ),
+        "elra_spectral, on_device=True": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=True),
+        ),
+        "elra_spectral, on_device=False": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=False),
+        ),
         "elra_spectral, momentum=0": (
             None,
             lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, momentum=0.0),

@@ -20,6 +20,7 @@ ORDER = (
     BASELINE,
     "ELRA",
     "elra_spectral",
+    "elra_spectral, on_device=False",
     "Muon (AdamW, fused, for tables and vectors)",
     "SGD with momentum, fused",
     "ELRA, memory=point",

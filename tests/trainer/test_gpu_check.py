@@ -61,7 +61,7 @@ def test_what_is_done_is_not_repeated(finished, tmp_path):
     cut, *added = (tmp_path / "correctness.jsonl").read_text().splitlines()[len(kept) :]
     assert lines[4].startswith(cut)
     assert [json.loads(line).get("row") for line in added] == [None, missing, "the part as a whole"]
-    assert "| tests/test_fused.py |" in " ".join(output.split())
+    assert "| tests/test_fused.py and test_on_device.py |" in " ".join(output.split())
 
 
 def test_a_part_is_cut_at_the_end_of_its_time(tmp_path):

@@ -84,20 +84,25 @@ def test_shards_walk_the_path_of_one_process(processes, cases):
 @pytest.mark.parametrize(
     ("processes", "cases"),
     [
-        (2, [([2], "rows", 0.5), ([2], "rows", 0.0), ([2], "columns", 0.5), ([2], "tensor", 0.5)]),
+        (2, [
+            ([2], "rows", 0.5), ([2], "rows", 0.0), ([2], "columns", 0.5), ([2], "tensor", 0.5),
+            ([2], "copies", 0.5, True), ([2], "rows", 0.5, True),
+        ]),
         (4, [([4], "rows", 0.5), ([2, 2], "rows", 0.5), ([2, 2], "tensor and rows", 0.5)]),
     ],
     ids=["FSDP2 and tensor parallel", "FSDP2, HSDP, FSDP2 and tensor parallel"],
-)
+)  # fmt: skip
 def test_polar_factors_of_shards_are_those_of_whole_matrices(processes, cases):
     """The path of one process, with restarts and a NaN on one of them, bit by bit the same on all; some have no part
-    of a tensor."""
+    of a tensor. Decided on the host, or on the device with one reduction an update where there are copies."""
     for case, found in zip(cases, together(workers.spectral_on_shards, processes, cases=cases), strict=True):
         assert found["differing"] == 0, case
         one, other = found["numbers"]
         assert other == pytest.approx(one, rel=1e-9), case
         assert one[1:] == [4, 1], case  # restarts, one of them for the NaN
         assert found["apart"] < 1e-10, case
+        if case[1] == "copies":
+            assert found["reductions"] == [1]
 
 
 def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():

@@ -45,6 +45,8 @@ class Spectral(Direction):
     """
 
     is_gradient = False
+    waits = True
+    """Whether numbers of the device may be waited for where that saves it work."""
 
     def __init__(
         self,
@@ -77,7 +79,8 @@ class Spectral(Direction):
             averages, **flags, batch=self.batch, group=self.group, polar_dtype=self.polar_dtype
         )
         if self.momentum > 0:
-            freeze_inactive(directions, averages, [g for of_group in gradients for g in of_group], **flags)
+            flat = [g for of_group in gradients for g in of_group]
+            freeze_inactive(directions, averages, flat, **flags, waits=self.waits)
         if any(share != 1 for share in shares):
             torch._foreach_mul_([local(u) for u in directions], shares)
         remaining = iter(directions)
@@ -186,6 +189,8 @@ def freeze_inactive(
     gradients: Sequence[Tensor],
     embeddings: Sequence[bool],
     experts: Sequence[bool],
+    *,
+    waits: bool = True,
 ) -> None:
     """Set to zero, in place, directions that come only from gradients of long ago.
 
@@ -198,6 +203,7 @@ def freeze_inactive(
     Args:
         directions, averaged, gradients, embeddings, experts: one of each per parameter, as for
             :func:`spectral_direction`, over all groups of an optimizer, since they are compared with each other.
+        waits: whether to wait for the device once, and be done where everything has a gradient.
     """
     if not directions:
         return
@@ -207,9 +213,10 @@ def freeze_inactive(
     peaks = [_largest(r.flat(g)) for r, g in zip(rows, gradients, strict=True)]
     resting = [peak == 0 for peak in reduced(peaks, within, dist.ReduceOp.MAX)]
     first = resting[0].device
-    some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
-    if not torch.stack([rests.to(first) for rests in some_rest]).any():  # one wait, and mostly the end
-        return
+    if waits:
+        some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
+        if not torch.stack([rests.to(first) for rests in some_rest]).any():  # one wait, and mostly the end
+            return
     norms = list(torch._foreach_norm([local(a) for a in averaged]))
     for index, is_expert in enumerate(experts):
         if is_expert:

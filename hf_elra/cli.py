@@ -30,6 +30,13 @@ def _classify_images(words: list[str]) -> NoReturn:
     run_script(main, words)
 
 
+def _finetune(words: list[str]) -> NoReturn:
+    from hf_elra.recipes.train_finetune import main
+    from hf_elra.recipes.training_run import run_script
+
+    run_script(main, words)
+
+
 def _report(words: list[str]) -> NoReturn:
     from hf_elra.report.commands import report
 
@@ -52,6 +59,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], NoReturn], str]] = {
     "run": (_run, "run a training script that does not know this package, with --optim elra and --elra_* flags"),
     "babyllama": (_babyllama, "train a small language model from scratch"),
     "classify-images": (_classify_images, "train an image classifier"),
+    "finetune": (_finetune, "fine-tune a model on texts with labels"),
     "report": (_report, "show what runs did: one page, or text, or JSON"),
     "card": (_card, "write the model card of a finished run"),
     "doctor": (_doctor, "say what works on this machine, and what does not"),

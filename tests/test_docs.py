@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from hf_elra import cli
-from hf_elra.recipes import babyllama, image_classifier
+from hf_elra.recipes import babyllama, finetune, image_classifier
 from hf_elra.trainer import ElraSettings
 from tests.conftest import ROOT, llama, token_rows
 from tests.test_readme import LOOPS, PAGES
@@ -37,6 +37,7 @@ RECIPES = {
     "python scripts/train_babyllama.py": babyllama,
     "hf-elra classify-images": image_classifier,
     "python scripts/train_image_classifier.py": image_classifier,
+    "hf-elra finetune": finetune,
 }
 
 

@@ -22,6 +22,7 @@ def build(architecture, size, channels, classes):
     [
         ("mnist-mlp", 28, 1, 7_960),
         ("fashion-cnn", 28, 1, 104_426),
+        ("resnet20", 32, 3, 272_474),
         ("resnet18", 32, 3, 11_173_962),  # the usual counts of these networks for ten classes
         ("resnet34", 32, 3, 21_282_122),
         ("wrn-28-10", 32, 3, 36_479_194),

@@ -22,7 +22,7 @@ from tests.test_runs import FIRST, GROWN, history_of, write_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 OF_ONE_RUN = {
-    *("loss", "eval_accuracy", "rate", "beginning", "batch", "cosine", "step_norm", "forwards", "speed"),
+    *("loss", "eval_accuracy", "rate", "beginning", "batch", "cosine", "step_norm", "drift", "forwards", "speed"),
 }
 VOID = {"meta", "link", "input", "br"}
 
@@ -60,7 +60,8 @@ class Panels(HTMLParser):
 
 @pytest.fixture
 def one(tmp_path):
-    entries = [*FIRST, *history_of(batch_size=lambda step: 8, cropped=lambda step: 1), *GROWN]
+    more = {"batch_size": lambda step: 8, "cropped": lambda step: 1, "drift": lambda step: step / 100}
+    entries = [*FIRST, *history_of(**more), *GROWN]
     entries.append({"elra": "restart", "loss_of_update": 9.0, "taken_back": True, "step": 30})
     return find_runs([str(write_run(tmp_path / "one <b>&", entries))])
 
@@ -89,6 +90,9 @@ def test_the_page_of_one_run_has_every_panel_over_every_axis(one):
     assert "update 20: 12 samples, noise" in page
     assert "after them: 0.005" in page
     assert "No update was taken back" not in page
+    (told,) = as_json(one)["runs"]
+    assert told["series"]["drift"][-1] == (40, 0.4)
+    assert "drift             ▁" in as_text(one)
 
 
 def test_marks_that_would_lie_over_one_another_are_one(tmp_path):

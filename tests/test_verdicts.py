@@ -32,6 +32,10 @@ def wave(size):
     return run(updates=160, loss=lambda step: 3 - step / 160 + size * (-1) ** (step // 2))
 
 
+def moved(share, **facts):
+    return Run(Path("run"), history_of(drift=lambda step: share * step / 40), facts)
+
+
 ADAMW = Run(Path("adamw"), [{"loss": 1.0, "step": 1}])
 GREW = {"change": "grow", "condition": "noise", "batch_size": 12, "step": 30}
 CASES = [
@@ -49,6 +53,8 @@ CASES = [
     ("noise", wave(1.0), wave(0.01), "The loss is noisier than its fall"),
     ("overfitting", evaluations(3.0, 1.0, 1.5, 2.0), evaluations(3.0, 2.0, 1.5, 1.0), "20 (1) and rose to 2"),
     ("still_falling", evaluations(5, 4, 3, 2, 1), evaluations(5, 1, 1, 1, 1), "still falling at the end, by 1"),
+    ("drift", moved(0.38, pretrained=True), moved(0.01, pretrained=True), "have moved by 38% of their size"),
+    ("drift", moved(0.38, pretrained=True), moved(0.38, pretrained=False), "measure it, if it matters"),
     (
         "batch",
         run([*history_of(batch_size=lambda step: 12 if step > 30 else 8), GREW]),

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
+from hf_elra.optim.tensors import local
 from lib.many_processes import flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
 
@@ -135,6 +136,7 @@ def last_even_dimension(parameter):
 
 
 SPLITS = {
+    "copies": lambda model, mesh: None,
     "rows": lambda model, mesh: fully_shard(model, mesh=mesh),
     "columns": lambda model, mesh: fully_shard(model, mesh=mesh, shard_placement_fn=last_even_dimension),
     "tensor": lambda model, mesh: parallelize_module(model, mesh, TENSOR_PARALLEL),
@@ -150,12 +152,13 @@ TENSOR_PARALLEL = {
 
 
 def spectral_on_shards(cases):
-    """Of every case (shape of the mesh, how a model is split, momentum): how far shards come from one process."""
+    """Of every case (shape of the mesh, how a model is split, momentum, decisions on the device): how far shards come
+    from one process."""
     dist.init_process_group("gloo")
     return [spectral_beside_one(*case) for case in cases]
 
 
-def spectral_beside_one(shape, split, momentum):
+def spectral_beside_one(shape, split, momentum, on_device=False):
     """Fifty updates with spikes, a NaN on one process, and tokens and experts that are not seen any more."""
     mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("replicate", "shard")[-len(shape) :])
     torch.manual_seed(0)
@@ -164,11 +167,11 @@ def spectral_beside_one(shape, split, momentum):
     SPLITS[split](parted, mesh)
     one, other = (
         ELRASpectral(model.parameters(), momentum=momentum, embeddings=[model.table.weight], experts=[model.experts],
-                     weight_decay=0.1)
-        for model in (plain, parted)
+                     weight_decay=0.1, on_device=where)
+        for model, where in ((plain, False), (parted, on_device))
     )  # fmt: skip
     other.process_group = dist.group.WORLD
-    rank, processes, differing = dist.get_rank(), dist.get_world_size(), 0
+    rank, processes, differing, reductions = dist.get_rank(), dist.get_world_size(), 0, set()
     for number in range(50):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 7 if number < 10 else 4, (4, 5), generator=generator)
@@ -179,17 +182,61 @@ def spectral_beside_one(shape, split, momentum):
             optimizer.zero_grad()
             (model(tokens[own]) - targets[own]).square().mean().backward()
             whole_loss = (plain(tokens) - targets).square().mean().item()
+            if split == "copies" and model is parted:
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= processes
             if number == 30 and rank == processes - 1 and model is parted:
-                model.up.weight.grad.to_local().view(-1)[:1] = float("nan")
+                local(model.up.weight.grad).view(-1)[:1] = float("nan")
             elif number == 30 and model is plain:
                 model.up.weight.grad[-1, -1] = float("nan")
-            optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
+            with Reductions() as counted:
+                optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
+        reductions.add(counted.number if number else 1)  # the first update looks at the weights
         differing += not same_everywhere(flat_weights(parted))
     names = "alpha", "restarts", "non_finite"
     return {
         "apart": (flat_weights(plain) - flat_weights(parted)).abs().max().item(),
         "numbers": [[optimizer.metrics[name] for name in names] for optimizer in (one, other)],
         "differing": differing,
+        "reductions": sorted(reductions),
+    }
+
+
+def bfloat16_on_shards():
+    """Five updates with stochastic rounding, of a vector that two processes cannot split evenly, of one that is copied,
+    and of one that is no DTensor: whether copies are alike, how far all have come, and whether parts are alike."""
+    dist.init_process_group("gloo")
+    mesh, ends = init_device_mesh("cpu", (2,)), []
+    for resumes in (False, True):
+        made = [torch.ones(8001), torch.ones(4001), torch.ones(3000)]
+        placements = [[Shard(0)], [Replicate()], None]
+        params = [
+            nn.Parameter(t.bfloat16() if p is None else distribute_tensor(t.bfloat16(), mesh, p))
+            for t, p in zip(made, placements, strict=True)
+        ]
+        given = dict(lr=2e-4, warmup=0, momentum=0.0, stochastic_rounding=True)
+        optimizer = ELRASpectral(params, **given)
+        optimizer.process_group = dist.group.WORLD
+        for number in range(5):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step(loss=1.0)
+            if resumes and number == 2:
+                state, optimizer = optimizer.state_dict(), ELRASpectral(params, **given)
+                optimizer.process_group = dist.group.WORLD
+                optimizer.load_state_dict(state)
+        split, copied, plain = params
+        whole = split.full_tensor().detach().float()
+        ends.append(torch.cat([whole.view(-1), copied.to_local().detach().view(-1), plain.detach()]))
+    moved = [float(1 - t.float().mean()) for t in (whole, copied.full_tensor(), plain)]
+    copies = torch.cat([copied.to_local().detach().view(-1), plain.detach()])
+    return {
+        "copies": same_everywhere(copies),
+        "moved": moved,
+        "alike": float((whole[:4000] == whole[4001:]).float().mean()),
+        "chance": float((whole[:4000] == whole[:4000].flip(0)).float().mean()),
+        "resumed": torch.equal(*ends),
     }
 
 
@@ -207,18 +254,31 @@ class Moved(TorchDispatchMode):
         return result
 
 
-def copies_share_polar_factors(shapes, dtypes):
-    """Of every type: whether weights differ from those of a process that does all, and the bytes of an update."""
+class Reductions(TorchDispatchMode):
+    """Counts all-reduces."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += "allreduce" in str(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def copies_share_polar_factors(shapes, types):
+    """Of every type of weights and state: whether weights differ from those of a process that does all, and the bytes
+    of an update."""
     dist.init_process_group("gloo")
-    return [beside_all_on_each(shapes, getattr(torch, dtype)) for dtype in dtypes]
+    return [beside_all_on_each(shapes, getattr(torch, dtype), state_dtype) for dtype, state_dtype in types]
 
 
-def beside_all_on_each(shapes, dtype):
+def beside_all_on_each(shapes, dtype, state_dtype):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
     ours = [[nn.Parameter(t.clone()) for t in weights] for _ in range(2)]
     optimizers = [
-        ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3])
+        ELRASpectral(params, distribute=how, experts=[p for p in params if p.dim() == 3], state_dtype=state_dtype)
         for params, how in zip(ours, ("auto", "off"), strict=True)
     ]
     moved, differing = [Moved(), Moved()], 0

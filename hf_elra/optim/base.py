@@ -217,6 +217,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             raise ConfigurationError(f"loss must be a tensor or a float, not {type(loss).__name__} {loss!r}.")
 
     @property
+    def reading_waits(self) -> bool:
+        """Whether whoever reads α, counts or metrics now waits for the device."""
+        return False
+
+    @property
     def asks_before_backward(self) -> bool:
         """Whether :meth:`takes_back` can be asked at no cost, as losses are looked at on the host anyway."""
         return bool(self.param_groups[0]["soft_restart"]) and self.process_group is None
@@ -794,8 +799,12 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             params, directions: before a step.
             step_size: of this step.
         """
-        lost = lost_in_rounding(params, directions, step_size) if self._looks_for_rounding else 0.0
-        if lost > 0.5:
+        if self._looks_for_rounding:
+            self._warn_of_lost_steps(lost_in_rounding(params, directions, step_size))
+
+    def _warn_of_lost_steps(self, lost: float) -> None:
+        """Warn once, if more than half of the numbers of a bfloat16 parameter stayed where they were."""
+        if lost > 0.5 and not self._warned_of_rounding:
             self._warned_of_rounding = True
             warn_user(
                 f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "

@@ -25,7 +25,7 @@ from torch.linalg import vector_norm
 
 from hf_elra.optim.shards import whole
 
-NEW = 0.3
+NEW = 0.2
 """Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
 TRAINED = 0.012
 """Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""

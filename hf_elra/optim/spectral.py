@@ -2,7 +2,8 @@
 
 What is different from ``elra.py``: the direction (``directions/spectral.py``), with momentum; where α begins, which is
 read off the weights (``natural_steps.py``); and the rule that corrects it (``rules/end_slopes.py``). The mean of the
-points, which belongs to it, is in ``averaging.py``.
+points, which belongs to it, is in ``averaging.py``. Updates are made by ``base.py``, or without waiting for
+the device by ``on_device.py``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.linalg import matrix_norm
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.arguments import need_choice, need_number, settings_of
-from hf_elra.optim.base import LossAwareOptimizer, Parts
+from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
+from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
-from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral
+from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import whole
 
@@ -28,7 +30,7 @@ OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapte
 """Arguments that tell of parameters what they are in a model, and who finds out."""
 
 
-class ELRASpectral(LossAwareOptimizer):
+class ELRASpectral(DecidesOnDevice):
     r"""A learning rate that finds itself, over polar factors of averaged gradients.
 
     x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
@@ -74,6 +76,16 @@ class ELRASpectral(LossAwareOptimizer):
         polar_batch (int): polar factors are taken of matrices of one shape together, of so many numbers at most, or of
             one larger matrix: the memory for them is a few times as many numbers in float32 (on a GPU half of that).
             Which are taken together changes nothing else. Default: 2^24.
+        polar_dtype (str): what polar factors are computed in. ``"auto"`` takes bfloat16 on a CUDA device, and on a CPU
+            that multiplies it in tiles (AMX) for matrices that are not small, but of float64 parameters; else, and with
+            ``"float32"``, it is the type of the state but at least float32. Default: ``"auto"``.
+        state_dtype (str): what the averaged gradient and the last direction are kept in, and the step is taken from.
+            ``"auto"`` takes bfloat16, but float64 for float64 parameters: with the weight average in float32 that is 8
+            bytes a parameter, as much as AdamW's state. ``"float32"`` is at least that. A state that was saved in
+            another type is converted as it is loaded. Default: ``"auto"``.
+        on_device (bool, optional): True to make all decisions on the device of the parameters, so that no update but
+            the first waits for it; False to make them on the host; None for the device where that is a CUDA device.
+            The path does not depend on it, but for rounding. Default: None.
         soft_restart, restart_sigma, initial_restart_ratio: as of :class:`~hf_elra.optim.ELRA`; the last one counts only
             for a model that looks new.
 
@@ -82,8 +94,11 @@ class ELRASpectral(LossAwareOptimizer):
         RuntimeError: from :meth:`step`, when a gradient is sparse, or when loss or gradient stay non-finite over 20
             updates.
 
-    State per parameter: the averaged gradient (with momentum) and the last direction. Numbers are decided on the host,
-    which waits for the device several times an update.
+    State per parameter: the averaged gradient (with momentum) and the last direction. With decisions on the device an
+    update queues its work and returns; :attr:`alpha`, :attr:`metrics` and a checkpoint wait for it when they are read,
+    and the error of what stays non-finite comes when :attr:`metrics` is. :meth:`step` can be captured in a CUDA graph
+    then, after two updates and without stochastic rounding; a graph keeps the settings of all groups, the ``lr`` of a
+    scheduler among them, as they were at its capture.
 
     Source: of this project; see docs/papers.md. ELRA (2024) for the restarts and for one learning rate from
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
@@ -100,7 +115,7 @@ class ELRASpectral(LossAwareOptimizer):
     """
 
     scales_weight_decay = True
-    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch")
+    stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "polar_dtype", "state_dtype", "on_device")
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -121,6 +136,9 @@ class ELRASpectral(LossAwareOptimizer):
         stochastic_rounding: bool = False,
         distribute: str = "auto",
         polar_batch: int = POLAR_BATCH,
+        polar_dtype: str = "auto",
+        state_dtype: str = "auto",
+        on_device: bool | None = None,
         soft_restart: bool = True,
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
@@ -153,9 +171,14 @@ class ELRASpectral(LossAwareOptimizer):
 
     def direction(self, momentum: float) -> Direction:
         """Polar factors of averages with this momentum; a subclass may choose another one."""
-        settings = self.settings()
-        group = self.process_group if settings["distribute"] == "auto" else None
-        return Spectral(momentum, group=group, batch=settings["polar_batch"])
+        s = self.settings()
+        return Spectral(
+            momentum,
+            group=self.process_group if s["distribute"] == "auto" else None,
+            batch=s["polar_batch"],
+            polar_dtype=s["polar_dtype"],
+            state_dtype=s["state_dtype"],
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
@@ -166,6 +189,20 @@ class ELRASpectral(LossAwareOptimizer):
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
         group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
         group["is_trained"] = False  # read of the first group
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but that the state keeps the type that ``state_dtype`` says, not that of the parameters.
+
+        Raises:
+            ConfigurationError: ``state_dict`` was written by another optimizer, or for parameters of other shapes.
+        """
+        super().load_state_dict(state_dict)
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for number, p in zip(saved, params, strict=True):
+            for name, kept in state_dict["state"].get(number, {}).items():
+                if isinstance(kept, Tensor):
+                    self.state[p][name] = kept.to(p.device, kept_in(p, self.settings()["state_dtype"]))
 
     def _look_at_weights(self) -> float:
         """Find out what suits them, as they are before the first step; a group that comes later goes with α."""
@@ -213,4 +250,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need("max_correction", lambda v: v >= 1, "a number >= 1 (4)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     need_choice(settings, "distribute", ("auto", "off"))
+    for name in ("polar_dtype", "state_dtype"):
+        need_choice(settings, name, ("auto", "float32", "bfloat16"))
+    need_flag(settings, "on_device", or_none=True)
     need("polar_batch", lambda v: isinstance(v, int) and v > 0, "a whole number of numbers, e.g. 2**24")

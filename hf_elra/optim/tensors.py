@@ -6,7 +6,7 @@ decides what is summed and what a step is. The CUDA kernels that do the same wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,22 @@ def flat(*tensors: Tensor) -> list[Tensor]:
     if is_dense(tensors[0]) and all(layout(t) == layout(tensors[0]) for t in tensors):
         return [t.as_strided((t.numel(),), (1,)) for t in tensors]
     return [t.reshape(-1) for t in tensors]
+
+
+def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of one shape, to read and to write: on a CPU as many numbers at once as :data:`PIECE`.
+
+    What is made of a piece stays in the cache, and needs little memory. Elsewhere, and where memory orders differ, all
+    is one piece.
+    """
+    first = tensors[0]
+    alike = all(t.is_contiguous() for t in tensors) or (
+        is_dense(first) and all(layout(t) == layout(first) for t in tensors)
+    )
+    if first.device.type != "cpu" or first.numel() <= PIECE or not alike:
+        yield tensors
+        return
+    yield from zip(*(vector.split(PIECE) for vector in flat(*tensors)), strict=True)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -173,17 +189,31 @@ def descend(
         step_size: step size of this update.
         decay: share of the parameters that this update takes off.
         foreach: False for one tensor at a time.
-        rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed; None: to nearest.
+        rounding_seed: round bfloat16 parameters stochastically, with random numbers from this seed, and alike where
+            processes have the same part of a parameter; None: to nearest.
     """
     pairs = [(local(p), local(u)) for p, u in zip(params, directions, strict=True)]
     if rounding_seed is not None and (decay != 0 or step_size != 0):
         generators: dict[torch.device, torch.Generator] = {}
-        for x, u in [pair for pair in pairs if pair[0].dtype == torch.bfloat16]:
-            if x.device not in generators:
-                generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+        for number, (p, (x, u)) in enumerate(zip(params, pairs, strict=True)):
+            if x.dtype != torch.bfloat16:
+                continue
+            if isinstance(p, DTensor):
+                generator = torch.Generator(x.device).manual_seed(_seed_of_part(p, rounding_seed, number))
+            else:
+                if x.device not in generators:
+                    generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
+                generator = generators[x.device]
             wide = (1 - decay) * x.float() - step_size * u.float()
-            x.copy_(stochastically_rounded(wide, generators[x.device]))
+            x.copy_(stochastically_rounded(wide, generator))
         pairs = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
+    for x, u in [pair for pair in pairs if pair[0].dtype != pair[1].dtype]:  # foreach functions would copy all of u
+        for part, along in in_pieces(x, u):
+            if decay != 0:
+                part.mul_(1 - decay)
+            if step_size != 0:
+                part.add_(along, alpha=-step_size)
+    pairs = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
     lots = [[pair] for pair in pairs] if foreach is False else [pairs] if pairs else []
     for lot in lots:
         xs, us = zip(*lot, strict=True)
@@ -191,6 +221,24 @@ def descend(
             torch._foreach_mul_(xs, 1 - decay)
         if step_size != 0:
             torch._foreach_add_(xs, us, alpha=-step_size)
+
+
+def _seed_of_part(tensor: DTensor, seed: int, number: int) -> int:
+    """Return a seed for the part of a tensor that is here: that of its copies on other processes, and of no other part.
+
+    One generator for all would part ways with other processes after a tensor of which they have more or less.
+
+    Args:
+        tensor: split over processes.
+        seed: of the update.
+        number: of the tensor in the update.
+    """
+    mesh = tensor.device_mesh
+    place = 0
+    for dimension, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            place = place * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return hash((seed, number, place)) % 2**63
 
 
 def lost_in_rounding(params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> float:

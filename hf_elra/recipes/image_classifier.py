@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from hf_elra import metrics
 from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.recipes.command_line import choose, choose_optimizer, parse, value_of
 from hf_elra.recipes.image_data import AUGMENTATIONS, DIGITS, ImageSplits
@@ -85,9 +83,10 @@ class ImageClassifierArguments:
             ``imagenet``.
         dataset (str): ``digits`` (1,797 real images in this package), a local path (folder of idx files, of parquet
             files or of images by class; npz file) or a name on the hub.
-        model (str): ``mnist-mlp``, ``fashion-cnn``, ``resnet18``, ``resnet34``, ``wrn-28-10``; ``resnet18-imagenet``,
-            ``resnet50-imagenet`` (the usual networks for large images, untrained); or any image classifier of the hub
-            or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed, ``timm/resnet18.a1_in1k``.
+        model (str): ``mnist-mlp``, ``fashion-cnn``, ``resnet20``, ``resnet18``, ``resnet34``, ``wrn-28-10``;
+            ``resnet18-imagenet``, ``resnet50-imagenet`` (the usual networks for large images, untrained); or any image
+            classifier of the hub or a folder, e.g. ``microsoft/resnet-50`` or, with timm installed,
+            ``timm/resnet18.a1_in1k``.
         from_scratch (bool): take only the architecture of such a model, not its weights.
         image_size (int): resize the shorter side of images to it and cut out the middle; by default they stay as they
             are, and must be square and of one size.
@@ -222,20 +221,6 @@ def build_processor(recipe: ImageClassifierArguments, data: ImageSplits) -> Smal
     """Build the image processor that is saved with a model that is trained on these images."""
     mean, std = (values.flatten().tolist() for values in (data.train.mean, data.train.std))
     return SmallImageProcessor(mean, std, recipe.image_size, recipe.crop_size, data.train.channels)
-
-
-def classes_of(logits: Any, labels: Any) -> torch.Tensor:
-    """Return the predicted classes; called batch by batch, so that logits are not kept."""
-    logits = logits[0] if isinstance(logits, tuple | list) else logits
-    return logits.argmax(-1)
-
-
-def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """Return the accuracy: ``compute_metrics`` of the Trainer, after :func:`classes_of`."""
-    result: dict[str, float] = metrics.load("accuracy").compute(
-        predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
-    )
-    return result
 
 
 def for_card(recipe: ImageClassifierArguments, data: ImageSplits, parameters: int) -> dict[str, Any]:

@@ -92,15 +92,16 @@ class BasicBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 
 
-def resnet(blocks: tuple[int, ...]) -> Callable[[int, int, int], nn.Module]:
-    """ResNet of basic blocks with 64, 128, 256, 512 filters for small images."""
+def resnet(blocks: tuple[int, ...], first: int = 64) -> Callable[[int, int, int], nn.Module]:
+    """ResNet of basic blocks for small images; it has ``first`` filters, and twice as many from stage to stage."""
 
     def build(channels: int, size: int, classes: int) -> nn.Module:
-        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-        width = 64
+        stem = nn.Conv2d(channels, first, 3, padding=1, bias=False)
+        layers: list[nn.Module] = [stem, nn.BatchNorm2d(first), nn.ReLU()]
+        width = first
         for stage, number in enumerate(blocks):
             for position in range(number):
-                outputs, stride = 64 * 2**stage, 2 if stage and position == 0 else 1
+                outputs, stride = first * 2**stage, 2 if stage and position == 0 else 1
                 layers.append(BasicBlock(width, outputs, stride))
                 width = outputs
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
@@ -146,6 +147,7 @@ def wide_resnet(depth: int, factor: int) -> Callable[[int, int, int], nn.Module]
 ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "mnist-mlp": mnist_mlp,
     "fashion-cnn": fashion_cnn,
+    "resnet20": resnet((3, 3, 3), 16),
     "resnet18": resnet((2, 2, 2, 2)),
     "resnet34": resnet((3, 4, 6, 3)),
     "wrn-28-10": wide_resnet(28, 10),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import set_seed
 
 from hf_elra.errors import needed_by_recipes
-from hf_elra.recipes import image_classifier
+from hf_elra.recipes import accuracy, image_classifier
 from hf_elra.recipes.image_data import as_batch, load_images
 from hf_elra.recipes.training_run import TABLE, TrainingRun
 from hf_elra.report.names import METRICS
@@ -45,8 +45,8 @@ def main(words: list[str]) -> None:
         train_dataset=data.train,
         eval_dataset=data.test,
         processing_class=image_classifier.build_processor(recipe, data),
-        compute_metrics=image_classifier.compute_accuracy,
-        preprocess_logits_for_metrics=image_classifier.classes_of,
+        compute_metrics=accuracy.compute_accuracy,
+        preprocess_logits_for_metrics=accuracy.classes_of,
         callbacks=run.callbacks,
     )
     evaluations = run.train(

@@ -51,7 +51,7 @@ class TrainingRun:
         recipe: settings of the script, a dataclass with ``resume`` and ``overwrite``.
         training: settings of the Trainer.
         ignored: settings of ``recipe`` in which a resumed run may differ.
-        unit: unit of progress, ``"tokens"`` or ``"images"``.
+        unit: unit of progress, ``"tokens"``, ``"images"`` or ``"samples"``.
         defaults: values of flags that are not given, where they differ from the defaults of the fields.
 
     Attributes:

@@ -24,6 +24,7 @@ MADE_BY = "<!-- made by hf-elra card -->"
 """What a card says that is not to be replaced by the Trainer's own."""
 RESULTS = {
     "validation_loss": "loss", "test_loss": "loss", "perplexity": "perplexity", "test_accuracy": "accuracy",
+    "validation_accuracy": "accuracy",
 }  # fmt: skip
 """What recipes write down at the end, and the metric's name."""
 TASKS = {
@@ -158,7 +159,9 @@ def _facts(run: Run, told: dict[str, Any]) -> str:
             seen = [f"{facts[key]:,} {unit}"]
     seconds = facts.get("train_seconds", run.last("train_runtime"))
     speeds = [
-        f", {facts[key]:,.0f} {unit}/s" for unit in ("tokens", "images") if (key := f"{unit}_per_second") in facts
+        f", {facts[key]:,.0f} {unit}/s"
+        for unit in ("tokens", "images", "samples")
+        if (key := f"{unit}_per_second") in facts
     ]
     since = " since the last resume" if facts.get("resumed_from") else ""
     versions = facts.get("versions")

@@ -151,6 +151,14 @@ def panels(subject: Subject) -> list[Panel]:
         _smoothed(subject, "step_norm", "Step norm", "‖α·u‖", "The length of a step, with its running mean.", log=True),
         _simple(
             subject,
+            "drift",
+            "Drift",
+            partial(_series, "drift"),
+            "share of the weights",
+            note="How far the matrices are from where training began, as a share of their norm there.",
+        ),
+        _simple(
+            subject,
             "forwards",
             "Forward passes per update",
             lambda run: _per_update(run, "forwards"),

@@ -157,6 +157,7 @@ def _curves(run: Run) -> list[tuple[str, list[Point], bool]]:
         ("batch", run.batch, False),
         ("step norm", run.series("step_norm"), True),
         ("cosine", run.series("cosine"), False),
+        ("drift", run.series("drift"), False),
         ("samples/s", run.speed("samples"), False),
         ("tokens/s", run.speed("tokens"), False),
     ]

@@ -215,9 +215,21 @@ def batch(run: Run) -> Verdict | None:
     return Verdict("good", f"The batch went from {first:,.0f} to {last:,.0f} samples in {times} ({reasons}).")
 
 
+def drift(run: Run) -> Verdict | None:
+    """How far a model that was trained before has moved: its new task may have cost old abilities."""
+    moved = run.last("drift")
+    if moved is None or moved < MOVED or not run.facts.get("pretrained"):
+        return None
+    return Verdict(
+        "note",
+        f"The weights have moved by {moved:.0%} of their size since training began. What the model knew before may "
+        "have suffered: measure it, if it matters.",
+    )
+
+
 RULES: tuple[Callable[[Run], Verdict | None], ...] = (
     *(how_far, diverged, rose_again, not_finite, restarts, rate_at_the_end, limited, batch),
-    *(noise, overfitting, still_falling, accepted_levels, skipped),
+    *(noise, overfitting, still_falling, accepted_levels, skipped, drift),
 )
 """All rules, in the order in which they are told."""
 
@@ -238,6 +250,8 @@ BEST_IS_LATE, RISES_AGAIN = 0.8, 0.03
 """A model overfits if its lowest validation loss came before this share of the run and rose by so much since."""
 STILL_FALLING = 0.02
 """The validation loss still falls if the last fifth of the run brought this share of its whole fall."""
+MOVED = 0.05
+"""From this drift on a trained model is told of."""
 
 
 def _noise(points: list[Point]) -> float:

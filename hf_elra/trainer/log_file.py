@@ -64,6 +64,7 @@ class LogFile:
             "seed": args.seed,
             "model": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
+            "pretrained": bool(getattr(getattr(model, "config", None), "name_or_path", "")),
             "processes": args.world_size,
             "averaged": trainer.average_over,
             "batch_control": "off" if control is None or not control.asked_for else control.mode,

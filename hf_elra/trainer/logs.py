@@ -73,6 +73,7 @@ class Logs:
         self._file = LogFile(trainer)
         self._began, self._seconds_before = time.perf_counter(), 0.0
         self._limits: Counter[str] = Counter()  # updates at each limit since the last log
+        self._factor = 1.0  # of a scheduler, in the last update
         self._told_accumulation: int | None = None
         self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update number and counts at the last log
         self._levels: LossLevels | None = LossLevels()  # since training began or went on; None after a warning
@@ -130,18 +131,28 @@ class Logs:
     # ---- a log ----
 
     def learning_rate(self, stock_rate: Any) -> float:
-        """α times what a scheduler makes of it, as the update took it."""
+        """α times what a scheduler makes of it, as the update took it.
+
+        The loop asks after every update. Where the answer would wait for the device it is NaN, and :meth:`complete`
+        puts the number in its place.
+        """
         optimizer = self._trainer.elra_optimizer
         if optimizer is None:
             return float(stock_rate())
         group = optimizer.param_groups[0]
-        return float(optimizer.alpha * (float(group["lr"]) / group["base_lr"]))  # exactly α without a scheduler
+        self._factor = float(group["lr"]) / group["base_lr"]
+        return math.nan if optimizer.reading_waits else self._rate_of(optimizer)
+
+    def _rate_of(self, optimizer: Any) -> float:
+        return float(optimizer.alpha * self._factor)  # exactly α without a scheduler
 
     def complete(self, logs: dict[str, Any]) -> None:
         """Add our numbers to what the stock Trainer logs."""
         if "loss" in logs:
             if (optimizer := self._trainer.elra_optimizer) is not None:
                 metrics = optimizer.metrics
+                if math.isnan(logs.get("learning_rate", 0.0)):
+                    logs["learning_rate"] = self._rate_of(optimizer)
                 logs.update({name: value for name, value in metrics.items() if name not in logs})
                 logs.update(self._limits)
                 self._limits = Counter(dict.fromkeys(self._limits, 0))  # one that was seen is logged from now on

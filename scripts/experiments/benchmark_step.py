@@ -4,15 +4,18 @@
 
 All optimizers update the same parameters with the same gradients in this process, in turns; gradients come from a pool,
 so that every update meets new tensors, as after ``zero_grad``. Medians, their ratio to fused AdamW, the bytes of state
-and, on a GPU, the peak of memory are printed, and how near an update comes to the time in which the numbers that it has
-to move could be copied. Every measurement is written to --output, one JSON line each, the first line being command,
-machine and versions. Optimizers that are not installed are named and left out. --help lists all flags.
+and the memory that an update needs beside it at its peak (on a CPU only where Linux tells) are printed, and how near an
+update comes to the time in which the numbers that it has to move could be copied. Every measurement is written to
+--output, one JSON line each, the first line being command, machine and versions. Optimizers that are not installed are
+named and left out. --help lists all flags.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import json
 import shlex
 import statistics
@@ -43,8 +46,9 @@ def shapes_of(model: str) -> list[torch.Size]:
     with torch.device("meta"):
         if model == "resnet18":
             network: Any = ARCHITECTURES["resnet18"](3, 32, 10)
-        elif model == "babyllama-15m":
-            network = babyllama.build_model(babyllama.parse_arguments(["--preset", "15m"])[0])
+        elif model.startswith("babyllama-"):
+            preset = model.removeprefix("babyllama-")
+            network = babyllama.build_model(babyllama.parse_arguments(["--preset", preset])[0])
         else:
             size = dict(
                 zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), LLAMAS[model], strict=True)
@@ -55,7 +59,8 @@ def shapes_of(model: str) -> list[torch.Size]:
 
 
 LLAMAS = {"llama-124m": (768, 14, 12, 2048), "llama-1b": (2048, 19, 16, 5504), "llama-2m": (64, 2, 2, 128)}
-MODELS = ("babyllama-15m", "resnet18", *LLAMAS)
+MODELS = ("babyllama-15m", "resnet18", *LLAMAS, "babyllama-tiny")
+EXACT = {"polar_dtype": "float32", "state_dtype": "float32"}
 
 
 class Together:
@@ -91,6 +96,18 @@ def optimizers(model: str) -> dict[str, tuple[int | None, Callable[[list[Tensor]
         "ELRA, memory=point": (8, lambda params: ELRA(params, memory="point")),
         "ELRA, memory=offload": (7, lambda params: ELRA(params, memory="offload")),
         "elra_spectral": (None, lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0)),
+        "elra_spectral, all in float32": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, **EXACT),
+        ),
+        "elra_spectral, on_device=True": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=True),
+        ),
+        "elra_spectral, on_device=False": (
+            None,
+            lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, on_device=False),
+        ),
         "elra_spectral, momentum=0": (
             None,
             lambda params: ELRASpectral(params, embeddings=embeddings(params), warmup=0, momentum=0.0),
@@ -138,6 +155,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="file for the measurements, one JSON line each")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: the first two; on a GPU also the third")
+    parser.add_argument("--optimizers", nargs="+", help="names as in the table; fused AdamW always; default: all")
     parser.add_argument("--rounds", type=int, default=15, help="how often every optimizer is measured")
     parser.add_argument("--updates", type=int, default=5, help="updates a measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -157,6 +175,29 @@ def timed(work: Callable[[], Any], device: str) -> float:
     work()
     synchronise()
     return time.perf_counter() - start
+
+
+def peak_of(work: Callable[[], Any], device: str) -> int | None:
+    """Bytes that ``work`` needs at its peak beside what was there before; None where nobody tells."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what is needed
+    reset.write_text("5")
+
+    def kibibytes(name: str) -> int:
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
+        return int(line.split()[1])
+
+    before = kibibytes("VmRSS")
+    work()
+    return 1024 * (kibibytes("VmHWM") - before)
 
 
 def update(optimizer: Any, params: list[Tensor], pool: list[list[Tensor]], updates: int, loss: Tensor) -> None:
@@ -222,16 +263,14 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
     bandwidth = copy_bandwidth(number, given)
     write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
     known = optimizers(model)
+    if given.optimizers:
+        known = {name: known[name] for name in (*given.optimizers, BASELINE)}
     built = {name: build(params) for name, (_, build) in known.items()}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
     for name, optimizer in built.items():  # warm up: state is made, kernels are compiled
         gradients = own if name == SCHEDULE_FREE else pool
         update(optimizer, params, gradients, POOL, loss)
-        if given.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            update(optimizer, params, gradients, 1, loss)
-            peaks[name] = torch.cuda.max_memory_allocated() - before
+        peaks[name] = peak_of(functools.partial(update, optimizer, params, gradients, 1, loss), given.device)
     seconds: dict[str, list[float]] = {name: [] for name in built}
     for turn in range(given.rounds):
         print(f"{model}: round {turn + 1} of {given.rounds}", file=sys.stderr)
@@ -251,7 +290,8 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
             if tensor.device == params[0].device
         )
         to_move = known[name][0]
-        write(model=model, optimizer=name, state_bytes=state, peak_bytes=peaks.get(name))
+        peak = peaks[name]
+        write(model=model, optimizer=name, state_bytes=state, peak_bytes=peak)
         rows.append(
             [
                 model,
@@ -259,7 +299,7 @@ def measure(model: str, given: argparse.Namespace, write: Callable[..., None]) -
                 f"{1000 * median:.2f}",
                 f"{median / baseline:.2f}",
                 f"{state / number:.1f}",
-                f"{peaks[name] / 2**20:.0f}" if name in peaks else "not measured",
+                "not measured" if peak is None else f"{peak / 2**20:.0f}",
                 f"{to_move or ''}",
                 f"{100 * to_move * 4 * number / bandwidth / median:.0f} %" if to_move else "",
             ]

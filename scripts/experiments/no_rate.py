@@ -39,6 +39,7 @@ from hf_elra.optim.directions.spectral import embeddings_of
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
+from lib.encoder_tasks import Capitals, Masked, SameCaption
 from lib.partners import PARTNERS, Training
 from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
@@ -104,6 +105,9 @@ TASKS = {
     "ResNet-20": Trained("cifar", 64, 312, constant=NEW, adamw=ADAMW, model="resnet20"),
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
     "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
+    "masked BERT": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW, model="masked"),
+    "MiniLM, pairs": Trained("captions", 32, 64, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
+    "MiniLM, words": Trained("captions", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
 }
 
 
@@ -301,6 +305,7 @@ class Translation(Task):
 
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": Llama, "minilm": Encoder, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
+    "masked": Masked, "pairs": SameCaption, "words": Capitals,
 }  # fmt: skip
 """Who makes a model and its data."""
 

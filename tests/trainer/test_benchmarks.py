@@ -53,8 +53,9 @@ def test_step(tmp_path):
     entries = measurements(file)
     state = {entry["optimizer"]: entry["state_bytes"] for entry in entries if "state_bytes" in entry}
     parameters = entries[0]["parameters"]
-    assert state["ELRA"] == state["elra_spectral, momentum=0"] == 4 * parameters
-    assert state["elra_spectral"] == 8 * parameters
+    assert state["ELRA"] == state["elra_spectral"] == 4 * parameters
+    assert state["elra_spectral, momentum=0"] == 2 * parameters
+    assert state["elra_spectral, all in float32"] == 8 * parameters
     assert state["AdamW, fused"] == pytest.approx(8 * parameters, rel=1e-3)
     timed = {entry["optimizer"] for entry in entries if "seconds_per_update" in entry}
     assert timed == state.keys()

@@ -38,6 +38,7 @@ def test_the_first_updates_are_told_however_rare_logs_are(tmp_path, optim):
         3,
         "LlamaForCausalLM",
     )
+    assert first["pretrained"] is False
     assert first["parameters"] == sum(p.numel() for p in run.model.parameters())
     assert entries == run.state.log_history
     told = [entry for entry in entries if entry.get("elra") == "first"]

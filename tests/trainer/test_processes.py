@@ -84,31 +84,45 @@ def test_shards_walk_the_path_of_one_process(processes, cases):
 @pytest.mark.parametrize(
     ("processes", "cases"),
     [
-        (2, [([2], "rows", 0.5), ([2], "rows", 0.0), ([2], "columns", 0.5), ([2], "tensor", 0.5)]),
+        (2, [
+            ([2], "rows", 0.5), ([2], "rows", 0.0), ([2], "columns", 0.5), ([2], "tensor", 0.5),
+            ([2], "copies", 0.5, True), ([2], "rows", 0.5, True),
+        ]),
         (4, [([4], "rows", 0.5), ([2, 2], "rows", 0.5), ([2, 2], "tensor and rows", 0.5)]),
     ],
     ids=["FSDP2 and tensor parallel", "FSDP2, HSDP, FSDP2 and tensor parallel"],
-)
+)  # fmt: skip
 def test_polar_factors_of_shards_are_those_of_whole_matrices(processes, cases):
     """The path of one process, with restarts and a NaN on one of them, bit by bit the same on all; some have no part
-    of a tensor."""
+    of a tensor. Decided on the host, or on the device with one reduction an update where there are copies."""
     for case, found in zip(cases, together(workers.spectral_on_shards, processes, cases=cases), strict=True):
         assert found["differing"] == 0, case
         one, other = found["numbers"]
         assert other == pytest.approx(one, rel=1e-9), case
         assert one[1:] == [4, 1], case  # restarts, one of them for the NaN
         assert found["apart"] < 1e-10, case
+        if case[1] == "copies":
+            assert found["reductions"] == [1]
 
 
 def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
     """As if every process took all of them; the formula is that of docs/guides/devices.md."""
     alike = {(64, 64): 5, (160, 64): 1, (64, 160): 2, (8, 8): 7}  # matrices of a shape, the last in a stack of experts
     shapes = [*[shape for shape, number in alike.items() for _ in range(number)][:-7], (7, 8, 8), (9,)]
-    processes, dtypes = 3, {"float32": 4, "bfloat16": 2}
-    all_of_them = together(workers.copies_share_polar_factors, processes, shapes=shapes, dtypes=list(dtypes))
-    for width, found in zip(dtypes.values(), all_of_them, strict=True):
-        numbers = sum(processes * math.ceil(k / processes) * math.prod(shape) for shape, k in alike.items())
-        assert found == {"differing": 0, "moved": [numbers * width, 0]}, width
+    processes, widths = 3, {("float32", "auto"): 2, ("float32", "float32"): 4, ("bfloat16", "auto"): 2}
+    all_of_them = together(workers.copies_share_polar_factors, processes, shapes=shapes, types=list(widths))
+    numbers = sum(processes * math.ceil(k / processes) * math.prod(shape) for shape, k in alike.items())
+    for (types, width), found in zip(widths.items(), all_of_them, strict=True):
+        assert found == {"differing": 0, "moved": [numbers * width, 0]}, types
+
+
+def test_stochastic_rounding_is_alike_where_processes_have_the_same_and_right_on_average():
+    found = together(workers.bfloat16_on_shards, 2)
+    assert found["copies"]
+    assert found["resumed"]
+    assert found["moved"] == pytest.approx([found["moved"][1]] * 3, rel=0.2)
+    assert found["moved"][0] > 5e-4  # steps of 2e-4, where bfloat16 has 4e-3
+    assert found["alike"] == pytest.approx(found["chance"], abs=0.05)  # parts are not rounded by the same numbers
 
 
 def test_shards_cannot_be_offloaded():

@@ -1,5 +1,8 @@
 """``--optim elra_spectral`` in a Trainer: what it is given, the mean of the run, resuming, wrong settings."""
 
+import os
+import traceback
+
 import pytest
 import torch
 from transformers import (
@@ -210,3 +213,31 @@ def test_the_experts_of_a_mixture_are_told_apart(tmp_path, passed_in):
 def test_without_a_model_there_is_nothing_to_depend_on(tmp_path):
     with pytest.raises(ConfigurationError, match="model=None: optim=elra_spectral depends on the model"):
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="elra_spectral"))
+
+
+def test_nothing_of_ours_reads_a_number_between_two_logs_where_decisions_are_on_the_device(tmp_path, monkeypatch):
+    """But for the first update, which looks at the weights; a control cycle ends in between."""
+    read = []
+
+    def noting(name):
+        stock = getattr(torch.Tensor, name)
+
+        def reads(tensor, *args):
+            frames = [f.filename for f in traceback.extract_stack()[:-1] if f"{os.sep}torch{os.sep}" not in f.filename]
+            if f"{os.sep}hf_elra{os.sep}" in frames[-1]:
+                read.append((run.state.global_step, frames[-1]))
+            return stock(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, reads)
+
+    given = dict(max_steps=6, logging_steps=6, elra_control_cycle="3ba", lr_scheduler_type="linear", save_strategy="no")
+    on_host = spectral(tmp_path / "host", optim_args="on_device=false", **given)
+    on_host.train()
+    run = spectral(tmp_path, optim_args="on_device=true", **given)
+    for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__"):
+        noting(name)
+    run.train()
+    assert run.elra_optimizer._device_update.in_force
+    assert {step for step, _ in read} == {0, 6}, {(step, file) for step, file in read if step}
+    for name in ("learning_rate", "alpha", "restarts"):  # of the last update, before the schedule went on
+        assert logged(run, name) == pytest.approx(logged(on_host, name), rel=1e-4)

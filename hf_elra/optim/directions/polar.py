@@ -5,6 +5,8 @@ Of which matrices they are taken is in ``spectral.py``.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -13,28 +15,56 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x³ and x⁵, as in Muon (K. Jordan et al., 2024): the polynomial is steep where singular values are
 small."""
 STEPS = 5
+FEWEST_IN_TILES = 2**14
+"""Numbers of a matrix from which on a CPU with tiles is faster in bfloat16; one small matrix costs more there."""
 
 
-def polar_factor(matrices: Tensor) -> Tensor:
+def polar_factor(matrices: Tensor, dtype: str = "auto") -> Tensor:
     """Return approximately U·Vᵀ for each matrix U·S·Vᵀ: singular values become 0.7 to 1.2, or less if they were small.
 
     Args:
-        matrices (Tensor, shape (number, rows, columns), rows <= columns): the iteration runs in bfloat16 on a GPU,
-            else in their own type but at least float32, which is the type of the result. The factor of zero is zero.
+        matrices (Tensor, shape (number, rows, columns), rows <= columns): the type of the result is theirs, but at
+            least float32. The factor of zero is zero.
+        dtype: what the iteration runs in, as for :func:`iterates_in`.
     """
     wide = torch.promote_types(matrices.dtype, torch.float32)
     if matrices.numel() == 0:
         return matrices.to(wide)
     largest = torch.maximum(matrices.amax((1, 2), keepdim=True), -matrices.amin((1, 2), keepdim=True))
     x = near_one(matrices.to(wide), largest.to(wide))
-    x = x / vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
-    if x.is_cuda:
-        x = x.bfloat16()
+    x /= vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    x = x.to(iterates_in(matrices, dtype))
     a, b, c = QUINTIC
     for _ in range(STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.to(wide)
+
+
+def iterates_in(matrices: Tensor, asked: str) -> torch.dtype:
+    """Return the type in which matrices are multiplied.
+
+    Args:
+        matrices: what is multiplied, shape (number, rows, columns); the number does not matter.
+        asked: ``"bfloat16"``; ``"float32"``, which means at least that; or ``"auto"`` for bfloat16 where that is
+            faster. In float64 a CPU stays exact.
+    """
+    is_large = matrices.shape[1] * matrices.shape[2] >= FEWEST_IN_TILES
+    on_a_cpu = matrices.device.type == "cpu" and matrices.dtype != torch.float64 and is_large
+    is_faster = matrices.is_cuda or (on_a_cpu and has_bfloat16_tiles())
+    if asked == "bfloat16" or (asked == "auto" and is_faster):
+        return torch.bfloat16
+    return torch.promote_types(matrices.dtype, torch.float32)
+
+
+@functools.cache
+def has_bfloat16_tiles() -> bool:
+    """Return whether this CPU multiplies matrices in bfloat16 in tiles (AMX), six times as fast as in float32.
+
+    PyTorch has no public name for that; where its private one is gone, the answer is no.
+    """
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and torch.backends.mkldnn.is_available() and bool(asked())
 
 
 def near_one(tensor: Tensor, largest: Tensor) -> Tensor:

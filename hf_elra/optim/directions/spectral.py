@@ -5,7 +5,8 @@ The functions that find the embeddings and the stacked experts of a model are he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
-from hf_elra.optim.tensors import local
+from hf_elra.optim.tensors import PIECE, in_pieces, local
 
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
@@ -37,19 +38,35 @@ class Spectral(Direction):
             average, and an existing one is dropped.
         batch: how many numbers matrices have at most whose factors are taken together.
         group: processes that have the same parameters and gradients, and share the work; None for none.
+        polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
+        state_dtype: what averages and directions are kept in, as for :func:`kept_in`.
 
     State per parameter: ``momentum``, the averaged gradient.
     """
 
     is_gradient = False
+    waits = True
+    """Whether numbers of the device may be waited for where that saves it work."""
 
-    def __init__(self, momentum: float, *, batch: int = POLAR_BATCH, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        momentum: float,
+        *,
+        batch: int = POLAR_BATCH,
+        group: dist.ProcessGroup | None = None,
+        polar_dtype: str = "auto",
+        state_dtype: str = "auto",
+    ) -> None:
         self.momentum, self.batch, self.group = momentum, batch, group
+        self.polar_dtype, self.state_dtype = polar_dtype, state_dtype
 
     def apply(
         self, groups: Groups, params: list[list[Tensor]], gradients: list[list[Tensor]], state: Any
     ) -> list[list[Tensor]]:
-        """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`)."""
+        """Return :func:`spectral_direction`; what has no gradient any more stops (:func:`freeze_inactive`).
+
+        Directions have the type that state is kept in, so that the step is taken along the very numbers that are kept.
+        """
         flags: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         averages, shares = [], []
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
@@ -58,9 +75,12 @@ class Spectral(Direction):
                 flags[kind] += [group[kind][places[p]] for p in group_params]
             shares += [group["shares"][places[p]] for p in group_params]
             averages += self.averaged(group_params, group_gradients, state)
-        directions = spectral_direction(averages, **flags, batch=self.batch, group=self.group)
+        directions = spectral_direction(
+            averages, **flags, batch=self.batch, group=self.group, polar_dtype=self.polar_dtype
+        )
         if self.momentum > 0:
-            freeze_inactive(directions, averages, [g for of_group in gradients for g in of_group], **flags)
+            flat = [g for of_group in gradients for g in of_group]
+            freeze_inactive(directions, averages, flat, **flags, waits=self.waits)
         if any(share != 1 for share in shares):
             torch._foreach_mul_([local(u) for u in directions], shares)
         remaining = iter(directions)
@@ -68,17 +88,23 @@ class Spectral(Direction):
 
     def averaged(self, params: list[Tensor], gradients: list[Tensor], state: Any) -> list[Tensor]:
         """Return Nesterov's average of the gradients, which may begin at zero, as its size does not matter here."""
-        if self.momentum == 0 or not params:
+        dtypes = [kept_in(p, self.state_dtype) for p in params]
+        if self.momentum == 0:
             for p in params:
                 state[p].pop("momentum", None)
-            return gradients
-        for p in params:
+            return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        ahead = []
+        for p, gradient, dtype in zip(params, gradients, dtypes, strict=True):
             if "momentum" not in state[p]:
-                state[p]["momentum"] = torch.zeros_like(p)
-        averages, new = [local(state[p]["momentum"]) for p in params], [local(g) for g in gradients]
-        torch._foreach_lerp_(averages, new, 1 - self.momentum)
-        ahead = torch._foreach_lerp(averages, new, 1 - self.momentum)
-        return [like(values, p) for values, p in zip(ahead, params, strict=True)]
+                state[p]["momentum"] = torch.zeros_like(p, dtype=dtype)
+            average = local(state[p]["momentum"])
+            ahead.append(like(torch.empty_like(average), p))
+            for old, new, further in in_pieces(average, local(gradient), local(ahead[-1])):
+                wide = torch.promote_types(dtype, torch.float32)
+                exact = torch.lerp(old.to(wide), new.to(wide), 1 - self.momentum)
+                old.copy_(exact)  # to the nearest number: an average of noisy gradients does not stall
+                further.copy_(exact.lerp_(new.to(wide), 1 - self.momentum))
+        return ahead
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return all matrices, with or without a gradient; all parameters if there are no matrices."""
@@ -99,6 +125,7 @@ def spectral_direction(
     *,
     batch: int = POLAR_BATCH,
     group: dist.ProcessGroup | None = None,
+    polar_dtype: str = "auto",
 ) -> list[Tensor]:
     """Return directions whose elements have a mean square of one, whatever the size of the gradients.
 
@@ -113,6 +140,7 @@ def spectral_direction(
         experts: for each, whether it is several matrices in one, along its first dimension.
         batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
         group: processes that have the same gradients, where these are no DTensors, and share the work.
+        polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
     """
     experts = experts or [False] * len(gradients)
     directions: list[Any] = [None] * len(gradients)
@@ -122,18 +150,32 @@ def spectral_direction(
         directions[index] = direction
     matrices = [i for i, direction in enumerate(directions) if direction is None]
     pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]
-    results = iter(each_once([piece for of_one in pieces for piece in of_one], _unit_polar_factors, most=batch))
+    compute = partial(_unit_polar_factors, polar_dtype=polar_dtype)
+    results = iter(each_once([piece for of_one in pieces for piece in of_one], compute, most=batch))
     for index, of_one in zip(matrices, pieces, strict=True):
         parts = [next(results) for _ in of_one]
         directions[index] = put_together(parts, gradients[index], stacked=experts[index])
     return directions
 
 
-def _unit_polar_factors(matrices: Tensor) -> Tensor:
+def kept_in(param: Tensor, asked: str) -> torch.dtype:
+    """Return the type in which the average and the direction of a parameter are kept.
+
+    Args:
+        param: the parameter.
+        asked: ``"bfloat16"``; ``"float32"``, which means at least that; or ``"auto"`` for bfloat16, but float64 of a
+            parameter in float64.
+    """
+    if asked == "bfloat16" or (asked == "auto" and param.dtype != torch.float64):
+        return torch.bfloat16
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _unit_polar_factors(matrices: Tensor, polar_dtype: str) -> Tensor:
     """Return polar factors of a batch of tensors, of a mean square of one."""
     flat = matrices.flatten(2)
     is_high = flat.shape[1] > flat.shape[2]
-    factors = polar_factor(flat.mT.contiguous() if is_high else flat)
+    factors = polar_factor(flat.mT.contiguous() if is_high else flat, polar_dtype)
     scale = (factors.shape[1] * factors.shape[2]) ** 0.5
     factors *= scale / vector_norm(factors, dim=(1, 2), keepdim=True).clamp_min(1e-30)
     factors = factors.to(matrices.dtype)
@@ -147,6 +189,8 @@ def freeze_inactive(
     gradients: Sequence[Tensor],
     embeddings: Sequence[bool],
     experts: Sequence[bool],
+    *,
+    waits: bool = True,
 ) -> None:
     """Set to zero, in place, directions that come only from gradients of long ago.
 
@@ -159,6 +203,7 @@ def freeze_inactive(
     Args:
         directions, averaged, gradients, embeddings, experts: one of each per parameter, as for
             :func:`spectral_direction`, over all groups of an optimizer, since they are compared with each other.
+        waits: whether to wait for the device once, and be done where everything has a gradient.
     """
     if not directions:
         return
@@ -168,9 +213,10 @@ def freeze_inactive(
     peaks = [_largest(r.flat(g)) for r, g in zip(rows, gradients, strict=True)]
     resting = [peak == 0 for peak in reduced(peaks, within, dist.ReduceOp.MAX)]
     first = resting[0].device
-    some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
-    if not torch.stack([rests.to(first) for rests in some_rest]).any():  # one wait, and mostly the end
-        return
+    if waits:
+        some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
+        if not torch.stack([rests.to(first) for rests in some_rest]).any():  # one wait, and mostly the end
+            return
     norms = list(torch._foreach_norm([local(a) for a in averaged]))
     for index, is_expert in enumerate(experts):
         if is_expert:
@@ -233,15 +279,31 @@ def _unit_rows(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]
     """Return tensors, or their rows where these are apart, with a mean square of one."""
     rows = [Rows.of(t, apart=a) if t.dim() else Rows(False, (), ()) for t, a in zip(tensors, apart, strict=True)]
     within = [r.within for r in rows]
-    wide = [r.flat(t).to(torch.promote_types(t.dtype, torch.float32)) for r, t in zip(rows, tensors, strict=True)]
-    peaks = reduced([_largest(w) for w in wide], within, dist.ReduceOp.MAX)
-    scaled = [near_one(w, peak[:, None]) for w, peak in zip(wide, peaks, strict=True)]
-    norms = [vector_norm(n, dim=1) for n in scaled]
+    flat = [r.flat(t) for r, t in zip(rows, tensors, strict=True)]
+    peaks = reduced([_wide(_largest(f)) for f in flat], within, dist.ReduceOp.MAX)
+    norms = []
+    for values, peak in zip(flat, peaks, strict=True):
+        parts = [vector_norm(near_one(_wide(v), p[:, None]), dim=1) for v, p in _some_rows(values, peak)]
+        norms.append(torch.cat(parts))
     if any(within):
         norms = [square.sqrt() for square in reduced([n.square() for n in norms], within, dist.ReduceOp.SUM)]
     result = []
-    for tensor, is_apart, units, norm in zip(tensors, apart, scaled, norms, strict=True):
+    for tensor, is_apart, values, peak, norm in zip(tensors, apart, flat, peaks, norms, strict=True):
         columns = tensor.numel() / max(len(tensor), 1) if is_apart else tensor.numel()
-        units *= torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)[:, None]
-        result.append(like(units.to(tensor.dtype).view(local(tensor).shape), tensor))
+        factors = torch.where(norm > 0, columns**0.5 / norm.clamp_min(1e-30), 0.0)
+        units = torch.empty_like(values)
+        for unit, v, p, factor in _some_rows(units, values, peak, factors):
+            unit.copy_(near_one(_wide(v), p[:, None]).mul_(factor[:, None]))
+        result.append(like(units.view(local(tensor).shape), tensor))
     return result
+
+
+def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of tensors that have as many: as many at once as :data:`PIECE` numbers, on a CPU, else all."""
+    first = tensors[0]
+    number = max(1, PIECE // max(1, first[:1].numel())) if first.device.type == "cpu" else max(1, len(first))
+    yield from zip(*(t.split(number) for t in tensors), strict=True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

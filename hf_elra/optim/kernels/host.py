@@ -1,8 +1,7 @@
-"""Which updates ELRA makes in the kernels of ``triton.py``, and how its numbers get to the device and back.
+"""Which updates ELRA makes in the kernels of ``triton.py``.
 
-This is a mixin of ``ELRA``, which makes all other updates itself. Numbers are on the host, in
-``param_groups[0]["scalars"]``, until the first update in kernels. From then on those on the device count, until
-something is changed on the host.
+This is a mixin of ``ELRA``, which makes all other updates itself. How its numbers get to the device and back is in
+``device_numbers.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_elra.errors import ConfigurationError, warn_user
-from hf_elra.optim.base import LossAwareOptimizer, shares
+from hf_elra.optim.base import shares
+from hf_elra.optim.device_numbers import NumbersOnDevice
 from hf_elra.optim.memory import MEMORIES, GradientMemory
 from hf_elra.optim.tensors import is_dense, layout, squares_and_products
 
@@ -22,58 +22,35 @@ if TYPE_CHECKING:
     from hf_elra.optim.kernels.triton import FusedUpdate, Launch
 
 
-class UpdatesOnDevice(LossAwareOptimizer):
-    """Keeps ELRA's numbers on host or device, and makes its updates in kernels."""
+class UpdatesOnDevice(NumbersOnDevice):
+    """Makes ELRA's updates in kernels."""
 
     _kernels: FusedUpdate | None = None
     _kernel_error: str | None = None
 
     # ---- numbers ----
 
-    def _numbers(self) -> dict[str, Any]:
-        """Return the numbers of the optimizer; reading them changes nothing."""
+    @property
+    def _there(self) -> FusedUpdate | None:
+        return self._kernels
+
+    @property
+    def _is_replayed(self) -> bool:
+        return bool(self.param_groups[0]["capturable"])
+
+    def _push(self, device: torch.device) -> None:
+        assert self._kernels is not None
+        self._kernels.push(self.param_groups[0]["scalars"], device)
+
+    def _pull(self) -> None:
+        assert self._kernels is not None
         scalars = self.param_groups[0]["scalars"]
-        kernels = self._kernels
-        if kernels is not None and kernels.in_force and not kernels.was_read:
-            kernels.pull(scalars)
-            kernels.was_read = not self.param_groups[0]["capturable"]  # the replay of a CUDA graph is not noticed here
-            weights = shares([group["step_factor"] for group in self.param_groups])
-            for group, weight in zip(self.param_groups, weights, strict=True):
-                group["alpha"], group["step_size"] = scalars["alpha"], scalars["step_size"] * weight
-        return scalars
-
-    def _numbers_to_change(self) -> dict[str, Any]:
-        """Return the numbers to change them on the host; those of the host count from now on."""
-        scalars = self._numbers()
-        if self._kernels is not None:
-            self._kernels.in_force = False
-        return scalars
-
-    def _renew_numbers_on_device(self) -> None:
-        """Copy a change on the host to the device, since a captured CUDA graph sees only what is there."""
-        kernels = self._kernels
-        if kernels is not None and kernels.numbers is not None and self.param_groups[0]["capturable"]:
-            kernels.push(self.param_groups[0]["scalars"], kernels.numbers.device)
+        self._kernels.pull(scalars)
+        weights = shares([group["step_factor"] for group in self.param_groups])
+        for group, weight in zip(self.param_groups, weights, strict=True):
+            group["alpha"], group["step_size"] = scalars["alpha"], scalars["step_size"] * weight
 
     # ---- checkpoints ----
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; checkpoints do not depend on whether kernels are used."""
-        self._numbers()
-        self._memory.finish()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold."""
-        self._numbers()
-        self._memory.finish()
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled or saved state, which does not hold the numbers on the device."""
-        super().__setstate__(state)
-        if self._kernels is not None:
-            self._kernels.in_force = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but ``memory``, ``fused``, ``foreach``, ``capturable`` and ``stochastic_rounding`` stay.
@@ -93,11 +70,6 @@ class UpdatesOnDevice(LossAwareOptimizer):
     def asks_before_backward(self) -> bool:
         """Not where numbers are on the device, as asking would wait for it."""
         return super().asks_before_backward and self._kernels is None
-
-    def end_cycle(self) -> None:
-        """End a cycle, as with every loss-aware optimizer; a captured CUDA graph sees it, too."""
-        super().end_cycle()
-        self._renew_numbers_on_device()
 
     # ---- tensors ----
 
@@ -198,7 +170,7 @@ class UpdatesOnDevice(LossAwareOptimizer):
         if not kernels.in_force:
             used = [p for group in params for p in group]
             settings["scalars"]["weight_square"] = squares_and_products(used, [None] * len(used))[0]
-            kernels.push(settings["scalars"], device)
+            self._push(device)
         launches = self._launches(params, gradients, factors)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -7,7 +7,7 @@ reads these and takes the step, or takes the last one back. On its way it sums t
 relative crop of the next update, which ``size_kernel`` adds up. Tensors are found through tables of their addresses, so
 that one launch serves all tensors of a type in a parameter group.
 
-The numbers are copied to the host when somebody asks for them (:meth:`FusedUpdate.pull`). Which parameters can be
+The numbers are copied to the host when somebody asks for them (``device_numbers.py``). Which parameters can be
 updated like this is said by :func:`why_not`; for others ``base.py`` does the same with plain tensor operations.
 """
 
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_elra.control import statistics
 from hf_elra.optim import guards
+from hf_elra.optim.device_numbers import Numbers
 from hf_elra.optim.tensors import mean_over_processes
 
 BLOCK = 1024  # numbers of a vector operation
@@ -34,19 +35,8 @@ PIECE = 16 * BLOCK  # numbers of a tensor that one program handles
 KEPT_TABLES = 64  # small tables that stay on the device
 BYTES_FOR_CAPTURES = 2**20
 
-OF_SCALARS = (
-    "alpha", "step_size", "previous_slope", "previous_loss", "gradient_norm", "direction_norm", "step_norm", "cosine",
-    "weight_square", "length", "proven", "level",
-    "restarts", "non_finite", "consecutive_restarts", "non_finite_in_a_row", "skipped", "accepted_levels", "on_trial",
-    "quiet", "updates",
-)  # fmt: skip
-COUNTS = OF_SCALARS[12:]
-OF_MEMORY = (
-    "initial_loss", "cycle_count", "cycle_mean", "cycle_squares", "last_mean", "last_std",
-    "recent_count", "recent_mean", "recent_variance", "row_count", "row_mean", "row_squares", "suspect",
-)  # fmt: skip
 OF_UPDATE = ("verdict", "step_before", "had_previous")  # for the kernels that follow
-NAMES = (*OF_SCALARS, *OF_MEMORY, *OF_UPDATE)
+NAMES = (*Numbers.names, *OF_UPDATE)
 """What the vector of numbers holds, in this order; NaN says that a number is not known. The verdict is 0 for a step, 1
 if the last one is taken back, 2 if the batch is skipped."""
 
@@ -576,57 +566,19 @@ def why_not(params: Sequence[Tensor]) -> str | None:
     return None
 
 
-class FusedUpdate:
+class FusedUpdate(Numbers):
     """Launches the kernels and holds the numbers on the device."""
 
+    names = NAMES
+
     def __init__(self) -> None:
-        self.numbers: Tensor | None = None
-        self.in_force = False  # the numbers on the device are those that count, not the host's
-        self.was_read = False  # ... and the host has a copy of them
+        super().__init__()
         self.has_moved = False  # the update that is being queued has changed parameters
         self.has_worked = False
         self._of_graphs: list[Any] = []  # what captured CUDA graphs use lives as long as this
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._for_captures: Tensor | None = None
         self._captured = 0  # bytes of it
-
-    def push(self, scalars: dict[str, Any], device: torch.device) -> None:
-        """Copy the host's numbers to the device."""
-        memory = scalars["loss_statistics"]
-        values = dict.fromkeys(NAMES)
-        values.update({name: scalars[name] for name in OF_SCALARS})
-        values["initial_loss"] = memory["initial_loss"]
-        values["cycle_count"], values["cycle_mean"], values["cycle_squares"] = memory["cycle"]
-        values["last_mean"], values["last_std"] = memory["last_cycle"]
-        values["recent_count"], values["recent_mean"], values["recent_variance"] = memory["recent"]
-        values["row_count"], values["row_mean"], values["row_squares"] = memory["row"]
-        values["suspect"] = memory["suspect"]
-        row = [math.nan if value is None else float(value) for value in values.values()]
-        on_host = torch.tensor(row, dtype=torch.float64)
-        if self.numbers is None or self.numbers.device != device:
-            self.numbers = torch.empty_like(on_host, device=device)
-        self.numbers.copy_(on_host)  # in place: a captured CUDA graph goes on with this very tensor
-        self.in_force = self.was_read = True
-
-    def pull(self, scalars: dict[str, Any]) -> None:
-        """Copy the device's numbers to the host; this waits for the device."""
-        assert self.numbers is not None
-        self.was_read = True
-        row = self.numbers.tolist()
-        numbers: dict[str, Any] = {
-            name: None if math.isnan(value) else value for name, value in zip(NAMES, row, strict=True)
-        }
-        for name in OF_SCALARS:
-            scalars[name] = int(numbers[name]) if name in COUNTS else numbers[name]
-        if scalars["gradient_norm"] is None and scalars["updates"] > 0:
-            scalars["gradient_norm"] = math.nan
-        memory = scalars["loss_statistics"]
-        memory["initial_loss"] = numbers["initial_loss"]
-        memory["cycle"] = [int(numbers["cycle_count"]), numbers["cycle_mean"], numbers["cycle_squares"]]
-        memory["last_cycle"] = [numbers["last_mean"], numbers["last_std"]]
-        memory["recent"] = [int(numbers["recent_count"]), numbers["recent_mean"], numbers["recent_variance"]]
-        memory["row"] = [int(numbers["row_count"]), numbers["row_mean"], numbers["row_squares"]]
-        memory["suspect"] = numbers["suspect"]
 
     def update(
         self,

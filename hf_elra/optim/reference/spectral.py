@@ -186,7 +186,7 @@ class ReferenceSpectral(ReferenceRestarts):
         if beyond == 0:
             return alpha
         self.ratios = []
-        corrected = alpha * math.exp(min(max(5 * beyond, -1), 1))
+        corrected = alpha * math.exp(min(max(5 * beyond, -1), 0.4))
         if beyond < 0:
             return corrected
         if self.updates_per_epoch is not None and self.updates > self.updates_per_epoch:

@@ -39,8 +39,9 @@ class EndSlopes(Rule):
     FEWEST, SIGNIFICANCE = 3, 3.0
     """A mean is of at least so many ratios, and so many standard errors beyond its limit; more of them where there are
     few ratios, whose spread is not known well, and which are looked at again and again."""
-    GAIN, LARGEST = 5.0, 1.0
-    """log α changes by the first times what the mean is beyond its limit, at most by the second."""
+    GAIN, UP, DOWN = 5.0, 0.4, 1.0
+    """log α changes by the first times what the mean is beyond its limit, by the second at most upwards and by the
+    third downwards: a step that is too long does harm, one that is too short is corrected again soon."""
 
     def __init__(
         self, warmup: int = 10, *, max_correction: float = 4.0, fresh: int | None = None, falls: bool = True
@@ -101,7 +102,7 @@ class EndSlopes(Rule):
         if beyond == 0:
             return alpha
         state["ratios"] = [0, 0.0, 0.0]
-        corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.LARGEST), self.LARGEST))
+        corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.DOWN), self.UP))
         if corrected > alpha:
             if self.fresh is not None and measured.update > self.fresh:
                 return alpha

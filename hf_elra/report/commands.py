@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.report.runs import find_runs
 
 
@@ -17,7 +17,9 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. {self.prog} --help lists all flags.")
+        _, is_unknown, flag = message.partition("unrecognized arguments: ")
+        hint = nearest(flag.split()[0], self._option_string_actions) if is_unknown else ""
+        raise ConfigurationError(f"{message}.{hint} {self.prog} --help lists all flags.")
 
 
 def report(words: list[str]) -> NoReturn:

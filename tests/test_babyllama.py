@@ -159,6 +159,7 @@ def test_runs_from_before_a_setting_was_written_down_go_on(tmp_path, module, opt
         ("--preset tinny", "--preset tinny is unknown. Did you mean 'tiny'"),
         ("--optim erla", "--optim erla is unknown. Did you mean 'elra'"),
         ("--optim adamw-torch", "Did you mean 'adamw_torch'"),
+        ("--optim adamw", "Did you mean 'adamw_torch'"),
         ("--hidden_size 100 --num_heads 3", "hidden_size=100 must be an even multiple of num_heads=3"),
         ("--block_size 0", "block_size=0 must be at least 1"),
         ("--max_steps many", "invalid int value: 'many'"),

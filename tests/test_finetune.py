@@ -105,7 +105,7 @@ def test_a_label_of_validation_alone_is_named(tmp_path):
     ("words", "message"),
     [
         (["--train_file", "a.tsv"], "the following arguments are required: --model"),
-        (["--model", "./nowhere", "--train_file", "a.tsv"], "model='./nowhere' could not be loaded"),
+        (["--model", "./a.tsw", "--train_file", "a.tsv"], "It is no folder. Did you mean 'a.tsv'?"),
         (["--model", "m", "--train_file", "a.tsv", "--optim", "elra_spectrl"], "Did you mean 'elra_spectral'"),
         (["--model", "m", "--train_file", "a.tsv", "--max_length", "1"], "max_length=1 must be at least 4"),
     ],

@@ -206,7 +206,9 @@ def test_the_command_writes_a_page_or_prints(tmp_path, command_here):
     assert told["series"]["training_loss"][-1] == [40, 1.05]
     assert told["verdicts"][0]["text"] == "No update was taken back."
     assert command_here("report", folder, "-o", str(tmp_path))[0] == 2
-    assert command_here("report", folder, "--txt")[2].startswith("error: unrecognized arguments: --txt.")
+    assert command_here("report", folder, "--txt")[2].startswith(
+        "error: unrecognized arguments: --txt. Did you mean '--text'? "
+    )
 
 
 def test_a_terminal_that_knows_no_bars_gets_the_text_all_the_same(monkeypatch):

@@ -151,7 +151,8 @@ def test_card_command_writes_card_and_curves_and_tells_further_seeds(tmp_path, c
     assert "(mine.svg)" in card.content
     drawing = ElementTree.fromstring((tmp_path / "cards" / "mine.svg").read_text())
     assert len([part for part in drawing.iter() if part.get("class", "").startswith("curve")]) >= 3
-    assert command_here("card", folders[0])[0] == 0
+    code, output, _ = command_here("card", folders[0])
+    assert (code, output.count("give --data and --data-licence")) == (0, 1)
     assert MADE_BY in (tmp_path / "seed-1" / "README.md").read_text()
 
 

@@ -188,6 +188,12 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(tmp_path):
     assert labels == ["adamw_torch, learning_rate 0.01", "adamw_torch, learning_rate 0.1", "elra"]
 
 
+def test_a_label_names_only_what_tells_groups_apart(tmp_path):
+    for name, optim, rate, model in (("a", "elra", 1, "Llama"), ("b", "sgd", 2, "Llama"), ("c", "sgd", 2, "Bert")):
+        write_run(tmp_path / name, optim=optim, learning_rate=rate, model=model)
+    assert [g.label for g in grouped(find_runs([str(tmp_path)]))] == ["elra, Llama", "sgd, Llama", "sgd, Bert"]
+
+
 def test_median_and_band_span_what_all_curves_reach():
     curves = [[(0, 0.0), (10, 10.0)], [(0, 2.0), (5, 7.0), (10, 12.0)], [(2, 8.0), (8, math.nan), (9, 8.0)]]
     band = median_and_band(curves)

@@ -65,8 +65,10 @@ def choose_optimizer(words: list[str], default: str) -> str:
     optim = value_of("--optim", words, default)
     known = optimizer_names()
     if optim not in known:
+        longer = [name for name in known if name.startswith(optim)]  # adamw_torch, for adam
+        hint = f" Did you mean '{longer[0]}'?" if longer else nearest(optim, known)
         raise ConfigurationError(
-            f"--optim {optim} is unknown.{nearest(optim, known)} Ours: {', '.join(OPTIMIZERS)}; "
+            f"--optim {optim} is unknown.{hint} Ours: {', '.join(OPTIMIZERS)}; "
             "Transformers' names work too, e.g. adamw_torch."
         )
     return optim

@@ -205,8 +205,12 @@ def load_model(recipe: FinetuneArguments, classes: list[str]) -> tuple[Any, Any]
             ignore_mismatched_sizes=True,  # of a head for other classes
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
+        path, what = Path(recipe.model), ""
+        if not path.exists():
+            beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            what = f" It is no folder.{nearest(path.name, beside)}"
         raise ConfigurationError(
-            f"model={recipe.model!r} could not be loaded as a text classifier with its tokenizer: "
+            f"model={recipe.model!r} could not be loaded as a text classifier with its tokenizer.{what} "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     if tokenizer.pad_token is None:  # many language models have none

@@ -300,7 +300,7 @@ def load_images(
         arrays = _from_idx(path)
     elif path.exists():
         arrays = _from_datasets(_local_dataset(path), source, image_size)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix:
+    elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or path.suffix:
         raise ConfigurationError(f"dataset={source!r} does not exist; give a folder, an npz file or a name on the hub.")
     else:
         arrays = _from_datasets(_hub_dataset(source), source, image_size)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_elra.errors import ConfigurationError
+from hf_elra.errors import ConfigurationError, nearest
 from hf_elra.report.runs import find_runs
 
 
@@ -17,7 +17,9 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. {self.prog} --help lists all flags.")
+        _, is_unknown, flag = message.partition("unrecognized arguments: ")
+        hint = nearest(flag.split()[0], self._option_string_actions) if is_unknown else ""
+        raise ConfigurationError(f"{message}.{hint} {self.prog} --help lists all flags.")
 
 
 def report(words: list[str]) -> NoReturn:
@@ -77,14 +79,16 @@ def _card(words: list[str]) -> None:
     parser.add_argument("--data-licence", help="of the data, in words")
     parser.add_argument("--licence", help="of the model, as the hub abbreviates it: mit, apache-2.0, …")
     given: dict[str, Any] = vars(parser.parse_args(words))
-    from hf_elra.report.model_card import write_card
+    from hf_elra.report.model_card import NOT_RECORDED, write_card
 
     runs, output = given.pop("runs"), given.pop("output")
     file = Path(output or Path(runs[0], "README.md"))
     if file.is_dir():
         raise ConfigurationError(f"output={str(file)!r} is a folder; name a file in it, as {str(file / 'card.md')!r}.")
-    write_card(runs, file, **given)
+    card = write_card(runs, file, **given)
     print(f"model card: {file}")
+    if NOT_RECORDED in card.content:
+        print("It does not say what the data are, or their licence: give --data and --data-licence.")
 
 
 def print_all(text: str) -> None:

@@ -22,6 +22,7 @@ from hf_elra.report.verdicts import MARKS, verdicts
 
 MADE_BY = "<!-- made by hf-elra card -->"
 """What a card says that is not to be replaced by the Trainer's own."""
+NOT_RECORDED = "not recorded"
 RESULTS = {
     "validation_loss": "loss", "test_loss": "loss", "perplexity": "perplexity", "test_accuracy": "accuracy",
     "validation_accuracy": "accuracy",
@@ -168,8 +169,8 @@ def _facts(run: Run, told: dict[str, Any]) -> str:
     rows = {
         "parameters": f"{facts['parameters']:,}" if "parameters" in facts else None,
         "optimizer": run.optimizer + (f", {facts['optim_args']}" if facts.get("optim_args") else ""),
-        "data": told.get("data", "not recorded"),
-        "licence of the data": told.get("data_licence", "not recorded"),
+        "data": told.get("data", NOT_RECORDED),
+        "licence of the data": told.get("data_licence", NOT_RECORDED),
         "seen in training": f"{', '.join(seen)} in {run.updates:,} updates" if seen else f"{run.updates:,} updates",
         **{f"{name} on held-out data": _shown(name, value) for name, value in _results(run).items()},
         "training time": None if seconds is None else f"{duration(seconds)}{''.join(speeds)}{since}",

@@ -296,13 +296,14 @@ def grouped(runs: list[Run]) -> list[Group]:
         key = json.dumps(told, sort_keys=True, default=str) if "seed" in run.facts else str(run.folder)
         groups.setdefault(key, []).append(run)
     firsts = [members[0] for members in groups.values()]
-    labels, told_by = [run.name for run in firsts], []
+    labels, told_by, apart = [run.name for run in firsts], [], 1
     for name in DESCRIBES:  # by as few facts as tell them apart
-        if len({str(run.facts.get(name)) for run in firsts}) > 1:
+        with_it = [_label(run, [*told_by, name]) for run in firsts]
+        if len(set(with_it)) > apart:
+            labels, apart = with_it, len(set(with_it))
             told_by.append(name)
-            labels = [_label(run, told_by) for run in firsts]
-            if len(set(labels)) == len(labels):
-                break
+        if apart == len(labels):
+            break
     if len(set(labels)) < len(labels):
         labels = [run.name for run in firsts]
     if len(set(labels)) < len(labels):

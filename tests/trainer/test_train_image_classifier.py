@@ -166,6 +166,7 @@ def test_a_model_without_a_processor_gets_the_channels_it_takes(tmp_path):
         (["--preset", "mnits"], "--preset mnits is unknown. Did you mean 'mnist'"),
         (["--model", "resnet81"], "model='resnet81' is none of"),
         (["--dataset", "./nowhere"], "dataset='./nowhere' does not exist"),
+        (["--dataset", "photos/"], "dataset='photos/' does not exist; give a folder"),
         (["--image_size", "4"], "image_size=4 must be at least 8"),
     ],
 )

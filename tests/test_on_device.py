@@ -102,7 +102,7 @@ def same_numbers(ours, others):
 )
 @example(
     arguments=PLAIN,
-    sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, *["other_level"] * 9, *["plain"] * 6, "spike", "plain"],
+    sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, "other_level", *["plain"] * 14, "spike", "plain"],
     noise=0.1,
     epoch=10,
     seed=1,

@@ -35,79 +35,7 @@ OF_GROUP = ("step_size", "step_factor", "step_decay")
 """What follows for every parameter group, of the last step. Then, for every parameter, whether it made that step."""
 
 MOST_NOTES = 1000
-"""Updates of which something is kept to be told."""
-
-
-def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequence[Tensor]:
-    """Return, of every lot of pairs, their scalar products as a vector; over all shards of DTensors, by one call.
-
-    Args:
-        lots: each is a list of pairs of equal shapes.
-        beside: a number, of the type and on the device that they shall have.
-    """
-    pairs = [pair for lot in lots for pair in lot]
-    found = [_dot(local(left), local(right)) for left, right in pairs]
-    if not found:
-        return beside.new_zeros(0).split([0] * len(lots))
-    over = [shard_groups(left) for left, _ in pairs]
-    if any(over):
-        found = reduced([product.to(beside.dtype) for product in found], over, dist.ReduceOp.SUM)
-    return torch.stack(found).to(beside.dtype).split([len(lot) for lot in lots])
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return ⟨l, r⟩ in the wider of their types, but at least float32."""
-    x, y = flat(left, right)
-    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
-        return torch.dot(x, y)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.dot(x.to(wide), y.to(wide))
-
-
-def _on(loss: Tensor | float, beside: Tensor) -> Tensor:
-    """Return the loss beside the numbers; what is there already is not waited for."""
-    if isinstance(loss, DTensor):
-        loss = loss.full_tensor()
-    if isinstance(loss, Tensor) and loss.device.type != "cpu":
-        return loss.reshape(()).to(beside.device, beside.dtype)
-    if isinstance(loss, Tensor) and beside.device == loss.device:
-        return loss.reshape(()).to(beside.dtype)
-    return torch.full_like(beside, float(loss))
-
-
-def _note(before: dict[str, Tensor], after: dict[str, Tensor], measured: Measured, verdict: Verdict) -> Tensor:
-    """What ``read_updates`` tells of an update."""
-    slope = before["previous_slope"]
-    changes = [after[name] - before[name] for name in ("restarts", "skipped")]
-    return torch.stack([
-        torch.full_like(slope, math.nan) if measured.loss is None else measured.loss, before["step_size"],
-        torch.where(slope > 0, measured.current / slope, math.nan), changes[0], verdict.limit, changes[1],
-        after["alpha"], after["restarts"],
-    ])  # fmt: skip
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a step is computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _move(x: Tensor, u: Tensor, kept: Tensor | None, along: Tensor, generator: torch.Generator | None) -> None:
-    """x ← kept·x + along·u, in place and rounded once; None for 1. With a generator bfloat16 is rounded at random."""
-    wide = x.to(along.dtype)  # x itself, where it is not of half precision
-    if kept is not None:
-        wide = wide.mul_(kept)
-    wide = wide.addcmul_(u.to(along.dtype), along)
-    if x.dtype == torch.bfloat16 and generator is not None:
-        wide = stochastically_rounded(wide, generator)
-    if wide is not x:
-        x.copy_(wide)
-
-
-def _share_lost(x: Tensor, u: Tensor, along: Tensor) -> Tensor:
-    """``tensors.lost_in_rounding`` of one tensor."""
-    moves = u != 0
-    stays = (x.float() + along * u.float()).to(x.dtype) == x
-    return (moves & stays).sum() / moves.sum().clamp(min=1)
+"""Of so many updates something is kept to be told."""
 
 
 class DeviceUpdate(Numbers):
@@ -525,3 +453,75 @@ class DecidesOnDevice(NumbersOnDevice):
             if p not in used:
                 flags[index].zero_()
         return flags
+
+
+def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequence[Tensor]:
+    """Return, of every lot of pairs, their scalar products as a vector; over all shards of DTensors, by one call.
+
+    Args:
+        lots: each is a list of pairs of equal shapes.
+        beside: a number, of the type and on the device that they shall have.
+    """
+    pairs = [pair for lot in lots for pair in lot]
+    found = [_dot(local(left), local(right)) for left, right in pairs]
+    if not found:
+        return beside.new_zeros(0).split([0] * len(lots))
+    over = [shard_groups(left) for left, _ in pairs]
+    if any(over):
+        found = reduced([product.to(beside.dtype) for product in found], over, dist.ReduceOp.SUM)
+    return torch.stack(found).to(beside.dtype).split([len(lot) for lot in lots])
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return ⟨l, r⟩ in the wider of their types, but at least float32."""
+    x, y = flat(left, right)
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x, y)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.dot(x.to(wide), y.to(wide))
+
+
+def _on(loss: Tensor | float, beside: Tensor) -> Tensor:
+    """Return the loss beside the numbers; what is there already is not waited for."""
+    if isinstance(loss, DTensor):
+        loss = loss.full_tensor()
+    if isinstance(loss, Tensor) and loss.device.type != "cpu":
+        return loss.reshape(()).to(beside.device, beside.dtype)
+    if isinstance(loss, Tensor) and beside.device == loss.device:
+        return loss.reshape(()).to(beside.dtype)
+    return torch.full_like(beside, float(loss))
+
+
+def _note(before: dict[str, Tensor], after: dict[str, Tensor], measured: Measured, verdict: Verdict) -> Tensor:
+    """What ``read_updates`` tells of an update."""
+    slope = before["previous_slope"]
+    changes = [after[name] - before[name] for name in ("restarts", "skipped")]
+    return torch.stack([
+        torch.full_like(slope, math.nan) if measured.loss is None else measured.loss, before["step_size"],
+        torch.where(slope > 0, measured.current / slope, math.nan), changes[0], verdict.limit, changes[1],
+        after["alpha"], after["restarts"],
+    ])  # fmt: skip
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a step is computed in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _move(x: Tensor, u: Tensor, kept: Tensor | None, along: Tensor, generator: torch.Generator | None) -> None:
+    """x ← kept·x + along·u, in place and rounded once; None for 1. With a generator bfloat16 is rounded at random."""
+    wide = x.to(along.dtype)  # x itself, where it is not of half precision
+    if kept is not None:
+        wide = wide.mul_(kept)
+    wide = wide.addcmul_(u.to(along.dtype), along)
+    if x.dtype == torch.bfloat16 and generator is not None:
+        wide = stochastically_rounded(wide, generator)
+    if wide is not x:
+        x.copy_(wide)
+
+
+def _share_lost(x: Tensor, u: Tensor, along: Tensor) -> Tensor:
+    """``tensors.lost_in_rounding`` of one tensor."""
+    moves = u != 0
+    stays = (x.float() + along * u.float()).to(x.dtype) == x
+    return (moves & stays).sum() / moves.sum().clamp(min=1)

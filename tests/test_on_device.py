@@ -102,7 +102,7 @@ def same_numbers(ours, others):
 )
 @example(
     arguments=PLAIN,
-    sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, *["other_level"] * 9, *["plain"] * 6, "spike", "plain"],
+    sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, "other_level", *["plain"] * 14, "spike", "plain"],
     noise=0.1,
     epoch=10,
     seed=1,
@@ -119,7 +119,7 @@ def test_both_paths_are_one(arguments, sequence, noise, epoch, seed):
     curvatures = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
     host, device = (Walker(start, arguments, on_device) for on_device in (False, True))
     host.made.updates_per_epoch = device.made.updates_per_epoch = epoch
-    level = 0.0
+    level, seen = 0.0, []
     for number, event in enumerate(sequence):
         points = [p.detach() for p in host.params]
         gradients = [c * x + noise * random(*x.shape) for c, x in zip(curvatures, points, strict=True)]
@@ -146,6 +146,7 @@ def test_both_paths_are_one(arguments, sequence, noise, epoch, seed):
         for p, q in zip(device.params, host.params, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
         assert not has_moved or device.made._device_update.in_force
+        seen += [host.made.last_update] if has_moved else []
         if number % 4 == 3:
             same_numbers(device.numbers(), host.numbers())
         if number % 9 == 8:  # a checkpoint of the one is loaded by the other
@@ -153,6 +154,13 @@ def test_both_paths_are_one(arguments, sequence, noise, epoch, seed):
             device.made.load_state_dict(kept[0])
             host.made.load_state_dict(kept[1])
     same_numbers(device.numbers(), host.numbers())
+    for (told, *_), known in zip(device.made.read_updates(), seen, strict=True):
+        assert (told is None) == (known is None)
+        if known is not None:
+            ours, others = ([math.nan if x is None else x for x in (u.loss, u.tried, u.ratio)] for u in (told, known))
+            same_numbers(ours, others)
+            assert (told.taken_back, told.limit) == (known.taken_back, known.limit)
+    assert device.made.unread_updates == 0
 
 
 # ---- nothing waits ----

@@ -128,7 +128,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     samples_per_update: int | None = None
     """For rules that count samples; a Trainer sets it, no part of the state."""
     last_update: LastUpdate | None = None
-    """None before the first update, after a batch that was skipped, and where updates are made on the device."""
+    """None before the first update, after a batch that was skipped, and where updates are made on the device (see
+    :meth:`read_updates`)."""
     grad_scale: Tensor | None
     found_inf: Tensor | float
     """Both are there only while a GradScaler calls :meth:`step`."""
@@ -197,6 +198,17 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         return metrics
 
     # ---- what a training loop calls ----
+
+    unread_updates = 0
+    """How many updates :meth:`read_updates` would tell of."""
+
+    def read_updates(self) -> list[tuple[LastUpdate | None, float, int]]:
+        """What updates on the device have seen and done since this was asked last, with α and the restarts after each.
+
+        That waits for the device. For skipped batches it is None. Of ELRA's kernels, and of a CUDA graph, nothing is
+        noted.
+        """
+        return []
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Pass the loss of the batch that gave the gradients, for the :meth:`step` that follows.

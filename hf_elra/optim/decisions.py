@@ -47,15 +47,17 @@ class Measured(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What becomes of the last step, 0-dim tensors of booleans.
+    """What becomes of the last step, 0-dim tensors of booleans but for one.
 
     Attributes:
         stands: it stands, and a new one is made.
         goes_back: it is taken back and tried again. If neither is so, nothing moves.
+        limit: a number: -1 where a ceiling decided the α of a new step in place of the rule, 1 where a floor did, or 0.
     """
 
     stands: Tensor
     goes_back: Tensor
+    limit: Tensor
 
 
 class Losses(NamedTuple):
@@ -249,7 +251,8 @@ def decide(
     returns = (now < level) & (quiet > 0) & (slope > 0) & (measured.current > -slope)
     way_back = torch.minimum(guards.WAY_BACK * now, level)
     proposal = torch.where(returns, torch.maximum(proposal, way_back), proposal)
-    proposal = torch.where(full, proposal, now).clamp(max=parts.step_guards.lr_bounds[1])
+    asked = torch.where(full, proposal, now)
+    proposal = asked.clamp(max=parts.step_guards.lr_bounds[1])
     if (relative := parts.step_guards.max_relative_alpha) is not None:
         of_weights = relative * (measured.size / max(number_sized, 1)).sqrt()
         proposal = torch.where(measured.size > 0, torch.minimum(proposal, of_weights), proposal)
@@ -262,7 +265,9 @@ def decide(
     cases = (torch.stack([case[name] for name in NAMES]) for case in (stand, back, skip))
     if_stands, if_back, if_skipped = cases
     found = torch.where(stands, if_stands, torch.where(taken_back, if_back, if_skipped))
-    return dict(zip(NAMES, found.unbind(), strict=True)), Verdict(stands, taken_back & known)
+    return dict(zip(NAMES, found.unbind(), strict=True)), Verdict(
+        stands, taken_back & known, (proposal - asked).sign() * stands
+    )
 
 
 def _proposed(

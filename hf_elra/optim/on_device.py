@@ -12,6 +12,7 @@ direction. Its slope is needed by the next update only, so that under a process 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.base import Parts, shares
+from hf_elra.optim.base import LastUpdate, Parts, shares
 from hf_elra.optim.decisions import NAMES, OF_RULE, Measured, Verdict, cycle_ended, decide
 from hf_elra.optim.device_numbers import Numbers, NumbersOnDevice
 from hf_elra.optim.directions.spectral import Spectral
@@ -33,49 +34,8 @@ from hf_elra.optim.tensors import flat, local, mean_over_processes, shard_groups
 OF_GROUP = ("step_size", "step_factor", "step_decay")
 """What follows for every parameter group, of the last step. Then, for every parameter, whether it made that step."""
 
-
-def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequence[Tensor]:
-    """Return, of every lot of pairs, their scalar products as a vector; over all shards of DTensors, by one call.
-
-    Args:
-        lots: each is a list of pairs of equal shapes.
-        beside: a number, of the type and on the device that they shall have.
-    """
-    pairs = [pair for lot in lots for pair in lot]
-    found = [_dot(local(left), local(right)) for left, right in pairs]
-    if not found:
-        return beside.new_zeros(0).split([0] * len(lots))
-    over = [shard_groups(left) for left, _ in pairs]
-    if any(over):
-        found = reduced([product.to(beside.dtype) for product in found], over, dist.ReduceOp.SUM)
-    return torch.stack(found).to(beside.dtype).split([len(lot) for lot in lots])
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return ⟨l, r⟩ in the wider of their types, but at least float32."""
-    x, y = flat(left, right)
-    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
-        return torch.dot(x, y)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.dot(x.to(wide), y.to(wide))
-
-
-def _on(loss: Tensor | float, beside: Tensor) -> Tensor:
-    """Return the loss beside the numbers; what is there already is not waited for."""
-    if isinstance(loss, DTensor):
-        loss = loss.full_tensor()
-    if isinstance(loss, Tensor) and loss.device.type != "cpu":
-        return loss.reshape(()).to(beside.device, beside.dtype)
-    if isinstance(loss, Tensor) and beside.device == loss.device:
-        return loss.reshape(()).to(beside.dtype)
-    return torch.full_like(beside, float(loss))
-
-
-def _share_lost(x: Tensor, u: Tensor, along: Tensor) -> Tensor:
-    """``tensors.lost_in_rounding`` of one tensor."""
-    moves = u != 0
-    stays = (x.float() + along.to(torch.float32) * u.float()).to(x.dtype) == x
-    return (moves & stays).sum() / moves.sum().clamp(min=1)
+MOST_NOTES = 1000
+"""Of so many updates something is kept to be told."""
 
 
 class DeviceUpdate(Numbers):
@@ -86,6 +46,7 @@ class DeviceUpdate(Numbers):
         decayed: of every group, whether its last step may have had weight decay.
         calls: updates with those that were skipped; the seed of stochastic rounding.
         lost: the largest share of a bfloat16 parameter that a step did not move; None where nobody looked.
+        notes: of the last updates, what ``read_updates`` tells, and whether the batch was skipped.
         is_captured: an update is part of a CUDA graph.
     """
 
@@ -97,6 +58,7 @@ class DeviceUpdate(Numbers):
         self.decayed: list[bool] = []
         self.calls = 0
         self.lost: Tensor | None = None
+        self.notes: deque[Tensor] = deque(maxlen=MOST_NOTES)
         self.is_captured = False
 
     def read(self, scalars: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +158,28 @@ class DecidesOnDevice(NumbersOnDevice):
             named[name].copy_(value)
         there.was_read = False
 
+    @property
+    def unread_updates(self) -> int:  # type: ignore[override]
+        """How many updates :meth:`read_updates` would tell of."""
+        return 0 if self._device_update is None else len(self._device_update.notes)
+
+    def read_updates(self) -> list[tuple[LastUpdate | None, float, int]]:
+        """What updates on the device have seen and done since this was asked last, with α and the restarts after each.
+
+        That waits for the device. For skipped batches it is None. Of a CUDA graph nothing is noted.
+        """
+        if not self.unread_updates:
+            return []
+        assert self._device_update is not None
+        notes = torch.stack(list(self._device_update.notes)).tolist()
+        self._device_update.notes.clear()
+        found: list[tuple[LastUpdate | None, float, int]] = []
+        for loss, tried, ratio, taken_back, limit, skipped, alpha, restarts in notes:
+            name = {-1: "ceiling", 0: None, 1: "floor"}[int(limit)]
+            last = LastUpdate(loss, tried, None if math.isnan(ratio) else ratio, bool(taken_back), name)
+            found.append((None if skipped else last, alpha, int(restarts)))
+        return found
+
     # ---- which updates ----
 
     def _wants_device(self) -> bool:
@@ -283,6 +267,8 @@ class DecidesOnDevice(NumbersOnDevice):
             scale=max(factors),
             number_sized=self._number_sized(parts, params),
         )
+        if not there.is_captured:
+            there.notes.append(_note(named, after, measured, verdict))
         directions = self._directions_there(parts, verdict, params, gradients)
         self._note_direction(after, verdict, params, gradients, directions, factors)
         self._keep_there(verdict, params, directions)
@@ -429,7 +415,7 @@ class DecidesOnDevice(NumbersOnDevice):
         used = {p for group in params for p in group}
         uniform = there.moved == used
         step, rows, index, lost = after["alpha"] * after["length"], [], 0, []
-        looks = self._looks_for_rounding
+        looks, rounds = self._looks_for_rounding, self.param_groups[0]["stochastic_rounding"]
         for number, (group, factor, before) in enumerate(zip(self.param_groups, factors, of_groups, strict=True)):
             wanted, decay = step * factor, float(group["weight_decay"])
             there.decayed[number] |= decay != 0
@@ -440,29 +426,22 @@ class DecidesOnDevice(NumbersOnDevice):
             rows.append(torch.where(goes, torch.stack([wanted, torch.full_like(wanted, factor), loses]), before))
             rest = torch.where(stands, 1 - loses, torch.where(verdict.goes_back, kept, 1.0))
             generator: torch.Generator | None = None
+            if rounds and any(local(p).dtype == torch.bfloat16 for p in group["params"]):
+                generator = torch.Generator(before.device).manual_seed(there.calls)
+            in_type = {dtype: (rest.to(dtype), along.to(dtype)) for dtype in {_wide(p.dtype) for p in group["params"]}}
             for p in group["params"]:
-                flag, index = moved[index], index + 1
+                index += 1
                 if key not in self.state.get(p, {}):
                     continue
                 x, u = local(p), local(self.state[p][key])
-                of_p: Tensor | None = None
-                if there.decayed[number]:
-                    of_p = rest
-                    if not uniform:  # only what makes a step loses something, or gets it back
-                        of_p = torch.where(stands, 1 - loses if p in used else 1.0, 1 + flag * (rest - 1))
-                if x.dtype == torch.bfloat16:
-                    if looks and p in used:
-                        lost.append(_share_lost(x, u, along))
-                    wide = x.float() if of_p is None else x.float() * of_p.to(torch.float32)
-                    wide = wide.addcmul_(u.float(), along.to(torch.float32))
-                    if self.param_groups[0]["stochastic_rounding"]:
-                        generator = generator or torch.Generator(x.device).manual_seed(there.calls)
-                        wide = stochastically_rounded(wide, generator)
-                    x.copy_(wide)
-                    continue
-                if of_p is not None:
-                    x.mul_(of_p.to(x.dtype))
-                x.addcmul_(u, along.to(x.dtype))
+                of_p, by = in_type[_wide(x.dtype)]
+                if there.decayed[number] and not uniform:  # only what makes a step loses something, or gets it back
+                    flag = moved[index - 1]
+                    now = torch.where(stands, 1 - loses if p in used else 1.0, 1 + flag * (rest - 1))
+                    of_p = now.to(of_p.dtype)
+                if looks and p in used and x.dtype == torch.bfloat16:
+                    lost.append(_share_lost(x, u, by))
+                _move(x, u, of_p if there.decayed[number] else None, by, generator)
         if lost:
             there.lost = torch.stack(lost).amax()
         return torch.stack(rows)
@@ -474,3 +453,75 @@ class DecidesOnDevice(NumbersOnDevice):
             if p not in used:
                 flags[index].zero_()
         return flags
+
+
+def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequence[Tensor]:
+    """Return, of every lot of pairs, their scalar products as a vector; over all shards of DTensors, by one call.
+
+    Args:
+        lots: each is a list of pairs of equal shapes.
+        beside: a number, of the type and on the device that they shall have.
+    """
+    pairs = [pair for lot in lots for pair in lot]
+    found = [_dot(local(left), local(right)) for left, right in pairs]
+    if not found:
+        return beside.new_zeros(0).split([0] * len(lots))
+    over = [shard_groups(left) for left, _ in pairs]
+    if any(over):
+        found = reduced([product.to(beside.dtype) for product in found], over, dist.ReduceOp.SUM)
+    return torch.stack(found).to(beside.dtype).split([len(lot) for lot in lots])
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return ⟨l, r⟩ in the wider of their types, but at least float32."""
+    x, y = flat(left, right)
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x, y)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.dot(x.to(wide), y.to(wide))
+
+
+def _on(loss: Tensor | float, beside: Tensor) -> Tensor:
+    """Return the loss beside the numbers; what is there already is not waited for."""
+    if isinstance(loss, DTensor):
+        loss = loss.full_tensor()
+    if isinstance(loss, Tensor) and loss.device.type != "cpu":
+        return loss.reshape(()).to(beside.device, beside.dtype)
+    if isinstance(loss, Tensor) and beside.device == loss.device:
+        return loss.reshape(()).to(beside.dtype)
+    return torch.full_like(beside, float(loss))
+
+
+def _note(before: dict[str, Tensor], after: dict[str, Tensor], measured: Measured, verdict: Verdict) -> Tensor:
+    """What ``read_updates`` tells of an update."""
+    slope = before["previous_slope"]
+    changes = [after[name] - before[name] for name in ("restarts", "skipped")]
+    return torch.stack([
+        torch.full_like(slope, math.nan) if measured.loss is None else measured.loss, before["step_size"],
+        torch.where(slope > 0, measured.current / slope, math.nan), changes[0], verdict.limit, changes[1],
+        after["alpha"], after["restarts"],
+    ])  # fmt: skip
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a step is computed in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _move(x: Tensor, u: Tensor, kept: Tensor | None, along: Tensor, generator: torch.Generator | None) -> None:
+    """x ← kept·x + along·u, in place and rounded once; None for 1. With a generator bfloat16 is rounded at random."""
+    wide = x.to(along.dtype)  # x itself, where it is not of half precision
+    if kept is not None:
+        wide = wide.mul_(kept)
+    wide = wide.addcmul_(u.to(along.dtype), along)
+    if x.dtype == torch.bfloat16 and generator is not None:
+        wide = stochastically_rounded(wide, generator)
+    if wide is not x:
+        x.copy_(wide)
+
+
+def _share_lost(x: Tensor, u: Tensor, along: Tensor) -> Tensor:
+    """``tensors.lost_in_rounding`` of one tensor."""
+    moves = u != 0
+    stays = (x.float() + along * u.float()).to(x.dtype) == x
+    return (moves & stays).sum() / moves.sum().clamp(min=1)

@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_elra.control import BatchDecision, LossLevels
 from hf_elra.optim import ELRA
+from hf_elra.optim.base import LastUpdate
 from hf_elra.trainer.accounting import LOSSES_ON_DEVICE, Accounting, finite_values
 from hf_elra.trainer.drift import Drift
 from hf_elra.trainer.log_file import LogFile
@@ -73,6 +74,7 @@ class Logs:
         self._file = LogFile(trainer)
         self._began, self._seconds_before = time.perf_counter(), 0.0
         self._limits: Counter[str] = Counter()  # updates at each limit since the last log
+        self._unread: list[tuple[int, float]] = []  # updates, and epochs, of which the device knows
         self._factor = 1.0  # of a scheduler, in the last update
         self._told_accumulation: int | None = None
         self._counts_told: tuple[int, dict[str, float]] = (0, {})  # update number and counts at the last log
@@ -89,6 +91,8 @@ class Logs:
         self._file.begin()
         if optimizer is None:
             return
+        self._unread = []
+        optimizer.read_updates()
         self._counts_told = state.global_step, optimizer.metrics
 
     # ---- an update ----
@@ -103,29 +107,48 @@ class Logs:
             self._judge_losses()
 
     def take_update(self) -> None:
-        """Note what the optimizer did in this update, where that is known without waiting for the device.
+        """Note what the optimizer did in this update; where that would wait for the device, with the next log.
 
         The first updates of a run, and those that were taken back, are entries of the log history, whatever the
         interval of logs is; limits on the step are counted.
         """
-        optimizer, state = self._trainer.elra_optimizer, self._trainer.state
-        last = None if optimizer is None else getattr(optimizer, "last_update", None)
-        if last is None:
+        optimizer, place = (
+            self._trainer.elra_optimizer,
+            (self._trainer.state.global_step, self._accounting.true_epoch()),
+        )
+        if optimizer is None:
             return
+        if optimizer.last_update is not None:
+            self._tell_update(optimizer.last_update, optimizer.alpha, optimizer.restarts, *place)
+        elif optimizer.unread_updates:
+            self._unread = [*self._unread, place][-optimizer.unread_updates :]
+
+    def _read_updates(self, optimizer: Any) -> None:
+        """Tell of updates on the device since the last log."""
+        told, places, self._unread = optimizer.read_updates(), self._unread, []
+        number = min(len(told), len(places))
+        for (last, alpha, restarts), place in zip(
+            told[len(told) - number :], places[len(places) - number :], strict=True
+        ):
+            if last is not None:
+                self._tell_update(last, alpha, restarts, *place)
+
+    def _tell_update(self, last: LastUpdate, alpha: float, restarts: int, step: int, epoch: float) -> None:
+        """Count limits; add an entry to the log history for one of the first updates, or for a restart."""
         if last.limit is not None:
             self._limits[LIMITS[last.limit]] += 1
         entry: dict[str, Any] | None = None
-        if state.global_step <= FIRST_UPDATES:
+        if step <= FIRST_UPDATES:
             ratio = None if last.ratio is None else float(last.ratio)
-            entry = {"elra": "first", "tried": last.tried, "ratio": ratio, "rate": optimizer.alpha}
-        elif last.taken_back and optimizer.restarts <= MOST_TOLD:
+            entry = {"elra": "first", "tried": last.tried, "ratio": ratio, "rate": alpha}
+        elif last.taken_back and restarts <= MOST_TOLD:
             entry = {"elra": "restart"}
         if entry is None:
             return
         is_finite = last.loss is not None and math.isfinite(last.loss)
         entry["loss_of_update"] = last.loss if is_finite else None
         entry["taken_back"] = last.taken_back
-        state.log_history.append({**entry, "epoch": self._accounting.true_epoch(), "step": state.global_step})
+        self._trainer.state.log_history.append({**entry, "epoch": epoch, "step": step})
         self._file.follow()
 
     # ---- a log ----
@@ -150,6 +173,7 @@ class Logs:
         """Add our numbers to what the stock Trainer logs."""
         if "loss" in logs:
             if (optimizer := self._trainer.elra_optimizer) is not None:
+                self._read_updates(optimizer)
                 metrics = optimizer.metrics
                 if math.isnan(logs.get("learning_rate", 0.0)):
                     logs["learning_rate"] = self._rate_of(optimizer)

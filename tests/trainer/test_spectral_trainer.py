@@ -241,3 +241,10 @@ def test_nothing_of_ours_reads_a_number_between_two_logs_where_decisions_are_on_
     assert {step for step, _ in read} == {0, 6}, {(step, file) for step, file in read if step}
     for name in ("learning_rate", "alpha", "restarts"):  # of the last update, before the schedule went on
         assert logged(run, name) == pytest.approx(logged(on_host, name), rel=1e-4)
+    told, told_on_host = ([e for e in r.state.log_history if e.get("elra") == "first"] for r in (run, on_host))
+    assert [e["step"] for e in told] == [e["step"] for e in told_on_host] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(told, told_on_host, strict=True):
+        for name in one.keys() | other.keys():
+            assert one[name] == (
+                pytest.approx(other[name], rel=1e-4) if isinstance(other[name], float) else other[name]
+            )

@@ -45,9 +45,8 @@ def test_a_lane_walks_as_elra_spectral_at_a_constant_rate(monkeypatch):
     lane = rate_scan.Lane(task, task.model(0), BATCH, UPDATES)
     lane.reset([rate] * UPDATES, seed=3)
     model = task.model(0)
-    exact = {"polar_dtype": "float32", "state_dtype": "float32"}
     optimizer = ELRASpectral(
-        model.parameters(), rate, embeddings=[model[0].weight], warmup=0, soft_restart=False, **exact
+        model.parameters(), rate, embeddings=[model[0].weight], warmup=0, soft_restart=False, state_dtype="float32"
     )
     average = WeightAverage(model, power=8)
     for rows in rate_scan.order(task.size, BATCH, UPDATES, seed=3):

@@ -103,13 +103,14 @@ def test_polar_factor_has_singular_values_near_one(shape):
 def test_few_or_many_matrices_at_once_are_the_same(monkeypatch, dtype):
     """Bit by bit, and never more of them than asked for."""
     torch.manual_seed(0)
-    gradients = [torch.randn(shape) for shape in [(16, 24)] * 7 + [(24, 16)] * 3 + [(40, 40)] + [(5, 16, 24)]]
-    flags = [False] * 12, [False] * 11 + [True]
+    shapes = [(16, 24)] * 7 + [(24, 16)] * 3 + [(40, 40)] + [(128, 160)] * 2 + [(5, 16, 24)]
+    gradients = [torch.randn(shape) for shape in shapes]
+    flags = [False] * 14, [False] * 13 + [True]
     together = spectral_direction(gradients, *flags, polar_dtype=dtype)
     sizes = []
     noted = lambda x, how: sizes.append(x) or polar_factor(x, how)  # noqa: E731
     monkeypatch.setattr("hf_elra.optim.directions.spectral.polar_factor", noted)
-    for batch, counts in ((1, [1] * 16), (3 * 16 * 24, [3, 3, 3, 3, 3, 1])):
+    for batch, counts in ((1, [1] * 18), (3 * 16 * 24, [3, 3, 3, 3, 3, 1, 1, 1])):
         sizes.clear()
         few = spectral_direction(gradients, *flags, batch=batch, polar_dtype=dtype)
         assert all(map(torch.equal, few, together))

@@ -7,6 +7,8 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -200,6 +202,45 @@ def spectral_beside_one(shape, split, momentum, on_device=False):
         "numbers": [[optimizer.metrics[name] for name in names] for optimizer in (one, other)],
         "differing": differing,
         "reductions": sorted(reductions),
+    }
+
+
+def checkpoint_of_shards(folder):
+    """A bare loop with FSDP2 in float32, saved after three of six updates and gone on from by others: whether both end
+    at the same bits, and the types of the state."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+
+    def made():
+        torch.manual_seed(0)
+        model = Mixture()
+        fully_shard(model, mesh=mesh)
+        optimizer = ELRASpectral(model.parameters(), embeddings=[model.table.weight], experts=[model.experts])
+        optimizer.process_group = dist.group.WORLD
+        return model, optimizer
+
+    def train(model, optimizer, numbers):
+        for number in numbers:
+            tokens = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(number))
+            optimizer.zero_grad()
+            loss = model(tokens).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss.detach())
+
+    model, optimizer = made()
+    train(model, optimizer, range(3))
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(saved, checkpoint_id=folder)
+    train(model, optimizer, range(3, 6))
+    other, other_optimizer = made()
+    loaded = dict(zip(("model", "optimizer"), get_state_dict(other, other_optimizer), strict=True))
+    checkpoint.load(loaded, checkpoint_id=folder)
+    set_state_dict(other, other_optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train(other, other_optimizer, range(3, 6))
+    kept = [t for state in other_optimizer.state.values() for t in state.values()]
+    return {
+        "same": torch.equal(flat_weights(model), flat_weights(other)),
+        "types": sorted({f"{type(t).__name__} {t.dtype}" for t in kept}),
     }
 
 

@@ -17,7 +17,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmark_step import now
 from hf_elra import ELRA, ElraTrainer, ElraTrainingArguments
 from hf_elra.recipes import babyllama
 from hf_elra.recipes.babyllama import PRESETS, collate
@@ -75,9 +75,7 @@ class Stopwatch(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(now(args.device.type))
 
     @property
     def seconds(self) -> list[float]:
@@ -121,9 +119,7 @@ def by_hand(
         else:
             optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        times.append(now(device))
     return [end - start for start, end in pairwise(times)]
 
 

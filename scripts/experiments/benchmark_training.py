@@ -50,6 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="file for the measurements, one JSON line each")
     parser.add_argument("--preset", choices=list(PRESETS), default="15m", help="size of the Llama")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="samples an update")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all; AdamW, fused, always")
     parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured")
     parser.add_argument("--updates", type=int, default=8, help="updates a round, beside a first one that warms up")
     given = parser.parse_args(words)
@@ -68,9 +69,10 @@ def measure(given: argparse.Namespace, write: Any, folder: str) -> list[list[str
     table = []
     for batch in given.batches:
         rows = random_rows(given.preset, batch * (given.updates + 1))
-        seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+        sides = [name for name in SIDES if not given.sides or name in (BASELINE, *given.sides)]
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(given.rounds):
-            for name in list(SIDES) if number % 2 == 0 else list(SIDES)[::-1]:
+            for name in sides if number % 2 == 0 else sides[::-1]:
                 print(f"batch {batch}, round {number + 1}/{given.rounds}: {name}", file=sys.stderr)
                 model.load_state_dict(start)
                 measured = with_trainer(

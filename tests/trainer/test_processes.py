@@ -116,6 +116,11 @@ def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
         assert found == {"differing": 0, "moved": [numbers * width, 0]}, types
 
 
+def test_a_sharded_checkpoint_keeps_the_narrow_state(tmp_path):
+    found = together(workers.checkpoint_of_shards, 2, folder=str(tmp_path))
+    assert found == {"same": True, "types": ["DTensor torch.bfloat16"]}
+
+
 def test_stochastic_rounding_is_alike_where_processes_have_the_same_and_right_on_average():
     found = together(workers.bfloat16_on_shards, 2)
     assert found["copies"]

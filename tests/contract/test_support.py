@@ -9,7 +9,7 @@ from tests.contract.support import COLUMNS, LEGEND, PAGE, REFUSED, with_table
 
 
 def test_the_page_has_the_table():
-    """If not: python -m tests.contract.support"""
+    """If not: PYTHONPATH=scripts/experiments python -m tests.contract.support"""
     page = PAGE.read_text("utf-8")
     assert page == with_table(page)
     assert page.count("\n| `") >= len({case.optimizer for case in CASES})

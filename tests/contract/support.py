@@ -102,7 +102,7 @@ def table() -> str:
 
 
 def _cell(column: Callable[[Case], str], cases: list[Case]) -> str:
-    """What all cases of an optimizer show; of one that differs, its name, but for what is not run in every variation."""
+    """What all cases of an optimizer show; of one that differs, its name, if it was run so or is refused."""
     first, *others = [(column(case), case) for case in cases]
     told = [(found, case) for found, case in others if found not in (first[0], NOT_RUN)]
     differing = [f"{found} ({case.name.partition(', ')[2]})" for found, case in told]

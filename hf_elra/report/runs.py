@@ -296,7 +296,8 @@ def grouped(runs: list[Run]) -> list[Group]:
         key = json.dumps(told, sort_keys=True, default=str) if "seed" in run.facts else str(run.folder)
         groups.setdefault(key, []).append(run)
     firsts = [members[0] for members in groups.values()]
-    labels, told_by, apart = [run.name for run in firsts], [], 1
+    labels, apart = [run.name for run in firsts], 1
+    told_by: list[str] = []
     for name in DESCRIBES:  # by as few facts as tell them apart
         with_it = [_label(run, [*told_by, name]) for run in firsts]
         if len(set(with_it)) > apart:

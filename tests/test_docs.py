@@ -150,3 +150,15 @@ def test_messages_of_the_troubleshooting_page_are_in_the_code():
     ]
     assert len(messages) > 10
     assert [message for message in messages if not any(message in literal for literal in literals)] == []
+
+
+# ---- model cards ----
+
+
+def test_every_card_has_a_target_and_every_target_a_row():
+    makefile, page = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "model_cards/README.md"))
+    cards = re.search(r"^CARDS := (.*)$", makefile, re.M)[1].split()
+    assert re.findall(r"^card-([\w-]+): setup$", makefile, re.M) == cards
+    assert re.findall(r"`make card-([\w-]+)` \|", page) == cards
+    written = {file.stem for file in (ROOT / "model_cards").glob("*.md")} - {"README"}
+    assert set(re.findall(r"^\| \[([\w-]+)\]\(\1\.md\)", page, re.M)) == written <= set(cards)

@@ -11,6 +11,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_elra import ConfigurationError
 from hf_elra.recipes import babyllama, image_classifier
 from hf_elra.recipes.image_data import load_images
+from hf_elra.report.environment import versions
 from hf_elra.report.model_card import MADE_BY, build_model_card
 from hf_elra.report.table import training_table
 
@@ -125,6 +126,11 @@ def test_card_of_an_image_classifier(tmp_path):
 def test_card_of_a_run_whose_loss_is_too_high_for_a_perplexity(tmp_path):
     card = ModelCard(str(build_model_card(folder_of_a_run(tmp_path, validation_loss=1e3, perplexity=float("inf")))))
     assert {result.metric_type: result.metric_value for result in card.data.eval_results}["perplexity"] == float("inf")
+
+
+def test_the_version_is_that_of_the_code_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr("hf_elra.__version__", "9.9")
+    assert versions()["hf_elra"] == "9.9"
 
 
 def test_card_escapes_what_it_quotes(tmp_path):

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "accelerate", "hf_elra")
+import hf_elra
+
+PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def machine(device: Any = "cpu") -> str:
@@ -34,7 +36,7 @@ def versions(*more: str) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return {**found, "hf_elra": hf_elra.__version__}  # of the code that runs: a checkout's metadata may be older
 
 
 def environment(device: Any = "cpu", *more: str) -> dict[str, Any]:

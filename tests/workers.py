@@ -244,7 +244,7 @@ def checkpoint_of_shards(folder):
     }
 
 
-def bfloat16_on_shards():
+def bfloat16_on_shards(on_device=False):
     """Five updates with stochastic rounding, of a vector that two processes cannot split evenly, of one that is copied,
     and of one that is no DTensor: whether copies are alike, how far all have come, and whether parts are alike."""
     dist.init_process_group("gloo")
@@ -256,7 +256,7 @@ def bfloat16_on_shards():
             nn.Parameter(t.bfloat16() if p is None else distribute_tensor(t.bfloat16(), mesh, p))
             for t, p in zip(made, placements, strict=True)
         ]
-        given = dict(lr=2e-4, warmup=0, momentum=0.0, stochastic_rounding=True)
+        given = dict(lr=2e-4, warmup=0, momentum=0.0, stochastic_rounding=True, on_device=on_device)
         optimizer = ELRASpectral(params, **given)
         optimizer.process_group = dist.group.WORLD
         for number in range(5):

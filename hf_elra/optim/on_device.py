@@ -29,7 +29,14 @@ from hf_elra.optim.directions.spectral import Spectral
 from hf_elra.optim.guards import StepGuards
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import like, reduced
-from hf_elra.optim.tensors import flat, local, mean_over_processes, shard_groups, stochastically_rounded
+from hf_elra.optim.tensors import (
+    flat,
+    local,
+    mean_over_processes,
+    seed_of_part,
+    shard_groups,
+    stochastically_rounded,
+)
 
 OF_GROUP = ("step_size", "step_factor", "step_decay")
 """What follows for every parameter group, of the last step. Then, for every parameter, whether it made that step."""
@@ -441,7 +448,10 @@ class DecidesOnDevice(NumbersOnDevice):
                     of_p = now.to(of_p.dtype)
                 if looks and p in used and x.dtype == torch.bfloat16:
                     lost.append(_share_lost(x, u, by))
-                _move(x, u, of_p if there.decayed[number] else None, by, generator)
+                own = generator
+                if generator is not None and isinstance(p, DTensor):
+                    own = torch.Generator(before.device).manual_seed(seed_of_part(p, there.calls, index))
+                _move(x, u, of_p if there.decayed[number] else None, by, own)
         if lost:
             there.lost = torch.stack(lost).amax()
         return torch.stack(rows)

@@ -199,7 +199,7 @@ def descend(
             if x.dtype != torch.bfloat16:
                 continue
             if isinstance(p, DTensor):
-                generator = torch.Generator(x.device).manual_seed(_seed_of_part(p, rounding_seed, number))
+                generator = torch.Generator(x.device).manual_seed(seed_of_part(p, rounding_seed, number))
             else:
                 if x.device not in generators:
                     generators[x.device] = torch.Generator(x.device).manual_seed(rounding_seed)
@@ -223,7 +223,7 @@ def descend(
             torch._foreach_add_(xs, us, alpha=-step_size)
 
 
-def _seed_of_part(tensor: DTensor, seed: int, number: int) -> int:
+def seed_of_part(tensor: DTensor, seed: int, number: int) -> int:
     """Return a seed for the part of a tensor that is here: that of its copies on other processes, and of no other part.
 
     One generator for all would part ways with other processes after a tensor of which they have more or less.

@@ -121,8 +121,9 @@ def test_a_sharded_checkpoint_keeps_the_narrow_state(tmp_path):
     assert found == {"same": True, "types": ["DTensor torch.bfloat16"]}
 
 
-def test_stochastic_rounding_is_alike_where_processes_have_the_same_and_right_on_average():
-    found = together(workers.bfloat16_on_shards, 2)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_stochastic_rounding_is_alike_where_processes_have_the_same_and_right_on_average(on_device):
+    found = together(workers.bfloat16_on_shards, 2, on_device=on_device)
     assert found["copies"]
     assert found["resumed"]
     assert found["moved"] == pytest.approx([found["moved"][1]] * 3, rel=0.2)

@@ -163,20 +163,23 @@ def gates() -> Iterator[Finding]:
         if action.dest == "optim":
             choices = [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
 
-    def gate(number: int, name: str, what: str, is_open: Callable[[str], bool]) -> Finding:
-        try:
-            well = is_open(name)
-        except Exception as error:  # whatever another version does
-            return Finding(
-                "bad", f"gate {number}, {what}: --optim {name} fails ({type(error).__name__}: {error})", remedy
-            )
-        kind, text = ("good", "is open for") if well else ("bad", "is closed for")
-        return Finding(kind, f"gate {number}, {what}, {text} --optim {name}", "" if well else remedy)
+    def gate(number: int, what: str, is_open: Callable[[str], bool]) -> Iterator[Finding]:
+        passed = []
+        for name in OPTIMIZERS:
+            try:
+                fault = "" if is_open(name) else "is closed"
+            except Exception as error:  # whatever another version does
+                fault = f"fails ({type(error).__name__}: {error})"
+            if fault:
+                yield Finding("bad", f"gate {number}, {what}: --optim {name} {fault}", remedy)
+            else:
+                passed.append(name)
+        if passed:
+            yield Finding("good", f"gate {number}, {what}, is open for --optim {', '.join(passed)}")
 
-    for name in OPTIMIZERS:
-        yield gate(1, name, "the command line", lambda name: name in choices)
-        yield gate(2, name, "TrainingArguments", lambda name: OptimizerNames(name).value == name)
-        yield gate(3, name, "the Trainer's table", lambda name: OptimizerNames(name) in optimizer_handlers())
+    yield from gate(1, "the command line", lambda name: name in choices)
+    yield from gate(2, "TrainingArguments", lambda name: OptimizerNames(name).value == name)
+    yield from gate(3, "the Trainer's table", lambda name: OptimizerNames(name) in optimizer_handlers())
     wrapped = hasattr(Trainer.__init__, "_hf_elra")
     yield Finding(
         *(("good", "Trainers are told the loss") if wrapped else ("bad", "no Trainer is told the loss", remedy))

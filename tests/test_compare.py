@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 import compare
 
@@ -67,3 +69,30 @@ def test_without_noise(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["compare.py", "--table", str(file)])
     compare.main()
     assert f"{saddle['updates']}" in capsys.readouterr().out
+
+
+class Few:
+    """A few rows for a network with BatchNorm."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.rows, self.labels = torch.randn(32, 4, generator=generator), torch.arange(32) % 2
+
+    def __len__(self):
+        return len(self.rows)
+
+    def loss(self, model, rows):
+        return nn.functional.cross_entropy(model(self.rows[rows]), self.labels[rows])
+
+    def test(self, model):
+        return 0.5, 0.5
+
+
+@pytest.mark.parametrize("method", ["pal", "labpal_nsgd"])
+def test_looks_along_a_line_leave_batch_norm_alone(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    problem = replace(SMALL, batch=8, epochs=2, looks=1)
+    found = compare.train(problem, Few(), model, compare.METHODS[method].make(model, 8, None), 0)
+    assert found["forwards"] > found["updates"] == 8
+    assert model[1].num_batches_tracked == 8

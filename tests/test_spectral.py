@@ -30,7 +30,7 @@ twin_arguments = st.fixed_dictionaries(
         "lr": st.sampled_from([1e-7, 1e-3, 0.1]),
         "momentum": st.sampled_from([0.0, 0.5, 0.9]),
         "warmup": st.sampled_from([0, 3, 10]),
-        "max_correction": st.sampled_from([1.0, 4.0]),
+        "max_correction": st.sampled_from([1.0, 4.0, 16.0]),
         "max_relative_step": st.sampled_from([0.5, 0.01]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "soft_restart": st.booleans(),
@@ -275,11 +275,13 @@ def test_a_warm_up_ends_with_what_suits_the_weights_whatever_the_first_rate(lr):
     assert max(steps) - min(steps) < 0.02  # a straight way in log α, but for the fall
 
 
-def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far():
-    rule, alpha = begun(max_correction=4.0)
-    for update in range(12, 30):
-        alpha = rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
-    assert alpha == pytest.approx(4 * 79**-0.5)
+@pytest.mark.parametrize(("ratio", "most", "times"), [(0.9, 4.0, 4), (0.9, 16.0, 16), (0.3, 16.0, 4), (0.3, 2.0, 2)])
+def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far(ratio, most, times):
+    """Further if a step leaves more than half of the slope."""
+    rule, alpha = begun(max_correction=most)
+    for update in range(12, 50):
+        alpha = rule.propose(measured(update, ratio + 0.01 * (update % 2)), alpha)
+    assert alpha == pytest.approx(times * 99**-0.5)
 
 
 def test_slopes_of_examples_that_were_trained_on_make_it_no_larger():

@@ -1,6 +1,8 @@
 """What only tests run on several processes, by ``lib.ready.together``."""
 
+import contextlib
 import copy
+import itertools
 import os
 import warnings
 
@@ -334,6 +336,23 @@ def beside_all_on_each(shapes, dtype, state_dtype):
         flat = [torch.cat([p.detach().reshape(-1) for p in params]) for params in ours]
         differing += not torch.equal(*flat) or not same_everywhere(flat[0])
     return {"differing": differing, "moved": [counter.bytes / 5 for counter in moved]}
+
+
+def split_matrices_are_sent(numbers, rows, columns, types):
+    """Of every number of matrices and type of state: the bytes that an update gathers from all processes."""
+    dist.init_process_group("gloo")
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for number, state_dtype in itertools.product(numbers, types):
+        made = [torch.randn(rows, columns, generator=torch.Generator().manual_seed(k)) for k in range(number)]
+        params = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in made]
+        optimizer, counter = ELRASpectral(params, state_dtype=state_dtype), Moved()
+        for update in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            with counter if update else contextlib.nullcontext():  # the first one looks at whole matrices, too
+                optimizer.step(loss=1.0)
+        found.append(counter.bytes / 2)
+    return found
 
 
 def sharded_offload():

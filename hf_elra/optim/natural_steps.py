@@ -27,7 +27,7 @@ from hf_elra.optim.shards import whole
 
 NEW = 0.2
 """Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
-TRAINED = 0.012
+TRAINED = 0.008
 """Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""
 ADAPTER = 0.06
 """As :data:`NEW`, for the product of a pair of LoRA."""

@@ -59,10 +59,10 @@ class ELRASpectral(DecidesOnDevice):
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
-        max_correction (float): corrections make α at most so many times what suits the weights, and only in the first
-            pass over the data, whose length a bare loop tells as ``optimizer.updates_per_epoch = len(loader)``. A
-            trained model that shall learn something quite different may need more; one that shall not forget, less.
-            Default: 4.
+        max_correction (float): corrections make α at most so many times what suits the weights, more than 4 times only
+            where a step leaves more than half of the slope; and only in the first pass over the data, whose length a
+            bare loop tells as ``optimizer.updates_per_epoch = len(loader)``. A trained model that shall not forget
+            needs less. Default: 16.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
@@ -129,7 +129,7 @@ class ELRASpectral(DecidesOnDevice):
         experts: Iterable[Tensor] = (),
         adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
         warmup: int = 10,
-        max_correction: float = 4.0,
+        max_correction: float = 16.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
@@ -247,7 +247,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
-    need("max_correction", lambda v: v >= 1, "a number >= 1 (4)")
+    need("max_correction", lambda v: v >= 1, "a number >= 1 (16)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     need_choice(settings, "distribute", ("auto", "off"))
     for name in ("polar_dtype", "state_dtype"):

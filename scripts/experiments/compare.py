@@ -33,26 +33,30 @@ import torch
 from torch import Tensor, nn
 
 from hf_elra.optim import LABPALNSGD, LABPALSGD
+from hf_elra.optim.snapshot import nothing_changes
 from hf_elra.recipes.image_data import load_images
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
 from lib import problems_2d
 from lib.methods import METHODS
+from lib.small_networks import Pictures, Sentiment
 
 RATES = (None, 1e-4, 1e-2, 1.0)
 LABPAL_SAMPLES = 1280
+CIFAR_IMAGES = 2000, 1000
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Images to classify by a network with one hidden layer, or text to go on with by a small Llama.
+    """Images to classify, text to go on with by a small Llama, or sentences to classify by an encoder.
 
     Attributes:
-        source: of ``load_images``, or a text file.
-        hidden: units of a hidden layer.
+        source: of ``load_images``, or a text file; nothing where it is the bundle of ``rate_scan_bundle.py``.
+        hidden: units of the hidden layer; 0 where the network has a size of its own.
         batch: samples of an update.
         epochs: the budget.
         target: accuracy whose samples are counted.
+        looks: at the test data, in an epoch.
     """
 
     source: str
@@ -60,6 +64,7 @@ class Problem:
     batch: int
     epochs: int
     target: float
+    looks: int = 4
 
 
 PROBLEMS = {
@@ -67,9 +72,10 @@ PROBLEMS = {
     "mnist": Problem("mnist", 100, 128, 2, 0.95),
     "mnist_10": Problem("mnist", 10, 64, 20, 0.93),
     "fashion_mnist": Problem("fashion_mnist", 100, 128, 2, 0.83),
+    "cifar": Problem("cifar10/cifar10_jpeg.npz", 0, 32, 4, 0.35, 1),
+    "encoder": Problem("", 0, 16, 2, 0.75, 2),
     "llama": Problem("tinyshakespeare/input.txt", 64, 16, 1, 0.3),
 }
-LOOKS_PER_EPOCH = 4
 
 
 @dataclass
@@ -189,7 +195,7 @@ class LookAhead:
         return self.waiting[:number]
 
 
-def run(problem: Problem, data: Images | Text, method: str, rate: float | None, seed: int) -> dict[str, Any]:
+def run(problem: Problem, data: Any, method: str, rate: float | None, seed: int) -> dict[str, Any]:
     """Train once; return what was measured."""
     torch.manual_seed(seed)
     model = data.network(problem.hidden)
@@ -197,13 +203,13 @@ def run(problem: Problem, data: Images | Text, method: str, rate: float | None, 
 
 
 def train(
-    problem: Problem, data: Any, model: nn.Module, optimizer: Any, seed: int, looks: int = LOOKS_PER_EPOCH
+    problem: Problem, data: Any, model: nn.Module, optimizer: Any, seed: int, looks: int | None = None
 ) -> dict[str, Any]:
-    """Train a model to the end of a problem's budget; return what was measured, at so many looks per epoch."""
+    """Train a model to the end of a problem's budget; return what was measured, at its looks or so many per epoch."""
     per_epoch = len(data) // problem.batch
     optimizer.updates_per_epoch, optimizer.samples_per_update = per_epoch, problem.batch
     rows, costs, curve = LookAhead(batches(len(data), problem.batch, seed)), Costs(), []
-    look_every, failed = max(1, per_epoch // looks), None
+    look_every, failed = max(1, per_epoch // (looks or problem.looks)), None
 
     def loss_of(rows: Tensor) -> Tensor:
         costs.forwards += 1
@@ -217,7 +223,7 @@ def train(
         costs.backwards += 1
         costs.samples += problem.batch
         try:
-            step(optimizer, loss, evaluation(optimizer, loss_of, now, rows, problem.batch))
+            step(optimizer, loss, evaluation(optimizer, model, loss_of, now, rows, problem.batch))
         except (RuntimeError, ValueError, ArithmeticError) as error:
             failed = f"{type(error).__name__}: {error}"[:200]
         if hasattr(optimizer, "end_cycle") and update % per_epoch == 0:
@@ -240,15 +246,20 @@ def train(
 
 
 def evaluation(
-    optimizer: Any, loss_of: Callable[[Tensor], Tensor], now: Tensor, rows: LookAhead, batch: int
+    optimizer: Any, model: nn.Module, loss_of: Callable[[Tensor], Tensor], now: Tensor, rows: LookAhead, batch: int
 ) -> Callable[[], float] | None:
     """What tells the loss along the line: of this batch, or for LABPAL of those to come."""
     if not getattr(optimizer, "needs_line_loss", False):
         return None
+
+    def along_a_line(lot: Tensor) -> float:
+        with nothing_changes(model):  # the averages of BatchNorm
+            return loss_of(lot).item()
+
     if isinstance(optimizer, (LABPALSGD, LABPALNSGD)):
         number = math.ceil(LABPAL_SAMPLES / batch)
-        return lambda: statistics.fmean(loss_of(lot).double().item() for lot in rows.peek(number))
-    return lambda: loss_of(now).item()
+        return lambda: statistics.fmean(along_a_line(lot) for lot in rows.peek(number))
+    return lambda: along_a_line(now)
 
 
 def step(optimizer: Any, loss: Tensor, evaluate: Callable[[], float] | None) -> None:
@@ -338,7 +349,7 @@ def compare(given: argparse.Namespace) -> None:
             head = {"command": shlex.join(["python", *sys.argv]), **environment("cpu", *packages)}
             file.write(json.dumps(head) + "\n")
         for name in given.problems:
-            makes = runs_of(name, given.data)
+            makes = runs_of(name, given)
             for seed in range(given.seeds):
                 for method in given.methods:
                     rates = given.rates if METHODS[method].has_rate else RATES[:1]
@@ -358,13 +369,19 @@ def compare(given: argparse.Namespace) -> None:
                             file.flush()
 
 
-def runs_of(name: str, folder: str) -> dict[str, Callable[[str, float | None, int], dict[str, Any]]]:
+def runs_of(name: str, given: argparse.Namespace) -> dict[str, Callable[[str, float | None, int], dict[str, Any]]]:
     """What makes a run on each problem that a name stands for."""
     if name == TWO_D:
         return {problem.name: functools.partial(walk, problem) for problem in problems_2d.PROBLEMS}
     problem = PROBLEMS[name]
-    source = problem.source if name == "digits" else str(Path(folder) / problem.source)
-    data = Text.load(source) if name == "llama" else Images.load(source)
+    source = problem.source if name == "digits" else str(Path(given.data) / problem.source)
+    data: Any
+    if name == "encoder":
+        data = Sentiment(Path(given.bundle))
+    elif name == "cifar":
+        data = Pictures(source, *CIFAR_IMAGES)
+    else:
+        data = Text.load(source) if name == "llama" else Images.load(source)
     return {name: functools.partial(run, problem, data)}
 
 
@@ -440,8 +457,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=_rate, default=RATES, help="α_0; none for the default of each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--data", default="data", help="folder with mnist/, fashion_mnist/ (idx files), tinyshakespeare/"
+        "--data", default="data", help="folder with mnist/, fashion_mnist/ (idx files), cifar10/, tinyshakespeare/"
     )
+    parser.add_argument("--bundle", default="gpu-bundle/rate", help="folder that rate_scan_bundle.py made: encoder")
     given = parser.parse_args()
     if given.table:
         print(table(given.table))

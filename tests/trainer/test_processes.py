@@ -116,6 +116,15 @@ def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
         assert found == {"differing": 0, "moved": [numbers * width, 0]}, types
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_split_matrices_are_sent_as_the_docs_say(processes):
+    """gloo, which has no all-to-all, gathers what each process would give to it: as many bytes, times the processes."""
+    numbers, rows, columns, widths = [1, 3, 4], 6, 5, {"auto": 2, "float32": 4}
+    given = dict(numbers=numbers, rows=rows, columns=columns, types=list(widths))
+    sent = [2 * math.ceil(k / processes) * rows * columns * b for k in numbers for b in widths.values()]
+    assert together(workers.split_matrices_are_sent, processes, **given) == [processes * number for number in sent]
+
+
 def test_a_sharded_checkpoint_keeps_the_narrow_state(tmp_path):
     found = together(workers.checkpoint_of_shards, 2, folder=str(tmp_path))
     assert found == {"same": True, "types": ["DTensor torch.bfloat16"]}

@@ -55,7 +55,7 @@ class ReferenceSpectral(ReferenceRestarts):
         *,
         momentum: float = 0.9,
         warmup: int = 10,
-        max_correction: float = 4.0,
+        max_correction: float = 16.0,
         max_relative_step: float = 0.5,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
@@ -191,7 +191,8 @@ class ReferenceSpectral(ReferenceRestarts):
             return corrected
         if self.updates_per_epoch is not None and self.updates > self.updates_per_epoch:
             return alpha
-        return max(alpha, min(corrected, self.max_correction * self.suits(self.updates)))
+        most = self.max_correction if mean > 0.5 else min(4.0, self.max_correction)
+        return max(alpha, min(corrected, most * self.suits(self.updates)))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """Polar factors of averaged gradients; rows of embeddings, and vectors, along their own averages."""

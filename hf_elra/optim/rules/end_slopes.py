@@ -24,18 +24,27 @@ class EndSlopes(Rule):
     longer step always looks better as the network learns them by heart; so α is raised in the first pass over the data
     alone.
 
+    What suits the weights is a guess, and how far corrections may lead away from it depends on how plain they are. A
+    slope that a step leaves at more than half of what it was says that the lowest point is at least as far again, as
+    when a model learns another language: α may go to ``max_correction`` times the guess. Less than that is also what
+    losses show that can always be lowered by longer weights, as those of preferences: then :data:`USUALLY` times are
+    the most.
+
     This is hypergradient descent (A. Baydin et al., "Online learning rate adaptation with hypergradient descent",
     2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
 
     Args:
         warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it.
-        max_correction: corrections make α at most so many times what suits the weights.
+        max_correction: corrections make α at most so many times what suits the weights; beyond :data:`USUALLY` times
+            only while the mean ratio is above :data:`FAR_TOO_SHORT`.
         fresh: in so many updates the data are new; None: in all.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
 
     TOO_LONG = -0.5
     """Mean ratio below which steps are too long."""
+    FAR_TOO_SHORT, USUALLY = 0.5, 4.0
+    """Mean ratio above which α may be more than so many times what suits the weights."""
     FEWEST, SIGNIFICANCE = 3, 3.0
     """A mean is of at least so many ratios, and so many standard errors beyond its limit; more of them where there are
     few ratios, whose spread is not known well, and which are looked at again and again."""
@@ -44,7 +53,7 @@ class EndSlopes(Rule):
     third downwards: a step that is too long does harm, one that is too short is corrected again soon."""
 
     def __init__(
-        self, warmup: int = 10, *, max_correction: float = 4.0, fresh: int | None = None, falls: bool = True
+        self, warmup: int = 10, *, max_correction: float = 16.0, fresh: int | None = None, falls: bool = True
     ) -> None:
         self.warmup, self.max_correction, self.fresh, self.falls = warmup, max_correction, fresh, falls
         super().__init__()
@@ -106,7 +115,8 @@ class EndSlopes(Rule):
         if corrected > alpha:
             if self.fresh is not None and measured.update > self.fresh:
                 return alpha
-            corrected = max(alpha, min(corrected, self.max_correction * self._natural(measured.update)))
+            most = self.max_correction if beyond > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
+            corrected = max(alpha, min(corrected, most * self._natural(measured.update)))
         return corrected
 
     def reduced(self) -> None:

@@ -1,13 +1,15 @@
-"""Tasks of ``no_rate.py`` for encoders that are not classifiers of sentences: masked tokens, pairs, words.
+"""Tasks of ``no_rate.py`` for encoders: sentences, pairs, words, masked tokens.
 
-All-MiniLM-L6-v2 learns that captions of Multi30k mean the same in German and English (contrastive), and which German
-words begin with a capital (token classification). A small BERT learns from scratch to fill in masked tokens. MiniLM
-computes in bfloat16 under autocast, as people train it. Data: ``rate_scan_bundle.py``.
+All-MiniLM-L6-v2 learns which sentences of SST-2 are positive, that captions of Multi30k mean the same in German and
+English (contrastive), and which German words begin with a capital (token classification). A small BERT learns from
+scratch to fill in masked tokens. MiniLM computes in bfloat16 under autocast, as people train it. Data:
+``rate_scan_bundle.py``.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rate_scan import SETTINGS, Stories, Task
+from rate_scan import SETTINGS, Sentences, Stories, Task
 
 SCALE = 20.0
 """Of cosines in the contrastive loss, as sentence-transformers has it."""
 HIDDEN = 0.15
 """Share of the tokens that are masked."""
+
+
+class Sentiment(Sentences):
+    """MiniLM with a fresh head on so many sentences of SST-2, whole or by LoRA."""
+
+    def __init__(self, trained: Any, given: Any, *_: Any) -> None:
+        setting = replace(SETTINGS["minilm-4000"], examples=trained.examples, rank=trained.rank)
+        super().__init__(setting, Path(given.bundle), "cpu", tiny=False)
+        if self.size < trained.examples:
+            raise ValueError(
+                f"--bundle {given.bundle} has {self.size} sentences and the task needs {trained.examples}: make it "
+                f"with rate_scan_bundle.py --sentences {trained.examples}"
+            )
+        self.trained = trained
+
+    def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        longest = int(mask.sum(1).max())
+        with torch.autocast("cpu", torch.bfloat16):
+            return super()._logits(model, ids[:, :longest], mask[:, :longest]).float()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss and accuracy, in batches of about the same length."""
+        ids, mask, labels = self.validation
+        rows = mask.sum(1).argsort()
+        logits = torch.cat([self._logits(model, ids[part], mask[part]) for part in rows.split(64)])
+        hits = (logits.argmax(1) == labels[rows]).float().mean().item()
+        return {"loss": functional.cross_entropy(logits, labels[rows]).item(), "accuracy": hits}
 
 
 class Captions(Task):

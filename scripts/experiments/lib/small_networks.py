@@ -1,4 +1,4 @@
-"""What the figures of other papers train, small enough for one core: small pictures, a translator.
+"""What comparisons of optimizers train, small enough for one core: small pictures, a translator, an encoder.
 
 Data sets have what ``compare.train`` asks for: a length, the loss of rows, and loss and accuracy on what is kept for
 tests.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_elra.recipes.image_data import load_images
+from rate_scan import SETTINGS, Sentences, resnet20
 
 
 class Pictures:
@@ -23,11 +25,19 @@ class Pictures:
 
     TRAINED, TESTED = 40_000, 2_000
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, trained: int = TRAINED, tested: int = TESTED) -> None:
         splits = load_images(source)
-        of_training, of_tests = range(self.TRAINED), range(0, len(splits.test), len(splits.test) // self.TESTED)
+        of_training = range(0, len(splits.train), len(splits.train) // trained)[:trained]  # files are sorted in part
+        of_tests = range(0, len(splits.test), len(splits.test) // tested)
         self.images, self.labels = self._small(splits.train, of_training)
-        self.test_images, self.test_labels = self._small(splits.test, of_tests)  # the test file is sorted by class
+        self.test_images, self.test_labels = self._small(splits.test, of_tests)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def network(self, hidden: int) -> nn.Module:
+        """ResNet-20 with BatchNorm, whatever ``hidden`` is."""
+        return resnet20()
 
     @staticmethod
     def _small(images: Any, rows: Any) -> tuple[Tensor, Tensor]:
@@ -137,3 +147,41 @@ class Captions:
         scores, wanted = model(source, target[:, :-1]), target[:, 1:]
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=self.NO_WORD)
         return loss, ((scores.argmax(-1) == wanted) & (wanted != self.NO_WORD)).sum()
+
+
+class Sentiment(Sentences):
+    """MiniLM with a fresh head on the beginnings of sentences of SST-2, without dropout, in float32.
+
+    Args:
+        bundle: made by ``rate_scan_bundle.py``.
+    """
+
+    PIECES, TRAINED, TESTED = 24, 500, 400
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__(replace(SETTINGS["minilm-4000"], examples=self.TRAINED, rank=0), bundle, "cpu", tiny=False)
+        self.validation = tuple(part[: self.TESTED] for part in self.validation)  # type: ignore[assignment]
+        self.config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def network(self, hidden: int) -> nn.Module:
+        """Load it; the head is of torch's random numbers, whatever ``hidden`` is."""
+        return self.model(int(torch.randint(2**31, ())))
+
+    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """The mean over these sentences."""
+        return self.losses(model, rows).mean()
+
+    def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        longest = min(self.PIECES, int(mask.sum(1).max()))
+        return super()._logits(model, ids[:, :longest], mask[:, :longest])
+
+    def test(self, model: nn.Module) -> tuple[float, float]:
+        """Loss and accuracy."""
+        rows = self.validation[1].sum(1).argsort().split(50)  # of about the same length
+        parts = [self._logits(model, *(part[chosen] for part in self.validation[:2])) for chosen in rows]
+        labels, logits = self.validation[2][torch.cat(rows)], torch.cat(parts)
+        loss = nn.functional.cross_entropy(logits, labels).item()
+        return loss, (logits.argmax(1) == labels).double().mean().item()

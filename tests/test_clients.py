@@ -36,12 +36,16 @@ def test_the_best_rate_is_that_of_the_client_s_own_metric(tmp_path, capsys):
         return json.dumps({"client": client, "optim": optim, "rate": rate, "seed": seed, **found})
 
     file = tmp_path / "runs.jsonl"
-    file.write_text("\n".join([
-        line("TRL DPO", clients.OURS, None, loss=0.1, accuracy=0.9), line("TRL DPO", clients.OURS, None, 1, loss=0.3, accuracy=0.9),
-        line("TRL DPO", "adamw_torch", None, loss=0.01), line("TRL DPO", "adamw_torch", 1e-3, loss=0.5),
+    lines = [
+        line("TRL DPO", clients.OURS, None, loss=0.1, accuracy=0.9),
+        line("TRL DPO", clients.OURS, None, 1, loss=0.3, accuracy=0.9),
+        line("TRL DPO", "adamw_torch", None, loss=0.01),
+        line("TRL DPO", "adamw_torch", 1e-3, loss=0.5),
         line("TRL DPO", "adamw_torch", 3e-3, loss=0.4),
-        line("sentence-transformers", "adamw_torch", 2e-5, mrr=0.8), line("sentence-transformers", "adamw_torch", 1e-4, mrr=0.6),
-    ]))  # fmt: skip
+        line("sentence-transformers", "adamw_torch", 2e-5, mrr=0.8),
+        line("sentence-transformers", "adamw_torch", 1e-4, mrr=0.6),
+    ]
+    file.write_text("\n".join(lines))
     assert clients.main(["--output", str(file), "--print"]) == 0
     table = capsys.readouterr().out
     assert "| TRL DPO | loss 0.200, accuracy 90.0%; 2 seeds | loss 0.010 | loss 0.400 (0.003) |" in table

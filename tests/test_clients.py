@@ -14,7 +14,8 @@ WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen
 def folder(tmp_path):
     (tmp_path / "stories").mkdir()
     text = ". ".join(f"{WORDS} number {number}" for number in range(30)) + ". Too short."
-    (tmp_path / "stories" / "validation.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for part in ("train", "validation"):
+        (tmp_path / "stories" / f"{part}.txt.gz").write_bytes(gzip.compress(text.encode()))
     return tmp_path
 
 
@@ -67,3 +68,6 @@ def test_what_was_run_is_left_out(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         clients.main([*words[:-1], "sentence-transformers"])
     assert "needs --minilm" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        clients.main([*words[:2], "--data", str(folder / "nowhere"), *words[4:]])
+    assert "has no stories/train.txt.gz" in capsys.readouterr().err

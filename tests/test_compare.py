@@ -57,6 +57,14 @@ def test_it_goes_on_and_tells(tmp_path, monkeypatch, capsys):
     assert "not by all" in text  # one epoch is not enough
 
 
+def test_an_encoder_needs_its_bundle(tmp_path, monkeypatch, capsys):
+    words = ["--output", str(tmp_path / "a.jsonl"), "--problems", "encoder", "--bundle", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compare.py", *words])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "has no sst2.npz" in capsys.readouterr().err
+
+
 def test_without_noise(tmp_path, monkeypatch, capsys):
     file = tmp_path / "runs.jsonl"
     monkeypatch.setattr("sys.argv", ["compare.py", "--output", str(file), "--problems", "two_d", "--methods", "elra",

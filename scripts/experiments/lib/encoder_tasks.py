@@ -29,7 +29,14 @@ HIDDEN = 0.15
 
 
 class Sentiment(Sentences):
-    """MiniLM with a fresh head on so many sentences of SST-2, whole or by LoRA."""
+    """MiniLM with a fresh head on so many sentences of SST-2, whole or by LoRA.
+
+    Attributes:
+        pieces: sentences are cut after so many.
+        computes_in: type of its products.
+    """
+
+    pieces, computes_in = 48, torch.bfloat16
 
     def __init__(self, trained: Any, given: Any, *_: Any) -> None:
         setting = replace(SETTINGS["minilm-4000"], examples=trained.examples, rank=trained.rank)
@@ -42,8 +49,8 @@ class Sentiment(Sentences):
         self.trained = trained
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        longest = int(mask.sum(1).max())
-        with torch.autocast("cpu", torch.bfloat16):
+        longest = min(self.pieces, int(mask.sum(1).max()))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.computes_in is torch.bfloat16):
             return super()._logits(model, ids[:, :longest], mask[:, :longest]).float()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import gzip
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_elra.recipes.image_data import load_images
-from rate_scan import SETTINGS, Sentences, resnet20
+from lib.encoder_tasks import Sentiment
+from rate_scan import resnet20
 
 
 class Pictures:
@@ -149,17 +150,18 @@ class Captions:
         return loss, ((scores.argmax(-1) == wanted) & (wanted != self.NO_WORD)).sum()
 
 
-class Sentiment(Sentences):
-    """MiniLM with a fresh head on the beginnings of sentences of SST-2, without dropout, in float32.
+class ShortSentences(Sentiment):
+    """The same for ``compare.py``: the beginnings of sentences, without dropout, in float32, as lines need it.
 
     Args:
         bundle: made by ``rate_scan_bundle.py``.
     """
 
-    PIECES, TRAINED, TESTED = 24, 500, 400
+    TRAINED, TESTED = 500, 400
+    pieces, computes_in = 24, torch.float32
 
     def __init__(self, bundle: Path) -> None:
-        super().__init__(replace(SETTINGS["minilm-4000"], examples=self.TRAINED, rank=0), bundle, "cpu", tiny=False)
+        super().__init__(SimpleNamespace(examples=self.TRAINED, rank=0), SimpleNamespace(bundle=bundle))
         self.validation = tuple(part[: self.TESTED] for part in self.validation)  # type: ignore[assignment]
         self.config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -174,14 +176,7 @@ class Sentiment(Sentences):
         """The mean over these sentences."""
         return self.losses(model, rows).mean()
 
-    def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        longest = min(self.PIECES, int(mask.sum(1).max()))
-        return super()._logits(model, ids[:, :longest], mask[:, :longest])
-
     def test(self, model: nn.Module) -> tuple[float, float]:
         """Loss and accuracy."""
-        rows = self.validation[1].sum(1).argsort().split(50)  # of about the same length
-        parts = [self._logits(model, *(part[chosen] for part in self.validation[:2])) for chosen in rows]
-        labels, logits = self.validation[2][torch.cat(rows)], torch.cat(parts)
-        loss = nn.functional.cross_entropy(logits, labels).item()
-        return loss, (logits.argmax(1) == labels).double().mean().item()
+        found = self.evaluate(model)
+        return found["loss"], found["accuracy"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_elra import ELRA
 from hf_elra.errors import ConfigurationError
+from lib.cuda_graphs import WARM_UP, captured
 from tests.conftest import ROOT
 from tests.test_elra import STAYS_HIGH, STAYS_HIGH_AFTER_A_CYCLE, TROUBLE, arguments, events, walk_beside_the_reference
 
@@ -370,19 +371,10 @@ def test_captured_in_a_cuda_graph():
         loss.backward()
         optimizer.step(loss=loss.detach())
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            second.zero_grad()
-            training_step(fast, second)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    second.zero_grad()
-    with torch.cuda.graph(graph):
-        training_step(fast, second)
+    graph = captured(lambda: training_step(fast, second), second.zero_grad)
     for _ in range(5):
         graph.replay()
-    for _ in range(8):
+    for _ in range(WARM_UP + 5):
         first.zero_grad()
         training_step(plain, first)
     assert first.alpha == pytest.approx(second.alpha, rel=1e-3)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hf_elra import ConfigurationError, ELRASpectral
 from hf_elra.optim import decisions, on_device
 from hf_elra.optim.directions.momentum import Momentum
+from lib.cuda_graphs import WARM_UP, captured
 
 SHAPES = [(4, 6), (5,), (3, 5, 4), (7, 4), (0, 3), ()]
 """A matrix, a vector, stacked experts, a table, an empty parameter, a number."""
@@ -404,19 +405,10 @@ def test_captured_in_a_cuda_graph():
         loss.backward()
         optimizer.step(loss=loss.detach())
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            second.zero_grad()
-            training_step(fast, second)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    second.zero_grad()
-    with torch.cuda.graph(graph):
-        training_step(fast, second)
+    graph = captured(lambda: training_step(fast, second), second.zero_grad)
     for _ in range(5):
         graph.replay()
-    for _ in range(8):
+    for _ in range(WARM_UP + 5):
         first.zero_grad()
         training_step(plain, first)
     assert first.alpha == pytest.approx(second.alpha, rel=1e-3)

@@ -161,6 +161,8 @@ def _graph(part: Part, optim: str) -> dict[str, Any]:
     """A captured training step beside one that is not."""
     import torch
 
+    from lib.cuda_graphs import WARM_UP, captured
+
     if part.device != "cuda":
         return {"ok": True, "details": "needs a GPU: nothing was captured"}
     (plain, first), (fast, second) = (_network(part, optim, **settings) for settings in BESIDE_A_GRAPH[optim])
@@ -171,19 +173,10 @@ def _graph(part: Part, optim: str) -> dict[str, Any]:
         loss.backward()
         optimizer.step(loss=loss.detach())
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            second.zero_grad()
-            training_step(fast, second)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    second.zero_grad()
-    with torch.cuda.graph(graph):
-        training_step(fast, second)
+    graph = captured(lambda: training_step(fast, second), second.zero_grad)
     for _ in range(20):
         graph.replay()
-    for _ in range(23):
+    for _ in range(WARM_UP + 20):
         first.zero_grad()
         training_step(plain, first)
     apart = _apart(plain, fast)

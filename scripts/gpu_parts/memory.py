@@ -20,13 +20,15 @@ TITLE = "Memory and several processes"
 SECONDS = 60
 MERGED = "elra_max_micro_batch=auto until memory runs out"
 PROCESSES = {"NCCL, one process": ("nccl", 1), "gloo, two processes on one device": ("gloo", 2)}
+ROUNDED = 4e-3
+SHARDED = "FSDP2 with NCCL, one process"
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "scripts", ROOT / "scripts" / "experiments", ROOT)
 
 
 def rows(tiny: bool) -> list[str]:
     """Names of what is tried."""
-    return [MERGED, *PROCESSES]
+    return [MERGED, *PROCESSES, SHARDED]
 
 
 def run(part: Part) -> None:
@@ -34,6 +36,7 @@ def run(part: Part) -> None:
     part.measure(MERGED, lambda: _merge(part))
     for name, (backend, number) in PROCESSES.items():
         part.measure(name, lambda backend=backend, number=number: _processes(part, backend, number), needs=5)
+    part.measure(SHARDED, lambda: _sharded(part), needs=5)
 
 
 def table(entries: list[dict[str, Any]], tiny: bool) -> tuple[list[str], list[list[str]]]:
@@ -104,11 +107,52 @@ def _processes(part: Part, backend: str, number: int) -> dict[str, Any]:
     apart = [abs(norm / one - 1) for norm, one in zip(norms, alone, strict=True)]
     # Sums over two processes are rounded otherwise. The directions of elra_spectral come in bfloat16 on a GPU, of which
     # one rounding is 0.4 %.
-    allowed = 1e-4, 1e-4 if part.device == "cpu" else 4e-3
+    allowed = 1e-4, 1e-4 if part.device == "cpu" else ROUNDED
     return {
         "ok": differing == 0 and all(one < limit for one, limit in zip(apart, allowed, strict=True)),
         "details": f"{differing} of 40 updates after which processes differ"
         + (f"; norms of the weights {apart[0]:.0e} and {apart[1]:.0e} from those of one process" if number > 1 else ""),
+    }
+
+
+def _sharded(part: Part) -> dict[str, Any]:
+    """30 updates of ``elra_spectral`` on sharded parameters, with a spike and a NaN, beside whole ones."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from hf_elra import ELRASpectral
+    from lib.many_processes import flat_weights
+
+    def network() -> Any:
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8)
+        return torch.nn.Sequential(*layers).to(part.device)
+
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if part.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            plain = network()
+            split = fully_shard(network(), mesh=init_device_mesh(part.device, (1,)))
+            one, other = (ELRASpectral(model.parameters(), lr=1e-2) for model in (plain, split))
+            for number in range(30):
+                inputs = torch.randn(32, 64, generator=torch.Generator().manual_seed(number)).to(part.device)
+                for model, optimizer in ((plain, one), (split, other)):
+                    optimizer.zero_grad()
+                    loss = (model(inputs) - inputs[:, :8]).square().mean()
+                    loss.backward()
+                    told = loss.detach() * {12: 50.0, 20: float("nan")}.get(number, 1.0)
+                    optimizer.step(loss=told)
+            apart = (flat_weights(plain) - flat_weights(split)).norm() / flat_weights(plain).norm()
+        finally:
+            dist.destroy_process_group()
+    allowed = 1e-5 if part.device == "cpu" else ROUNDED
+    return {
+        "ok": apart.item() < allowed and one.restarts == other.restarts > 0,
+        "distance": apart.item(),
+        "details": f"weights {apart.item():.0e} apart, {other.restarts} restarts, α {other.alpha:.2e}",
     }
 
 

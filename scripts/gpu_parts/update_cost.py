@@ -16,10 +16,13 @@ from gpu_parts.part import Part, lines
 TITLE = "Cost of an update"
 SECONDS = 120
 BASELINE = "AdamW, fused"
+IN_A_GRAPH = "elra_spectral, in a CUDA graph"
+"""The time of the device alone: a replay has no work for the host."""
 ORDER = (
     BASELINE,
     "ELRA",
     "elra_spectral",
+    IN_A_GRAPH,
     "elra_spectral, on_device=False",
     "Muon (AdamW, fused, for tables and vectors)",
     "SGD with momentum, fused",
@@ -31,6 +34,11 @@ ORDER = (
     "Prodigy",
     "schedule-free AdamW, foreach",  # it writes to gradients
 )
+TOKENS_OF_A_STEP = 2**19
+POSITIONS = 1024
+ROWS_AT_ONCE = 16
+BACKWARD = "124 M, forward and backward over 0.5 M tokens in bfloat16"
+"""What an update of a real run is beside."""
 SIZES = {"llama-2m": "2 M", "babyllama-15m": "15 M", "llama-124m": "124 M", "llama-1b": "1 B"}
 
 
@@ -40,11 +48,14 @@ def _models(tiny: bool) -> list[str]:
 
 def rows(tiny: bool) -> list[str]:
     """Names of what is measured."""
-    return [f"{SIZES[model]}, {name}" for model in _models(tiny) for name in ORDER[: 3 if tiny else None]]
+    of_updates = [f"{SIZES[model]}, {name}" for model in _models(tiny) for name in ORDER[: 3 if tiny else None]]
+    return of_updates if tiny else [BACKWARD, *of_updates]
 
 
 def run(part: Part) -> None:
     """Measure everything."""
+    if part.device == "cuda" and not part.tiny:
+        part.measure(BACKWARD, lambda: _backward(part))
     for index, model in enumerate(_models(part.tiny)):
         share = part.left / (len(_models(part.tiny)) - index)
         _measure_model(part, model, part.left - share)
@@ -63,6 +74,8 @@ def table(entries: list[dict[str, Any]], tiny: bool) -> tuple[list[str], list[li
     ]
 
     def cells(entry: dict[str, Any]) -> list[str]:
+        if "tokens" in entry:
+            return [f"{1000 * entry['seconds']:.2f}", "", "", "", f"{entry['peak_bytes'] / 2**20:,.0f}", ""]
         roofline, peak = entry["of_copying_speed"], entry["peak_bytes"]
         return [
             f"{1000 * entry['seconds']:.2f}",
@@ -89,6 +102,32 @@ def host_waits(work: Callable[[], Any], device: str) -> int:
     return sum(counts.get(name, 0) for name in names)
 
 
+def _backward(part: Part) -> dict[str, Any]:
+    """Seconds of forward and backward over the tokens of one update of a real run, accumulated."""
+    import torch
+
+    from benchmark_step import LLAMAS, timed
+    from hf_elra.recipes import babyllama
+
+    sizes = zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), LLAMAS["llama-124m"], strict=True)
+    words = [word for name, value in sizes for word in (f"--{name}", str(value))]
+    words += ["--preset", "15m", "--block_size", str(POSITIONS)]
+    torch.manual_seed(0)
+    model = babyllama.build_model(babyllama.parse_arguments(words)[0]).to(part.device)
+    tokens = torch.randint(0, model.config.vocab_size, (ROWS_AT_ONCE, POSITIONS), device=part.device)
+
+    def work(passes: int) -> None:
+        for _ in range(passes):
+            with torch.autocast(part.device, torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+
+    work(3)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: work(TOKENS_OF_A_STEP // tokens.numel()), part.device)
+    return {"seconds": seconds, "tokens": TOKENS_OF_A_STEP, "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
 def _measure_model(part: Part, model: str, until: float) -> None:
     """The rows of one model, while more than ``until`` seconds are left."""
     import torch
@@ -108,11 +147,13 @@ def _measure_model(part: Part, model: str, until: float) -> None:
     bandwidth = copy_bandwidth(number, given)
     part.write(model=model, parameters=number, copy_bytes_per_second=bandwidth)
     known = optimizers(model)
+    if part.device == "cuda":
+        known[IN_A_GRAPH] = known["elra_spectral"]
 
     def measure(name: str) -> dict[str, Any]:
         numbers, build = known[name]
         try:
-            found = _measure(build(params), params, pool, loss, part)
+            found = _measure(build(params), params, pool, loss, part, in_a_graph=name == IN_A_GRAPH)
         finally:
             for p in params:
                 p.grad = None
@@ -139,7 +180,9 @@ def _measure_model(part: Part, model: str, until: float) -> None:
             part.write(row=f"{SIZES[model]}, {name}", error="its package is not installed")
 
 
-def _measure(optimizer: Any, params: list[Any], pool: list[list[Any]], loss: Any, part: Part) -> dict[str, Any]:
+def _measure(
+    optimizer: Any, params: list[Any], pool: list[list[Any]], loss: Any, part: Part, *, in_a_graph: bool = False
+) -> dict[str, Any]:
     """Time, memory and waits of one optimizer's updates; its state is made, and kernels compiled, before."""
     import torch
 
@@ -155,6 +198,15 @@ def _measure(optimizer: Any, params: list[Any], pool: list[list[Any]], loss: Any
         made += updates
 
     make(POOL)
+    if in_a_graph:
+        from lib.cuda_graphs import captured
+
+        graph = captured(lambda: make(1))
+
+        def make(updates: int) -> None:  # the same gradients in every replay
+            for _ in range(updates):
+                graph.replay()
+
     peak = None
     if part.device == "cuda":
         torch.cuda.synchronize()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_elra import ConfigurationError, ELRASpectral
-from hf_elra.optim import decisions, on_device
+from hf_elra.optim import decisions, many_tensors, on_device
 from hf_elra.optim.directions.momentum import Momentum
 from lib.cuda_graphs import WARM_UP, captured
 
@@ -92,6 +93,7 @@ def same_numbers(ours, others):
     sequence=st.lists(st.sampled_from(EVENTS), min_size=5, max_size=50),
     noise=st.sampled_from([0.1, 3.0]),
     epoch=st.sampled_from([None, 20]),
+    together=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @example(
@@ -99,6 +101,7 @@ def same_numbers(ours, others):
     sequence=[*["plain"] * 12, "spike", "plain", "spike", *["plain"] * 5, *["spike"] * 3, *["plain"] * 60],
     noise=3.0,
     epoch=None,
+    together=True,
     seed=0,
 )
 @example(
@@ -106,11 +109,25 @@ def same_numbers(ours, others):
     sequence=[*["plain"] * 12, "end_cycle", *["plain"] * 3, "other_level", *["plain"] * 14, "spike", "plain"],
     noise=0.1,
     epoch=10,
+    together=False,
     seed=1,
 )
 @pytest.mark.filterwarnings("ignore:ELRASpectral was not told the loss")
-def test_both_paths_are_one(arguments, sequence, noise, epoch, seed):
-    """Also where numbers are read, changed or saved, and loaded by the other one, at any moment."""
+def test_both_paths_are_one(arguments, sequence, noise, epoch, together, seed):
+    """Also with many tensors at once, and where numbers are read, changed, saved or loaded by the other one."""
+    with taken_together(together):
+        walk_on_both_paths(arguments, sequence, noise, epoch, seed)
+
+
+@contextlib.contextmanager
+def taken_together(together, at_once=40):
+    """On a CPU, too, the operations of GPUs on many tensors, so many numbers at once."""
+    devices = {"cpu"} if together else set()
+    with mock.patch.multiple(many_tensors, DEVICES=devices, AT_ONCE=at_once):
+        yield
+
+
+def walk_on_both_paths(arguments, sequence, noise, epoch, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -177,9 +194,12 @@ class OnlyThere(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("momentum", "group"), [(0.0, False), (0.9, True)])
-def test_no_number_is_read_and_none_is_sent_there(momentum, group, monkeypatch):
+@pytest.mark.parametrize(
+    ("momentum", "group", "together"), [(0.0, False, False), (0.9, True, False), (0.9, True, True), (0.0, False, True)]
+)
+def test_no_number_is_read_and_none_is_sent_there(momentum, group, together, monkeypatch):
     """On a device without data, whose numbers cannot be read: from the second update on, whatever comes."""
+    monkeypatch.setattr(many_tensors, "DEVICES", {"meta"} if together else set())
     if group:
         monkeypatch.setattr(on_device, "mean_over_processes", lambda numbers, group: numbers)
     with torch.device("meta"):

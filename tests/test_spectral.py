@@ -99,6 +99,16 @@ def test_polar_factor_has_singular_values_near_one(shape):
     torch.testing.assert_close(polar_factor(matrices), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def one_thread():
+    """Several threads share the work on a batch as it suits its size, which rounds otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_few_or_many_matrices_at_once_are_the_same(monkeypatch, dtype):
     """Bit by bit, and never more of them than asked for."""

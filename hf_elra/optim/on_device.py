@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim import many_tensors
 from hf_elra.optim.base import LastUpdate, Parts, shares
 from hf_elra.optim.decisions import NAMES, OF_RULE, Measured, Verdict, cycle_ended, decide
 from hf_elra.optim.device_numbers import Numbers, NumbersOnDevice
 from hf_elra.optim.directions.spectral import Spectral
 from hf_elra.optim.guards import StepGuards
 from hf_elra.optim.rules.end_slopes import EndSlopes
-from hf_elra.optim.shards import like, reduced
+from hf_elra.optim.shards import reduced
 from hf_elra.optim.tensors import (
     flat,
     local,
@@ -301,17 +302,21 @@ class DecidesOnDevice(NumbersOnDevice):
         With them go those of the last direction, which are of this process alone; ``named`` gets their mean.
         """
         key, one = self._memory.key, named["alpha"]
-        used = [p for group in params for p in group]
-        all_gradients = [g for group in gradients for g in group]
-        kept = [self.state.get(p, {}).get(key) for p in used]
-        pairs = [(g, u) for g, u in zip(all_gradients, kept, strict=True) if u is not None]
+        squares = [(g, g) for group in gradients for g in group]
         sized = [(p, p) for lot in parts.direction.sized(self.param_groups, params) for p in lot]
-        of_squares, of_pairs, sizes = _products([(g, g) for g in all_gradients], pairs, sized, beside=one)
-        with_kept = [[p for p in group if key in self.state.get(p, {})] for group in params]
+        kept = [
+            [(p, (g, self.state[p][key])) for p, g in zip(*of_group, strict=True) if key in self.state.get(p, {})]
+            for of_group in zip(params, gradients, strict=True)
+        ]
+        pairs = [
+            pair
+            for group, of_group in zip(self.param_groups, kept, strict=True)
+            for pair in self._by_age(group, of_group)
+        ]
+        square, size, *of_pairs = _sums([squares, sized, *pairs], beside=one)
         whole = torch.where(named["step_size"] > 0, named["step_size"], math.inf)  # nothing is learnt from no step
-        weights = [of_group[0] / whole for of_group in of_groups]
-        current, of_new = self._weighted(weights, with_kept, of_pairs)
-        told = [of_squares.sum(), current, of_new, sizes.sum()]
+        current, of_new = _weighted([of_group[0] / whole for of_group in of_groups], of_pairs)
+        told = [square, current, of_new, size]
         told += [named[name] for name in ("previous_slope", "previous_slope_of_new", "direction_norm")]
         if loss is not None:
             told.append(_on(loss, one))
@@ -332,21 +337,8 @@ class DecidesOnDevice(NumbersOnDevice):
         """
         direction = parts.direction
         assert isinstance(direction, Spectral)
-        direction.waits = False
-        taken = gradients
-        if direction.momentum > 0:  # towards themselves, averages do not move
-            taken = [
-                [self._or_average(verdict.stands, p, g) for p, g in zip(*pair, strict=True)]
-                for pair in zip(params, gradients, strict=True)
-            ]
-        return direction.apply(self.param_groups, params, taken, self.state)
-
-    def _or_average(self, stands: Tensor, p: Tensor, gradient: Tensor) -> Tensor:
-        average = self.state.get(p, {}).get("momentum")
-        if isinstance(gradient, DTensor):
-            other = 0.0 if average is None else local(average)
-            return like(torch.where(stands, local(gradient), other), gradient)
-        return torch.where(stands, gradient, 0.0 if average is None else average)
+        direction.waits, direction.counts = False, verdict.stands
+        return direction.apply(self.param_groups, params, gradients, self.state)
 
     def _note_direction(
         self,
@@ -358,13 +350,14 @@ class DecidesOnDevice(NumbersOnDevice):
         factors: list[float],
     ) -> None:
         """Note slope and norm of u_t, as the step will be made of it."""
-        flat_directions = [u for group in directions for u in group]
-        flat_gradients = [g for group in gradients for g in group]
-        along = list(zip(flat_directions, flat_gradients, strict=True))
-        slopes, squares = _products(along, [(u, u) for u in flat_directions], beside=after["alpha"])
+        lots: list[list[tuple[Tensor, Tensor]]] = []
+        for group, *of_group in zip(self.param_groups, params, gradients, directions, strict=True):
+            lots += self._by_age(group, [(p, (u, g)) for p, g, u in zip(*of_group, strict=True)])
+            lots.append([(u, u) for u in of_group[2]])
+        sums = _sums(lots, beside=after["alpha"])
         weights = shares(factors)
-        slope, of_new = self._weighted(weights, params, slopes)
-        norm = self._weighted([weight * weight for weight in weights], params, squares)[0].sqrt()
+        slope, of_new = _weighted(weights, [product for i, product in enumerate(sums) if i % 3 != 2])
+        norm = torch.stack([w * w * square for w, square in zip(weights, sums[2::3], strict=True)]).sum().sqrt()
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         noted = {
             "previous_slope": slope if max(factors) > 0 else torch.full_like(slope, math.nan),
@@ -375,31 +368,32 @@ class DecidesOnDevice(NumbersOnDevice):
         for name, value in noted.items():
             after[name] = torch.where(verdict.stands, value, after[name])
 
-    def _weighted(
-        self, weights: Sequence[Tensor | float], params: list[list[Tensor]], products: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum of products, one a parameter, weighted by group; and that over tensors that are new."""
-        total, of_new = torch.zeros_like(products.sum()), torch.zeros_like(products.sum())
-        of_groups = products.split([len(group_params) for group_params in params])
-        for group, weight, group_params, of_group in zip(self.param_groups, weights, params, of_groups, strict=True):
-            total = total + weight * of_group.sum()
-            for _, product in self._new_ones(group, group_params, of_group):
-                of_new = of_new + weight * product
-        return total, of_new
+    def _by_age(self, group: dict[str, Any], things: list[tuple[Tensor, Any]]) -> tuple[list[Any], list[Any]]:
+        """Return what belongs to parameters of a group in two lists, of those that were there and of new ones.
+
+        Args:
+            group: the group.
+            things: parameters of it, each with its thing.
+        """
+        params = [p for p, _ in things]
+        new = {p for p, _ in self._new_ones(group, params, params)}
+        return [thing for p, thing in things if p not in new], [thing for p, thing in things if p in new]
 
     def _keep_there(self, verdict: Verdict, params: list[list[Tensor]], directions: list[list[Tensor]]) -> None:
         """Keep u_t where the last step stands; what has no gradient does not move then."""
-        key, used = self._memory.key, set[Tensor]()
-        for group_params, group_directions in zip(params, directions, strict=True):
-            for p, u in zip(group_params, group_directions, strict=True):
-                used.add(p)
-                state = self.state[p]
-                if key not in state:
-                    state[key] = torch.zeros_like(u)
-                kept = local(state[key])
-                torch.where(verdict.stands, local(u).to(kept.dtype), kept, out=kept)
-        for p in self._all_params():
-            if p not in used and key in self.state.get(p, {}):
+        key, used = self._memory.key, [p for group in params for p in group]
+        new = [u for group in directions for u in group]
+        for p, u in zip(used, new, strict=True):
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(u)
+        pairs = [(local(self.state[p][key]), local(u)) for p, u in zip(used, new, strict=True)]
+        if many_tensors.pays([kept for kept, _ in pairs]):
+            many_tensors.replace(pairs, verdict.stands)
+        else:
+            for kept, u in pairs:
+                torch.where(verdict.stands, u.to(kept.dtype), kept, out=kept)
+        for p in set(self._all_params()).difference(used):
+            if key in self.state.get(p, {}):
                 local(self.state[p][key]).masked_fill_(verdict.stands, 0.0)
 
     def _step_there(
@@ -436,6 +430,8 @@ class DecidesOnDevice(NumbersOnDevice):
             if rounds and any(local(p).dtype == torch.bfloat16 for p in group["params"]):
                 generator = torch.Generator(before.device).manual_seed(there.calls)
             in_type = {dtype: (rest.to(dtype), along.to(dtype)) for dtype in {_wide(p.dtype) for p in group["params"]}}
+            together: list[tuple[Tensor, Tensor]] = []
+            alike = generator is None and (uniform or not there.decayed[number])
             for p in group["params"]:
                 index += 1
                 if key not in self.state.get(p, {}):
@@ -448,10 +444,15 @@ class DecidesOnDevice(NumbersOnDevice):
                     of_p = now.to(of_p.dtype)
                 if looks and p in used and x.dtype == torch.bfloat16:
                     lost.append(_share_lost(x, u, by))
+                if alike and x.device.type in many_tensors.DEVICES:
+                    together.append((x, u))
+                    continue
                 own = generator
                 if generator is not None and isinstance(p, DTensor):
                     own = torch.Generator(before.device).manual_seed(seed_of_part(p, there.calls, index))
                 _move(x, u, of_p if there.decayed[number] else None, by, own)
+            if together:
+                many_tensors.move(together, rest if there.decayed[number] else None, along)
         if lost:
             there.lost = torch.stack(lost).amax()
         return torch.stack(rows)
@@ -465,21 +466,43 @@ class DecidesOnDevice(NumbersOnDevice):
         return flags
 
 
-def _products(*lots: Sequence[tuple[Tensor, Tensor]], beside: Tensor) -> Sequence[Tensor]:
-    """Return, of every lot of pairs, their scalar products as a vector; over all shards of DTensors, by one call.
+def _weighted(weights: Sequence[Tensor | float], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return Σ w·(old + new) and Σ w·new over groups.
 
     Args:
-        lots: each is a list of pairs of equal shapes.
+        weights: one a group.
+        sums: of every group two, see :meth:`DecidesOnDevice._by_age`.
+    """
+    old = torch.stack([weight * of_group for weight, of_group in zip(weights, sums[::2], strict=True)]).sum()
+    new = torch.stack([weight * of_group for weight, of_group in zip(weights, sums[1::2], strict=True)]).sum()
+    return old + new, new
+
+
+def _sums(lots: Sequence[Sequence[tuple[Tensor, Tensor]]], beside: Tensor) -> list[Tensor]:
+    """Return Σ⟨l, r⟩ of every lot of pairs; over all shards of DTensors, those on the same processes by one call.
+
+    Args:
+        lots: each is a list of pairs of equal shapes, and may be empty.
         beside: a number, of the type and on the device that they shall have.
     """
-    pairs = [pair for lot in lots for pair in lot]
-    found = [_dot(local(left), local(right)) for left, right in pairs]
-    if not found:
-        return beside.new_zeros(0).split([0] * len(lots))
-    over = [shard_groups(left) for left, _ in pairs]
-    if any(over):
-        found = reduced([product.to(beside.dtype) for product in found], over, dist.ReduceOp.SUM)
-    return torch.stack(found).to(beside.dtype).split([len(lot) for lot in lots])
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for number, lot in enumerate(lots):
+        for left, right in lot:
+            kinds.setdefault((number, shard_groups(left)), []).append((local(left), local(right)))
+    found = reduced(
+        [_sum(pairs, beside.dtype) for pairs in kinds.values()], [kind[1] for kind in kinds], dist.ReduceOp.SUM
+    )
+    totals: list[list[Tensor]] = [[] for _ in lots]
+    for (number, _), total in zip(kinds, found, strict=True):
+        totals[number].append(total)
+    return [torch.stack(of_lot).sum() if of_lot else torch.zeros_like(beside) for of_lot in totals]
+
+
+def _sum(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Return Σ⟨l, r⟩ over pairs, added up in a type."""
+    if many_tensors.pays([left for left, _ in pairs]):
+        return many_tensors.sum_of_products(pairs, dtype)
+    return torch.stack([_dot(left, right).to(dtype) for left, right in pairs]).sum()
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
+from hf_elra.optim import many_tensors
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
@@ -47,6 +49,8 @@ class Spectral(Direction):
     is_gradient = False
     waits = True
     """Whether numbers of the device may be waited for where that saves it work."""
+    counts: Tensor | None = None
+    """Whether gradients count, on the device: where not, averages stay and directions mean nothing. None for yes."""
 
     def __init__(
         self,
@@ -92,19 +96,26 @@ class Spectral(Direction):
         if self.momentum == 0:
             for p in params:
                 state[p].pop("momentum", None)
-            return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
-        ahead = []
-        for p, gradient, dtype in zip(params, gradients, dtypes, strict=True):
+            return [like(self._counted(local(g), 0.0).to(dtype), g) for g, dtype in zip(gradients, dtypes, strict=True)]
+        for p, dtype in zip(params, dtypes, strict=True):
             if "momentum" not in state[p]:
                 state[p]["momentum"] = torch.zeros_like(p, dtype=dtype)
-            average = local(state[p]["momentum"])
-            ahead.append(like(torch.empty_like(average), p))
-            for old, new, further in in_pieces(average, local(gradient), local(ahead[-1])):
-                wide = torch.promote_types(dtype, torch.float32)
-                exact = torch.lerp(old.to(wide), new.to(wide), 1 - self.momentum)
-                old.copy_(exact)  # to the nearest number: an average of noisy gradients does not stall
-                further.copy_(exact.lerp_(new.to(wide), 1 - self.momentum))
-        return ahead
+        averages = [local(state[p]["momentum"]) for p in params]
+        here, ahead = [local(g) for g in gradients], [torch.empty_like(average) for average in averages]
+        if many_tensors.pays(here):
+            many_tensors.average(averages, here, ahead, self.momentum, self.counts)
+        else:
+            for average, gradient, target in zip(averages, here, ahead, strict=True):
+                taken = self._counted(gradient, average)  # towards itself, an average does not move
+                wide = torch.promote_types(average.dtype, torch.float32)
+                for old, new, further in in_pieces(average, taken, target):
+                    exact = torch.lerp(old.to(wide), new.to(wide), 1 - self.momentum)
+                    old.copy_(exact)  # to the nearest number: an average of noisy gradients does not stall
+                    further.copy_(exact.lerp_(new.to(wide), 1 - self.momentum))
+        return [like(values, p) for values, p in zip(ahead, params, strict=True)]
+
+    def _counted(self, gradient: Tensor, other: Tensor | float) -> Tensor:
+        return gradient if self.counts is None else torch.where(self.counts, gradient, other)
 
     def sized(self, groups: Groups, params: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return all matrices, with or without a gradient; all parameters if there are no matrices."""
@@ -210,8 +221,10 @@ def freeze_inactive(
     flags = zip(gradients, embeddings, experts, strict=True)
     rows = [Rows.of(g, apart=bool(expert or (table and g.dim() > 1))) for g, table, expert in flags]
     within, between = [r.within for r in rows], [r.between for r in rows]
-    peaks = [_largest(r.flat(g)) for r, g in zip(rows, gradients, strict=True)]
-    resting = [peak == 0 for peak in reduced(peaks, within, dist.ReduceOp.MAX)]
+    peaks = _peaks(rows, gradients)
+    together = not waits and many_tensors.pays(peaks)  # then all are on one device
+    peaks = reduced(peaks, within, dist.ReduceOp.MAX)
+    resting = many_tensors.at_once(lambda all_peaks: all_peaks == 0, peaks) if together else [p == 0 for p in peaks]
     first = resting[0].device
     if waits:
         some_rest = reduced([rest.any().float() for rest in resting], between, dist.ReduceOp.MAX)
@@ -225,13 +238,21 @@ def freeze_inactive(
     if any(everywhere):
         norms = [square.sqrt() for square in reduced([n.square() for n in norms], everywhere, dist.ReduceOp.SUM)]
     numbers = [a.numel() / len(a) if expert else a.numel() for a, expert in zip(averaged, experts, strict=True)]
-    sizes = [norm / max(number, 1) ** 0.5 for norm, number in zip(norms, numbers, strict=True)]
-    sizes_here = [size.max() if size.numel() else size.new_zeros(()) for size in sizes]
+    sizes = torch._foreach_div(norms, [max(number, 1) ** 0.5 for number in numbers])
+    sizes_here = [size if size.dim() == 0 else size.max() if size.numel() else size.new_zeros(()) for size in sizes]
     of_all = [b if expert else () for b, expert in zip(between, experts, strict=True)]
     largest = torch.stack([size.to(first) for size in reduced(sizes_here, of_all, dist.ReduceOp.MAX)]).max()
     lengths = _row_lengths(averaged, rows, embeddings)
+    if together:
+        small = many_tensors.at_once(lambda all_sizes: all_sizes < OVER * largest, sizes)
+    else:
+        small = [size < OVER * largest.to(size.device) for size in sizes]
+    alike = [index for index, r in enumerate(rows) if not r.apart] if together else []
+    pairs = [[each[i] for i in alike] for each in (resting, small)]
+    both = many_tensors.at_once(torch.logical_and, *pairs) if alike else []
+    ending = dict(zip(alike, both, strict=True))
     for index, (direction, rest) in enumerate(zip(directions, resting, strict=True)):
-        ends = rest & (sizes[index] < OVER * largest.to(rest.device))
+        ends = ending[index] if index in ending else rest & small[index]
         if index in lengths:
             ends |= rest & (lengths[index][0] < OVER * lengths[index][1])
         here = local(direction)
@@ -246,6 +267,16 @@ def _row_lengths(averaged: Sequence[Tensor], rows: Sequence[Rows], embeddings: S
     here = [n.max() if n.numel() else n.new_zeros(()) for n in norms]
     largest = reduced(here, [rows[i].between for i in tables], dist.ReduceOp.MAX)
     return dict(zip(tables, zip(norms, largest, strict=True), strict=True))
+
+
+def _peaks(rows: Sequence[Rows], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return of every tensor the largest absolute value of every row that is here."""
+    flat = [r.flat(t) for r, t in zip(rows, tensors, strict=True)]
+    if not many_tensors.pays(flat):
+        return [_largest(values) for values in flat]
+    of_one = many_tensors.largest([values for r, values in zip(rows, flat, strict=True) if not r.apart])
+    single = (peak.view(1) for peak in of_one)
+    return [_largest(values) if r.apart else next(single) for r, values in zip(rows, flat, strict=True)]
 
 
 def _largest(rows: Tensor) -> Tensor:
@@ -277,6 +308,31 @@ KINDS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"embeddings": emb
 
 def _unit_rows(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]:
     """Return tensors, or their rows where these are apart, with a mean square of one."""
+    if many_tensors.pays([local(t) for t in tensors]) and not any(isinstance(t, DTensor) for t in tensors):
+        return _unit_rows_together(tensors, apart)
+    return _unit_rows_apart(tensors, apart)
+
+
+def _unit_rows_together(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]:
+    """:func:`_unit_rows` with vectors of the same length as rows of one table."""
+    lots: dict[Any, list[int]] = {}
+    for index, (tensor, is_apart) in enumerate(zip(tensors, apart, strict=True)):
+        alone = (index,) if is_apart else ()
+        lots.setdefault((*alone, tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    result: list[Any] = [None] * len(tensors)
+    for indices in lots.values():
+        lot = [tensors[index] for index in indices]
+        if len(lot) == 1:
+            found: Sequence[Tensor] = _unit_rows_apart(lot, [apart[indices[0]]])
+        else:
+            found = [row.view(lot[0].shape) for row in _unit_rows_apart([torch.stack(lot)], [True])[0]]
+        for index, values in zip(indices, found, strict=True):
+            result[index] = values
+    return result
+
+
+def _unit_rows_apart(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[Tensor]:
+    """:func:`_unit_rows`, one tensor at a time."""
     rows = [Rows.of(t, apart=a) if t.dim() else Rows(False, (), ()) for t, a in zip(tensors, apart, strict=True)]
     within = [r.within for r in rows]
     flat = [r.flat(t) for r, t in zip(rows, tensors, strict=True)]

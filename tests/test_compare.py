@@ -104,3 +104,15 @@ def test_looks_along_a_line_leave_batch_norm_alone(method):
     found = compare.train(problem, Few(), model, compare.METHODS[method].make(model, 8, None), 0)
     assert found["forwards"] > found["updates"] == 8
     assert model[1].num_batches_tracked == 8
+
+
+@pytest.mark.parametrize("method", ["ntlr_sgd", "elra"])
+def test_what_is_never_finite_has_failed_and_ends_nothing(method):
+    """Also where numbers are read at the end alone."""
+    torch.manual_seed(0)
+    data, model = Few(), nn.Linear(4, 2)
+    data.rows = data.rows * torch.nan
+    optimizer = compare.METHODS[method].make(model, 8, None)
+    found = compare.train(replace(SMALL, batch=8, epochs=8, looks=1), data, model, optimizer, 0)
+    assert "non-finite" in found["failed"]
+    assert found["accuracy"] == 0.0

@@ -233,7 +233,10 @@ def train(
             curve.append([costs.samples, costs.forward_equivalents, *looked_at(model, optimizer, data)])
         if failed or not math.isfinite(curve[-1][2] if curve else 0.0):
             break
-    metrics = optimizer.metrics if hasattr(optimizer, "observe_loss") else {}
+    try:
+        metrics = optimizer.metrics if hasattr(optimizer, "observe_loss") else {}
+    except RuntimeError as error:  # nothing was finite for long: an error where it is read
+        metrics, failed = {}, failed or f"{type(error).__name__}: {error}"[:200]
     reached = next((row for row in curve if row[3] >= problem.target), None)
     return {
         "loss": curve[-1][2], "accuracy": 0.0 if failed else curve[-1][3],

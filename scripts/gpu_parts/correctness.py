@@ -24,10 +24,11 @@ TRAININGS = ("bf16", "gradient checkpointing")
 ON_A_GPU = ("fp16", "torch_compile")
 """Accelerate takes fp16 on a GPU alone; compiling takes longer than all the rest."""
 OPTIMIZERS = ("elra", "elra_spectral")
-BESIDE_A_GRAPH = {"elra": ({"fused": False}, {"capturable": True}), "elra_spectral": ({"on_device": False}, {})}
-"""Settings of the run beside a captured one, and of that."""
-MOST_APART = {"elra": 1e-4, "elra_spectral": 1e-2}
-"""After a captured training step was replayed, from one that was not; polar factors are computed in bfloat16."""
+BESIDE_A_GRAPH = {"elra": ({"fused": False}, {"capturable": True}), "elra_spectral": ({}, {})}
+"""Settings of the run beside a captured one, and of that. For elra_spectral they are the same operations: where
+gradients have a low rank, polar factors in bfloat16 make 1e-2 in twenty updates of one rounding more or less."""
+MOST_APART = 1e-4
+"""After a captured training step was replayed, from one that was not."""
 
 
 def rows(tiny: bool) -> list[str]:
@@ -180,7 +181,7 @@ def _graph(part: Part, optim: str) -> dict[str, Any]:
         first.zero_grad()
         training_step(plain, first)
     apart = _apart(plain, fast)
-    return {"ok": apart < MOST_APART[optim], "distance": apart, "details": f"after 20 replays {apart:.0e} apart"}
+    return {"ok": apart < MOST_APART, "distance": apart, "details": f"after 20 replays {apart:.0e} apart"}
 
 
 def _apart(model: Any, other: Any) -> float:

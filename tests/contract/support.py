@@ -31,7 +31,7 @@ ON_A_GPU = ("elra", "elra_spectral")  # docs/results/gpu
 ON_2D_MESHES = ("elra", "elra_spectral")  # tests/trainer/test_processes.py: shards, polar factors of shards
 ON_FAKE_MPS = ("elra", "elra_spectral")  # tests/test_devices.py
 WITH_A_SCALER = ("elra", "elra_spectral", "hypergradient_adamw")  # tests/trainer/test_half_precision.py
-IN_A_GRAPH = ("elra",)  # docs/results/gpu; what waits for the host cannot be captured, which is torch's error
+IN_A_GRAPH = ("elra", "elra_spectral")  # docs/results/gpu; what waits for the host is refused by torch
 
 
 def ran(test: Callable[..., Any]) -> Callable[[Case], str]:

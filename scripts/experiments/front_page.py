@@ -34,6 +34,8 @@ COLOURS = {
 }
 MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
 BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
+COMPARED = {"fashion_mnist": "Fashion-MNIST", "cifar": "ResNet-20, CIFAR-10", "llama": "Llama"}
+METHODS = ("elra_spectral", "elra", "adamw", "schedule_free", "prodigy")
 FINE_TUNING = {
     "TinyStories": "tinystories", "tinyshakespeare": "tinyshakespeare", "German captions": "multi30k-german",
     "the children's books again": "stories",
@@ -172,6 +174,33 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def needs_a_rate() -> str:
+    """Return README's other table: accuracy at defaults, and at the worst of three rates to begin with."""
+    lines = [f"| | {' | '.join(COMPARED.values())} |", f"|---|{'---:|' * len(COMPARED)}"]
+    files = {name: (RESULTS / "compare" / f"{name}.jsonl").read_text("utf-8").splitlines() for name in COMPARED}
+    for method in METHODS:
+        cells = []
+        for texts in files.values():
+            of_rates: dict[float | None, list[float]] = {}
+            for run in map(json.loads, texts):
+                if run.get("method") == method:
+                    of_rates.setdefault(run["rate"], []).append(100 * run["accuracy"])
+            means = {rate: statistics.fmean(values) for rate, values in of_rates.items()}
+            worst = min(mean for rate, mean in means.items() if rate is not None)
+            cells.append(f"{means[None]:.1f}/{worst:.1f}")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def front_page() -> str:
+    """Return both tables of README."""
+    between = (
+        "Accuracy in % [at defaults/at the worst](docs/results/compare.md) initial rate of 1e-4, 1e-2 and 1; five of 25"
+        "\nmethods, short runs:"
+    )
+    return "\n\n".join([table(), between, needs_a_rate()])
+
+
 def fine_tuning() -> str:
     """The table of the page on fine-tuning: the loss on the new text, and in brackets that on the old one."""
     rows = {"**elra_spectral**": "elra_spectral"} | {
@@ -202,7 +231,7 @@ def result_of_spectral() -> str:
 
 
 MADE = {
-    "README.md": table,
+    "README.md": front_page,
     "docs/guides/finetuning.md": fine_tuning,
     "docs/optimizers/elra_spectral.md": result_of_spectral,
 }
@@ -241,7 +270,7 @@ def main(words: list[str]) -> int:
     PICTURES.mkdir(exist_ok=True)
     for theme, colours in COLOURS.items():
         draw(picture(theme), colours)
-    print(table())
+    print(front_page())
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_elra.optim.tensors import flat
+from hf_elra.optim.tensors import flat, wide
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """Pairs of tensors of equal shapes."""
@@ -59,11 +59,6 @@ def at_once(work: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tenso
     """Return what an elementwise function makes of corresponding vectors of one device, which are short."""
     found = work(*(torch.cat([t.reshape(-1) for t in vectors]) for vectors in lists))
     return list(found.split([t.numel() for t in lists[0]]))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which is computed what is kept in another one: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -37,6 +37,7 @@ from hf_elra.optim.tensors import (
     seed_of_part,
     shard_groups,
     stochastically_rounded,
+    wide,
 )
 
 OF_GROUP = ("step_size", "step_factor", "step_decay")
@@ -429,7 +430,7 @@ class DecidesOnDevice(NumbersOnDevice):
             generator: torch.Generator | None = None
             if rounds and any(local(p).dtype == torch.bfloat16 for p in group["params"]):
                 generator = torch.Generator(before.device).manual_seed(there.calls)
-            in_type = {dtype: (rest.to(dtype), along.to(dtype)) for dtype in {_wide(p.dtype) for p in group["params"]}}
+            in_type = {dtype: (rest.to(dtype), along.to(dtype)) for dtype in {wide(p.dtype) for p in group["params"]}}
             together: list[tuple[Tensor, Tensor]] = []
             alike = generator is None and (uniform or not there.decayed[number])
             for p in group["params"]:
@@ -437,7 +438,7 @@ class DecidesOnDevice(NumbersOnDevice):
                 if key not in self.state.get(p, {}):
                     continue
                 x, u = local(p), local(self.state[p][key])
-                of_p, by = in_type[_wide(x.dtype)]
+                of_p, by = in_type[wide(x.dtype)]
                 if there.decayed[number] and not uniform:  # only what makes a step loses something, or gets it back
                     flag = moved[index - 1]
                     now = torch.where(stands, 1 - loses if p in used else 1.0, 1 + flag * (rest - 1))
@@ -510,8 +511,8 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     x, y = flat(left, right)
     if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
         return torch.dot(x, y)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.dot(x.to(wide), y.to(wide))
+    dtype = wide(torch.promote_types(x.dtype, y.dtype))
+    return torch.dot(x.to(dtype), y.to(dtype))
 
 
 def _on(loss: Tensor | float, beside: Tensor) -> Tensor:
@@ -536,21 +537,16 @@ def _note(before: dict[str, Tensor], after: dict[str, Tensor], measured: Measure
     ])  # fmt: skip
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a step is computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 def _move(x: Tensor, u: Tensor, kept: Tensor | None, along: Tensor, generator: torch.Generator | None) -> None:
     """x ← kept·x + along·u, in place and rounded once; None for 1. With a generator bfloat16 is rounded at random."""
-    wide = x.to(along.dtype)  # x itself, where it is not of half precision
+    moved = x.to(along.dtype)  # x itself, where it is not of half precision
     if kept is not None:
-        wide = wide.mul_(kept)
-    wide = wide.addcmul_(u.to(along.dtype), along)
+        moved = moved.mul_(kept)
+    moved = moved.addcmul_(u.to(along.dtype), along)
     if x.dtype == torch.bfloat16 and generator is not None:
-        wide = stochastically_rounded(wide, generator)
-    if wide is not x:
-        x.copy_(wide)
+        moved = stochastically_rounded(moved, generator)
+    if moved is not x:
+        x.copy_(moved)
 
 
 def _share_lost(x: Tensor, u: Tensor, along: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which is computed what is kept in another one: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def flat(*tensors: Tensor) -> list[Tensor]:
     """Return tensors of one shape as vectors with elements in the same order; views if possible, else copies."""
     if all(t.is_contiguous() for t in tensors):

@@ -20,7 +20,7 @@ from hf_elra.optim import many_tensors
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
-from hf_elra.optim.tensors import PIECE, in_pieces, local
+from hf_elra.optim.tensors import PIECE, in_pieces, local, wide
 
 OVER = 1e-3
 """A tensor or row without a gradient stops once its average is below this share of the largest average, which takes 66
@@ -107,11 +107,11 @@ class Spectral(Direction):
         else:
             for average, gradient, target in zip(averages, here, ahead, strict=True):
                 taken = self._counted(gradient, average)  # towards itself, an average does not move
-                wide = torch.promote_types(average.dtype, torch.float32)
+                dtype = wide(average.dtype)
                 for old, new, further in in_pieces(average, taken, target):
-                    exact = torch.lerp(old.to(wide), new.to(wide), 1 - self.momentum)
+                    exact = torch.lerp(old.to(dtype), new.to(dtype), 1 - self.momentum)
                     old.copy_(exact)  # to the nearest number: an average of noisy gradients does not stall
-                    further.copy_(exact.lerp_(new.to(wide), 1 - self.momentum))
+                    further.copy_(exact.lerp_(new.to(dtype), 1 - self.momentum))
         return [like(values, p) for values, p in zip(ahead, params, strict=True)]
 
     def _counted(self, gradient: Tensor, other: Tensor | float) -> Tensor:
@@ -179,7 +179,7 @@ def kept_in(param: Tensor, asked: str) -> torch.dtype:
     """
     if asked == "bfloat16" or (asked == "auto" and param.dtype != torch.float64):
         return torch.bfloat16
-    return torch.promote_types(param.dtype, torch.float32)
+    return wide(param.dtype)
 
 
 def _unit_polar_factors(matrices: Tensor, polar_dtype: str) -> Tensor:
@@ -362,4 +362,4 @@ def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide(tensor.dtype))

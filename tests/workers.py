@@ -5,6 +5,7 @@ import copy
 import itertools
 import os
 import warnings
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
+from hf_elra.errors import ConfigurationError
+from hf_elra.optim import shards
 from hf_elra.optim.tensors import local
 from lib.many_processes import flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
@@ -336,6 +339,22 @@ def beside_all_on_each(shapes, dtype, state_dtype):
         flat = [torch.cat([p.detach().reshape(-1) for p in params]) for params in ours]
         differing += not torch.equal(*flat) or not same_everywhere(flat[0])
     return {"differing": differing, "moved": [counter.bytes / 5 for counter in moved]}
+
+
+def gloo_stays_on_the_host():
+    """What gloo can move; what an update moves where it cannot; the error for parts that it would have to move."""
+    dist.init_process_group("gloo")
+    able = [shards.can_move(dist.group.WORLD, device) for device in ("cpu", "cuda")]
+    with mock.patch.object(shards, "can_move", return_value=False):
+        copies = beside_all_on_each([(8, 4), (6,)], torch.float32, "auto")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        split = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+        split.grad = torch.ones_like(split)
+        try:
+            ELRASpectral([split]).step(loss=1.0)
+        except ConfigurationError as error:
+            return {"able": able, "copies": copies, "error": str(error)}
+    return None
 
 
 def split_matrices_are_sent(numbers, rows, columns, types):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_elra.errors import ConfigurationError
 from hf_elra.optim.tensors import local, shard_groups
 
 
@@ -48,14 +49,23 @@ def pieces_of(tensor: Tensor, *, stacked: bool, group: dist.ProcessGroup | None 
     Args:
         tensor: one matrix, or several.
         stacked: whether the tensor is several matrices, along its first dimension.
-        group: processes that have copies of a tensor that is no DTensor, and share the work on it; None for none.
+        group: processes that have copies of a tensor that is no DTensor, and share the work on it if they can; None
+            for none.
+
+    Raises:
+        ConfigurationError: parts cannot be put together by the backend of the processes.
     """
     mesh: DeviceMesh | None = None
     placements: tuple[Any, ...] = ()
     if isinstance(tensor, DTensor):
         tensor = plain = _plainly_split(tensor)
         mesh, placements = plain.device_mesh, plain.placements
-    elif group is not None and dist.get_world_size(group) > 1:
+        if not all(can_move(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)):
+            raise ConfigurationError(
+                f"elra_spectral cannot put matrices together that are split over {mesh.device_type} devices of processes "
+                "that talk by gloo; use the backend of these devices, as nccl for cuda."
+            )
+    elif group is not None and dist.get_world_size(group) > 1 and can_move(group, tensor.device.type):
         mesh, placements = _copies_on(group, tensor.device.type), (Replicate(),)
     if not stacked:
         return [Piece(local(tensor), tuple(tensor.shape), mesh, placements)]
@@ -196,6 +206,16 @@ def reduced(values: Sequence[Tensor], groups: Sequence[tuple[dist.ProcessGroup, 
         for index, part in zip(indices, flat.split([values[index].numel() for index in indices]), strict=True):
             result[index] = part.view_as(values[index])
     return result
+
+
+@functools.cache
+def can_move(group: dist.ProcessGroup, device: str) -> bool:
+    """Return whether the processes of a group can gather tensors of this kind of device as DTensors do.
+
+    gloo takes the addresses of such tensors for the host's: on a GPU both processes die of it (seen with torch 2.11).
+    """
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return device == "cpu" or backends.get(device) != "gloo"
 
 
 @functools.cache

@@ -71,8 +71,8 @@ class ELRASpectral(DecidesOnDevice):
             below their precision are not lost. The same on every process and in a resumed run. Default: False.
         distribute (str): with several processes that have the same parameters (:attr:`process_group`, as in DDP),
             ``"auto"`` takes every polar factor on one of them, which tells the others; ``"off"`` takes all of them on
-            each. Parameters that are split (DTensor, as by FSDP2 or tensor parallelism) are always computed once each.
-            Default: ``"auto"``.
+            each, as both do where gloo joins CUDA devices. Parameters that are split (DTensor, as by FSDP2 or tensor
+            parallelism) are always computed once each. Default: ``"auto"``.
         polar_batch (int): polar factors are taken of matrices of one shape together, of so many numbers at most, or of
             one larger matrix: the memory for them is a few times as many numbers in float32 (on a GPU half of that).
             Which are taken together changes nothing else. Default: 2^24.

@@ -6,9 +6,9 @@
 ``ntlr``: NTLR's figure 2, MNIST by 784-1000-10 from α_0 of 1e-1 to 1e-9, beside SGD. ``batches``: the same network with
 batches of 64 to 512. ``hypergradients``: NTLR's table 1, hypergradients of K updates with every η of the paper; here on
 MNIST by 784-100-10. ``translation``: its figure 5, NTLR over SGD and Adam; here two layers of width 64 on each side,
-on 4,000 captions of Multi30k. ``labpal``: LABPAL's figure 8, ResNet-20 on CIFAR-10, beside other line searches and SGD
-with a piecewise constant rate; here images have half the height and width. Its steps are batches drawn: those that a
-measurement takes are spent. ``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
+on 4,000 captions of Multi30k. ``labpal``: LABPAL's figures 8, 10 and 11 (``--batches 128``,
+32 and 8), ResNet-20 on CIFAR-10, beside other line searches and SGD with a piecewise constant rate; here images have
+half the height and width. Its steps are batches drawn: those that a measurement takes are spent. ``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
 
 DIR holds ``mnist/`` (idx files), ``cifar10/cifar10_jpeg.npz`` and ``multi30k/``. Every run is a JSON line, written at
 once; the first line is command, machine and versions. Runs that are in the file already are left out.
@@ -117,21 +117,22 @@ def mnist_run(run: Run, data: Images) -> dict[str, Any]:
 # ---- LABPAL: figure 8 ----
 
 BATCH, LOOKS = 128, 8
-MEASURED = 1280
+MEASURED, EVERY = 1280, 50
 """Samples of LABPAL's measurement."""
 LABPAL = ("labpal_sgd", "labpal_nsgd")
 SCHEDULE = ((0.75, 4), (0.5, 2), (0.0, 1))
 """From which share of training on LABPAL's updates have how many batches."""
 
 
-def labpal_runs(seed: int, steps: int) -> Iterator[Run]:
-    """The methods of figure 8, and ``elra``. LABPAL measures every 50 updates in place of 1,000: training is short."""
+def labpal_runs(seed: int, steps: int, batch: int) -> Iterator[Run]:
+    """The methods of figure 8, and ``elra``. Training is short: LABPAL measures every 50 updates in place of 1,000, and
+    at smaller batches less often, so that measurements take the same share of what is drawn."""
     for rate in (0.1, 0.01):
-        yield Run("labpal", "sgd_piecewise", {"lr": rate, "momentum": 0.9, "steps": steps}, BATCH, seed)
+        yield Run("labpal", "sgd_piecewise", {"lr": rate, "momentum": 0.9, "steps": steps}, batch, seed)
     for method in LABPAL:
-        yield Run("labpal", method, {"every": 50, "steps": steps}, BATCH, seed)
+        yield Run("labpal", method, {"every": EVERY * BATCH // batch, "steps": steps}, batch, seed)
     for method in ("elra", "sls", "pal", "gols", "pls"):
-        yield Run("labpal", method, {"steps": steps}, BATCH, seed)
+        yield Run("labpal", method, {"steps": steps}, batch, seed)
 
 
 def labpal_run(run: Run, data: Pictures) -> dict[str, Any]:
@@ -389,15 +390,16 @@ def labpal_digits_table(runs: list[dict[str, Any]]) -> str:
 
 
 def labpal_table(runs: list[dict[str, Any]]) -> str:
-    """Figure 8 at its end."""
+    """Figures 8, 10 and 11 at their ends, batch after batch."""
     rows = []
-    for run in sorted(runs, key=lambda run: -run["accuracy"]):
+    for run in sorted(runs, key=lambda run: (-run["batch"], -run["accuracy"])):
         more = ", ".join(f"{name}={value}" for name, value in run["settings"].items() if name != "steps")
-        rows.append([f"`{run['method']}`" + (f" ({more})" if more else ""), f"{run['train_loss']:.3f}",
-                     f"{100 * run['accuracy']:.1f}", str(run["batches"]), str(run["updates"]),
+        rows.append([str(run["batch"]), f"`{run['method']}`" + (f" ({more})" if more else ""),
+                     f"{run['train_loss']:.3f}", f"{100 * run['accuracy']:.1f}", str(run["batches"]), str(run["updates"]),
                      f"{run['forwards'] + 2 * run['backwards']:,}", f"{run['curve'][-1][4]:.2g}",
                      run["failed"] or ""])  # fmt: skip
-    head = ["method", "last training loss", "accuracy", "batches drawn", "updates", "forward-equivalents", "last α", ""]
+    head = ["batch", "method", "last training loss", "accuracy", "batches drawn", "updates", "forward-equivalents",
+            "last α", ""]  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -414,6 +416,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="of ntlr (20), batches (5), hypergradients (3), translation (4)")
     parser.add_argument("--steps", type=int, default=312, help="of labpal, batches drawn (312 an epoch)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help=f"of labpal. Default: {BATCH}.")
     parser.add_argument("--methods", nargs="+", help="these alone")
     given = parser.parse_args()
     if given.table:
@@ -432,7 +435,8 @@ def main() -> None:
         elif given.experiment == "translation":
             runs += translation_runs(seed, given.epochs or 4)
         elif given.experiment == "labpal":
-            runs += labpal_runs(seed, given.steps)
+            for batch in given.batches:
+                runs += labpal_runs(seed, given.steps, batch)
         else:
             runs += [
                 Run("labpal_digits", method, settings, PROBLEMS["digits"].batch, seed) for method, settings in ON_DIGITS

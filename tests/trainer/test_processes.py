@@ -116,6 +116,14 @@ def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
         assert found == {"differing": 0, "moved": [numbers * width, 0]}, types
 
 
+def test_where_gloo_joins_accelerators_each_process_does_all():
+    """gloo gathers from the host's memory alone, which ends a process that gives it a GPU's."""
+    found = together(workers.gloo_stays_on_the_host, 2)
+    assert found["able"] == [True, False]
+    assert found["copies"] == {"differing": 0, "moved": [0, 0]}
+    assert "use the backend of these devices, as nccl for cuda" in found["error"]
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_split_matrices_are_sent_as_the_docs_say(processes):
     """gloo, which has no all-to-all, gathers what each process would give to it: as many bytes, times the processes."""

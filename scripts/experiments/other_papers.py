@@ -8,7 +8,8 @@ batches of 64 to 512. ``hypergradients``: NTLR's table 1, hypergradients of K up
 MNIST by 784-100-10. ``translation``: its figure 5, NTLR over SGD and Adam; here two layers of width 64 on each side,
 on 4,000 captions of Multi30k. ``labpal``: LABPAL's figures 8, 10 and 11 (``--batches 128``,
 32 and 8), ResNet-20 on CIFAR-10, beside other line searches and SGD with a piecewise constant rate; here images have
-half the height and width. Its steps are batches drawn: those that a measurement takes are spent. ``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
+half the height and width. Its steps are batches drawn: those that a measurement takes are spent.
+``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
 
 DIR holds ``mnist/`` (idx files), ``cifar10/cifar10_jpeg.npz`` and ``multi30k/``. Every run is a JSON line, written at
 once; the first line is command, machine and versions. Runs that are in the file already are left out.
@@ -395,7 +396,8 @@ def labpal_table(runs: list[dict[str, Any]]) -> str:
     for run in sorted(runs, key=lambda run: (-run["batch"], -run["accuracy"])):
         more = ", ".join(f"{name}={value}" for name, value in run["settings"].items() if name != "steps")
         rows.append([str(run["batch"]), f"`{run['method']}`" + (f" ({more})" if more else ""),
-                     f"{run['train_loss']:.3f}", f"{100 * run['accuracy']:.1f}", str(run["batches"]), str(run["updates"]),
+                     f"{run['train_loss']:.3f}", f"{100 * run['accuracy']:.1f}", str(run["batches"]),
+                     str(run["updates"]),
                      f"{run['forwards'] + 2 * run['backwards']:,}", f"{run['curve'][-1][4]:.2g}",
                      run["failed"] or ""])  # fmt: skip
     head = ["batch", "method", "last training loss", "accuracy", "batches drawn", "updates", "forward-equivalents",

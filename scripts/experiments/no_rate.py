@@ -8,24 +8,27 @@ first half of the stories, trained further on tinyshakespeare and on German capt
 whole and by LoRA; MiniLM on SST-2, whole and by LoRA; from scratch a BERT on SST-2, a ResNet-20 and a ViT on CIFAR-10,
 and a T5 that translates captions. Partners are those of ``lib/partners.py``. Every run is one line, written at once;
 the same command makes what is missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
-``stories``, ``sst2``, ``tinyshakespeare`` and ``multi30k``. ``--only TASK…`` and ``--rows ROW…`` choose.
+``stories``, ``sst2``, ``tinyshakespeare`` and ``multi30k``. ``--only TASK…`` and ``--rows ROW…`` choose; ``--best``
+makes more seeds at the best rate of those that were run.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -158,17 +161,18 @@ class Llama(Stories):
     """A small Llama on one of the texts, or with a fresh head on sentences."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, data: Data, start: Path) -> None:
-        super().__init__(SETTINGS["llama-width64"], given.bundle, "cpu", tiny=False)
-        self.trained, self.start, self.data = task, start, data
+        super().__init__(SETTINGS["llama-width64"], given.bundle, given.device, tiny=False)
+        self.trained, self.start = task, start
         if task.text in data.blocks:
-            self.train, self.validation = data.blocks[task.text]
+            self.train, self.validation = (blocks.to(self.device) for blocks in data.blocks[task.text])
+        self.sentences = {name: [part.to(self.device) for part in parts] for name, parts in data.sentences.items()}
         self.size = SENTENCES if task.text == "sst2" else len(self.train)
 
     def model(self, seed: int) -> nn.Module:
         """Make or load it."""
         model: Any = super().model(seed)
         if self.trained.begins == "trained":
-            model.load_state_dict(torch.load(self.start))
+            model.load_state_dict(torch.load(self.start, map_location=self.device))
         torch.manual_seed(seed)
         if self.trained.rank:
             model.requires_grad_(False)
@@ -180,20 +184,20 @@ class Llama(Stories):
                         setattr(parent, name, beside)
         if self.trained.text == "sst2":
             model.score = nn.Linear(WIDTH, 2)
-        return model
+        return cast(nn.Module, model.to(self.device))
 
     def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Nats a token, or cross-entropies."""
         if self.trained.text != "sst2":
             return super().losses(model, rows)
-        ids, lengths, labels = (part[rows] for part in self.data.sentences["train"])
+        ids, lengths, labels = (part[rows] for part in self.sentences["train"])
         return functional.cross_entropy(self._logits(model, ids, lengths), labels, reduction="none")
 
     def _logits(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
         mask = self.mask[:, :, :OF_SENTENCES, :OF_SENTENCES].expand(len(ids), -1, -1, -1)
         places = self.places[:, :OF_SENTENCES].expand(len(ids), -1)
         hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state
-        counts = (torch.arange(OF_SENTENCES)[None] < lengths[:, None]).float()[..., None]
+        counts = (torch.arange(OF_SENTENCES, device=self.device)[None] < lengths[:, None]).float()[..., None]
         logits: Tensor = model.score((hidden * counts).sum(1) / counts.sum(1))
         return logits
 
@@ -201,7 +205,7 @@ class Llama(Stories):
         """Validation loss, and accuracy of classes."""
         if self.trained.text != "sst2":
             return super().evaluate(model)
-        ids, lengths, labels = self.data.sentences["dev"]
+        ids, lengths, labels = self.sentences["dev"]
         logits = self._logits(model, ids, lengths)
         hits = (logits.argmax(1) == labels).float().mean().item()
         return {"loss": functional.cross_entropy(logits, labels).item(), "accuracy": hits}
@@ -211,7 +215,9 @@ class Encoder(Sentences):
     """A small BERT on sentences, from scratch."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
-        super().__init__(replace(SETTINGS["minilm-4000"], examples=task.examples), given.bundle, "cpu", tiny=False)
+        super().__init__(
+            replace(SETTINGS["minilm-4000"], examples=task.examples), given.bundle, given.device, tiny=False
+        )
         self.trained = task
 
     def model(self, seed: int) -> nn.Module:
@@ -221,14 +227,14 @@ class Encoder(Sentences):
             vocab_size=self.config["vocab_size"], hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=256, max_position_embeddings=64, num_labels=2, attn_implementation="eager",
         )  # fmt: skip
-        return transformers.BertForSequenceClassification(config).train()
+        return transformers.BertForSequenceClassification(config).to(self.device).train()
 
 
 class Images(Pictures):
     """CIFAR-10 with a ResNet-20 or a small ViT, from scratch."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
-        super().__init__(SETTINGS["resnet20"], given.bundle, "cpu", tiny=False)
+        super().__init__(SETTINGS["resnet20"], given.bundle, given.device, tiny=False)
         self.trained = task
 
     def model(self, seed: int) -> nn.Module:
@@ -240,7 +246,7 @@ class Images(Pictures):
             image_size=32, patch_size=4, hidden_size=96, num_hidden_layers=4, num_attention_heads=3,
             intermediate_size=192, num_labels=10,
         )  # fmt: skip
-        return LogitsOfViT(config).train()
+        return LogitsOfViT(config).to(self.device).train()
 
 
 class LogitsOfViT(transformers.ViTForImageClassification):
@@ -258,7 +264,7 @@ class Translation(Task):
     LONGEST, PADDING, ENDS = 40, 0, 1
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
-        self.trained = task
+        self.trained, self.device = task, given.device
         sides = {
             (name, language): self._lines(given.data / f"multi30k/{name}.{language}.gz")
             for name in ("train", "val")
@@ -279,7 +285,7 @@ class Translation(Task):
     def _padded(self, tokenizer: Any, lines: list[str]) -> Tensor:
         pieces = (tokenizer(line)["input_ids"][: self.LONGEST - 1] for line in lines)
         rows = [[*(piece + 2 for piece in row), self.ENDS] for row in pieces]
-        return torch.tensor([row + [self.PADDING] * (self.LONGEST - len(row)) for row in rows])
+        return torch.tensor([row + [self.PADDING] * (self.LONGEST - len(row)) for row in rows], device=self.device)
 
     def model(self, seed: int) -> nn.Module:
         """Make it."""
@@ -288,7 +294,7 @@ class Translation(Task):
             vocab_size=self.pieces, d_model=96, d_kv=32, d_ff=192, num_layers=2, num_heads=3, dropout_rate=0.0,
             pad_token_id=self.PADDING, eos_token_id=self.ENDS, decoder_start_token_id=self.PADDING,
         )  # fmt: skip
-        return transformers.T5ForConditionalGeneration(config).train()
+        return transformers.T5ForConditionalGeneration(config).to(self.device).train()
 
     def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Losses of captions, so that their mean is that of all pieces."""
@@ -343,7 +349,7 @@ def with_nothing_chosen(task: Any, seed: int, _: Any) -> dict[str, Any]:
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
     average, found, rates = WeightAverage(model, power=8), {}, []
     names = {id(p): name for name, p in model.named_parameters()}
-    for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed), start=1):
+    for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed).to(task.device), start=1):
         loss = task.losses(model, rows).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -363,7 +369,7 @@ def with_a_partner(name: str, task: Any, seed: int, rate: float | None) -> dict[
     training = Training(partner, model, rate, trained.updates)
     average, found = WeightAverage(model, power=8), {}
     names = {id(p): name for name, p in model.named_parameters()}
-    for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed), start=1):
+    for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed).to(task.device), start=1):
         training.step(task.losses(model, rows).mean())
         average.add()
         if number in (trained.updates // 3, trained.updates):
@@ -385,11 +391,18 @@ ROWS: dict[str, Callable[[Any, int, Any], dict[str, Any]]] = {
 TITLES = {"ours": "elra_spectral", "constant": "its direction, constant rate", "adamw": "AdamW, cosine"}
 
 
-def wanted(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is to be run, the first seed of everything first."""
     for seed, name, row in itertools.product(given.seeds, given.only, given.rows):
         has_rate = row == "adamw" or (row in PARTNERS and PARTNERS[row].has_rate)
-        grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw if has_rate else (None,)
+        grid: Sequence[float | None] = (None,)
+        if row == "constant" or has_rate:
+            grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw
+            if given.best:
+                known = {
+                    rate: ends for (task, kind, rate), ends in runs_of(lines).items() if (task, kind) == (name, row)
+                }
+                grid = [best_rate(known)] if known else []
         for rate in grid:
             yield {"task": name, "row": row, "rate": rate, "seed": seed}
 
@@ -404,7 +417,7 @@ def trained_llama(given: argparse.Namespace, data: Data) -> Path:
         model: Any = task.model(0)
         optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
         average = WeightAverage(model, power=8)
-        for number, rows in enumerate(order(task.size, 16, 1024, 0), start=1):
+        for number, rows in enumerate(order(task.size, 16, 1024, 0).to(task.device), start=1):
             loss = task.losses(model, rows).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -417,25 +430,42 @@ def trained_llama(given: argparse.Namespace, data: Data) -> Path:
     return file
 
 
-def table(lines: list[str]) -> str:
-    """Return a table, one row a task: loss and accuracy at the end, the mean of what seeds there are.
+Runs = dict[tuple[str, str, float | None], list[dict[str, float]]]
 
-    Ours is the weighted mean of all points. Of a constant rate and of a partner it is that or the last point, whichever
-    is better, at the best rate of the grid, which is named.
+
+def runs_of(lines: list[str]) -> Runs:
+    """Task, row and rate → what every seed came to: of ours the weighted mean of all points, else that or the last one.
+
+    Of the two whichever is better, which is generous to the others.
     """
-    runs: dict[tuple[str, str, float | None], list[dict[str, float]]] = {}
+    runs: Runs = {}
     for run in map(json.loads, lines):
         end = list(run["found"].values())[-1]
         better = end["mean"] if run["row"] == "ours" else min(end.values(), key=lambda found: found["loss"])
         runs.setdefault((run["task"], run["row"], run["rate"]), []).append(better)
+    return runs
+
+
+def best_rate(found: dict[float | None, list[dict[str, float]]]) -> float | None:
+    """The rate that ends lowest, in the mean of its seeds, of those that were run with the most seeds."""
+    most = max(len(ends) for ends in found.values())
+    whole = [rate for rate, ends in found.items() if len(ends) == most]
+    return min(whole, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]))
+
+
+def table(lines: list[str]) -> str:
+    """Return a table, one row a task: loss and accuracy at the end, the mean of what seeds there are.
+
+    A constant rate and a partner have the best rate of the grid, which is named.
+    """
+    runs = runs_of(lines)
     kinds = [row for row in ROWS if any(row == kind for _, kind, _ in runs)]
     rows = ["| task | " + " | ".join(TITLES.get(kind, kind) for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for task in (task for task in TASKS if any(task == name for name, _, _ in runs)):
         cells = []
         for row in kinds:
             found = {rate: ends for (name, kind, rate), ends in runs.items() if (name, kind) == (task, row)}
-            best = min(found, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]), default=None)
-            cells.append(_cell(found[best], best) if found else "–")
+            cells.append(_cell(found[best], best) if found and (best := best_rate(found)) in found else "–")
         rows.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -459,6 +489,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--best", action="store_true", help="of the rates only the best of those that were run")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each of one thread")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--print", action="store_true", help="only the table of what is there")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -469,21 +503,40 @@ def main(words: list[str]) -> int:
         return 0
     keys = ("task", "row", "rate", "seed")
     done = [{key: line[key] for key in keys} for line in map(json.loads, lines)]
+    missing = [run for run in wanted(given, lines) if run not in done]
     data = Data(given)
-    start = trained_llama(given, data)
-    for run in wanted(given):
-        if run in done:
-            continue
-        begun = time.perf_counter()
-        trained = TASKS[run["task"]]
-        task = MODELS[trained.model](trained, given, data, start)
-        result = {**run, **ROWS[run["row"]](task, run["seed"], run["rate"])}
-        result |= {"seconds": round(time.perf_counter() - begun, 1), **environment("cpu")}
-        with given.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        end = list(result["found"].values())[-1]["mean"]
-        print(f"{run}: {end}, {result['seconds']} s", flush=True)
-    return 0
+    start, ends = trained_llama(given, data), time.monotonic() + given.seconds
+    if given.workers == 1:
+        for run in missing:
+            make(run, given, data, start, ends)
+        return 0
+    # Forked, so that the data are there already; no CUDA device may have been asked for before.
+    with multiprocessing.get_context("fork").Pool(given.workers) as pool:
+        calls = [pool.apply_async(make, (run, given, data, start, ends)) for run in missing]
+        failed = 0
+        for run, call in zip(missing, calls, strict=True):
+            try:
+                call.get()
+            except Exception as error:  # the others go on
+                print(f"{run}: {type(error).__name__}: {error}", flush=True)
+                failed = 1
+    return failed
+
+
+def make(run: dict[str, Any], given: argparse.Namespace, data: Data, start: Path, ends: float) -> None:
+    """Make a run and write its line."""
+    begun = time.perf_counter()
+    if time.monotonic() > ends:
+        return
+    trained = TASKS[run["task"]]
+    task = MODELS[trained.model](trained, given, data, start)
+    result = {**run, **ROWS[run["row"]](task, run["seed"], run["rate"])}
+    result |= {"seconds": round(time.perf_counter() - begun, 1), **environment(given.device)}
+    with given.output.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(result) + "\n")
+    end = list(result["found"].values())[-1]["mean"]
+    print(f"{run}: {end}, {result['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ TITLE = "BabyLlama 15m"
 SECONDS = 300
 OURS = "elra_spectral"
 ADAMW_RATES = ("1e-3", "2e-3", "4e-3")
-MUON_RATE = "2e-3"
+MUON_RATES = ("2e-3", "1e-3", "4e-3")
 MOST_UPDATES = 2000
 EVALUATIONS = 5
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "max_grad_norm": 1.0, "weight_decay": 0.1}
@@ -40,10 +40,12 @@ def _rows() -> dict[str, Row]:
     rows = {OURS: Row({"optim": OURS})}
     rows |= {f"AdamW, cosine, {rate}": Row({**ADAMW, "learning_rate": float(rate)}) for rate in ADAMW_RATES[1::-1]}
     muon = {"optim": "adamw_torch", "elra_boost_mean": "run"}
-    rows[f"Muon, constant, with the mean of the run, {MUON_RATE}"] = Row(muon, muon=float(MUON_RATE))
+    of_muon = {f"Muon, constant, with the mean of the run, {rate}": Row(muon, float(rate)) for rate in MUON_RATES}
+    first = next(iter(of_muon))
+    rows[first] = of_muon.pop(first)
     rows[f"AdamW, cosine, {ADAMW_RATES[2]}"] = Row({**ADAMW, "learning_rate": float(ADAMW_RATES[2])})
     rows["elra"] = Row({"optim": "elra", "elra_batch_control": "off"})
-    return rows
+    return rows | of_muon
 
 
 SAME_SECONDS = "best AdamW, at the seconds of elra_spectral"

@@ -40,7 +40,7 @@ class Sentiment(Sentences):
 
     def __init__(self, trained: Any, given: Any, *_: Any) -> None:
         setting = replace(SETTINGS["minilm-4000"], examples=trained.examples, rank=trained.rank)
-        super().__init__(setting, Path(given.bundle), "cpu", tiny=False)
+        super().__init__(setting, Path(given.bundle), given.device, tiny=False)
         if self.size < trained.examples:
             raise ValueError(
                 f"--bundle {given.bundle} has {self.size} sentences and the task needs {trained.examples}: make it "
@@ -50,7 +50,7 @@ class Sentiment(Sentences):
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         longest = min(self.pieces, int(mask.sum(1).max()))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.computes_in is torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.computes_in is torch.bfloat16):
             return super()._logits(model, ids[:, :longest], mask[:, :longest]).float()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Captions(Task):
     head: str | None = None
 
     def __init__(self, trained: Any, given: Any, *_: Any) -> None:
-        self.trained, bundle = trained, Path(given.bundle)
+        self.trained, self.device, bundle = trained, given.device, Path(given.bundle)
         self.config = json.loads((bundle / "minilm.json").read_text(encoding="utf-8"))
         self.weights = load_file(bundle / "minilm.safetensors")
         with np.load(bundle / "captions.npz") as arrays:
@@ -78,14 +78,16 @@ class Captions(Task):
                 for name in ("train", "val")
                 for language in ("de", "en")
             }  # fmt: skip
-            self.capitals = {name: torch.from_numpy(arrays[f"{name}_capitals"]).long() for name in ("train", "val")}
+            self.capitals = {
+                name: torch.from_numpy(arrays[f"{name}_capitals"]).long().to(self.device) for name in ("train", "val")
+            }
         self.config["vocab_size"] = len(self.weights["embeddings.word_embeddings.weight"])
         self.size = len(self.capitals["train"])
 
-    @staticmethod
-    def _side(arrays: Any, name: str) -> tuple[Tensor, Tensor]:
+    def _side(self, arrays: Any, name: str) -> tuple[Tensor, Tensor]:
         ids = torch.from_numpy(arrays[name].astype(np.int64))
-        return ids, torch.arange(ids.shape[1])[None] < torch.from_numpy(arrays[f"{name}_lengths"])[:, None]
+        mask = torch.arange(ids.shape[1])[None] < torch.from_numpy(arrays[f"{name}_lengths"])[:, None]
+        return ids.to(self.device), mask.to(self.device)
 
     def _encoder(self, kind: Any, **more: Any) -> nn.Module:
         """Return MiniLM, with a fresh head or without."""
@@ -95,7 +97,7 @@ class Captions(Task):
         missing, unexpected = inner.load_state_dict(self.weights, strict=False)  # type: ignore[misc]
         if [name for name in (*missing, *unexpected) if "pooler" not in name and "_ids" not in name]:
             raise ValueError(f"minilm.safetensors: missing {missing}, unexpected {unexpected}")
-        return model.train()
+        return model.to(self.device).train()
 
 
 class SameCaption(Captions):
@@ -111,7 +113,7 @@ class SameCaption(Captions):
     def _embedded(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         longest = int(mask.sum(1).max())
         ids, mask = ids[:, :longest], mask[:, :longest]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return functional.normalize(mean, dim=1)
@@ -122,7 +124,8 @@ class SameCaption(Captions):
             self._embedded(model, *(part.index_select(0, rows) for part in self.sides["train", language]))
             for language in ("de", "en")
         )
-        return functional.cross_entropy(SCALE * german @ english.mT, torch.arange(len(rows)), reduction="none")
+        right = torch.arange(len(rows), device=self.device)
+        return functional.cross_entropy(SCALE * german @ english.mT, right, reduction="none")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss in batches of 32, and the mean reciprocal rank among all (none below the tenth)."""
@@ -137,7 +140,8 @@ class SameCaption(Captions):
         ranks = (cosines >= cosines.diagonal()[:, None]).sum(1)
         number = len(cosines) // 32
         blocks = torch.stack([cosines[32 * k : 32 * k + 32, 32 * k : 32 * k + 32] for k in range(number)])
-        loss = functional.cross_entropy(SCALE * blocks.flatten(0, 1), torch.arange(32).repeat(number))
+        right = torch.arange(32, device=self.device).repeat(number)
+        loss = functional.cross_entropy(SCALE * blocks.flatten(0, 1), right)
         return {"loss": loss.item(), "accuracy": torch.where(ranks <= 10, 1 / ranks, 0.0).mean().item()}
 
 
@@ -153,7 +157,7 @@ class Capitals(Captions):
 
     def _of(self, model: nn.Module, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         ids, mask = (part.index_select(0, rows) for part in self.sides[name, "de"])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask.long()).logits
         return logits.float(), self.capitals[name].index_select(0, rows)
 
@@ -165,7 +169,8 @@ class Capitals(Captions):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy of words."""
-        parts = [self._of(model, "val", rows) for rows in torch.arange(len(self.capitals["val"])).split(128)]
+        rows = torch.arange(len(self.capitals["val"]), device=self.device)
+        parts = [self._of(model, "val", lot) for lot in rows.split(128)]
         logits, labels = (torch.cat([part[k] for part in parts]).flatten(0, 1) for k in (0, 1))
         logits, labels = logits[labels.flatten() >= 0], labels.flatten()[labels.flatten() >= 0]
         hits = (logits.argmax(1) == labels).float().mean().item()
@@ -176,9 +181,13 @@ class Masked(Stories):
     """A small BERT from scratch that fills in masked tokens of stories."""
 
     def __init__(self, trained: Any, given: Any, *_: Any) -> None:
-        super().__init__(SETTINGS["llama-width64"], Path(given.bundle), "cpu", tiny=False)
+        super().__init__(SETTINGS["llama-width64"], Path(given.bundle), given.device, tiny=False)
         self.trained = trained
-        self.hidden = torch.rand(self.validation.shape, generator=torch.Generator().manual_seed(0)) < HIDDEN
+        self.hidden = self._masks(self.validation.shape, 0)
+
+    def _masks(self, shape: torch.Size, seed: int) -> Tensor:
+        """Which tokens are masked; the same on all devices."""
+        return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < HIDDEN).to(self.device)
 
     def model(self, seed: int) -> nn.Module:
         """Make a BERT, whose mask is one token more."""
@@ -188,13 +197,13 @@ class Masked(Stories):
             intermediate_size=256, max_position_embeddings=self.positions, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        return transformers.BertForMaskedLM(config).train()
+        model: nn.Module = transformers.BertForMaskedLM(config)
+        return model.to(self.device).train()
 
     def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Nats a masked token; the mask of a batch depends on its first row alone."""
         ids = self.train.index_select(0, rows)
-        generator = torch.Generator().manual_seed(int(rows[0]))
-        return self._filled(model, ids, torch.rand(ids.shape, generator=generator) < HIDDEN)
+        return self._filled(model, ids, self._masks(ids.shape, int(rows[0])))
 
     def _filled(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
         logits = model(input_ids=ids.masked_fill(hidden, self.pieces)).logits

@@ -61,7 +61,7 @@ class Trained:
         begins: ``"new"`` or ``"trained"``.
         rank, alpha: of LoRA; rank 0 for none.
         constant: rates of the same direction.
-        adamw: rates of the partners that need one.
+        adamw: rates of the partners that need one; Muon also has :data:`BEYOND` the largest, where new models are best.
         model: what it is, by a key of ``MODELS``.
         examples: how many there are for training, of SST-2 with MiniLM.
     """
@@ -84,6 +84,8 @@ ADAMW = (1e-3, 3e-3, 1e-2)
 TUNING = (1e-4, 3e-4, 1e-3, 3e-3)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 ENCODER = (5e-5, 1e-4, 2e-4, 4e-4)
+BEYOND = 3.0
+"""Times the largest rate of a grid."""
 TASKS = {
     "scratch, batch 4": Trained("stories", 4, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 16": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW),
@@ -398,6 +400,8 @@ def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, An
         grid: Sequence[float | None] = (None,)
         if row == "constant" or has_rate:
             grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw
+            if row == "Muon, cosine" and TASKS[name].model != "minilm":
+                grid = (*grid, BEYOND * max(grid))
             if given.best:
                 known = {
                     rate: ends for (task, kind, rate), ends in runs_of(lines).items() if (task, kind) == (name, row)

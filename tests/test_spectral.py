@@ -300,7 +300,22 @@ def test_slopes_of_examples_that_were_trained_on_make_it_no_larger():
         before, alpha = alpha, rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
         if update > 20:
             assert alpha < before
-    assert alpha > 3 * 89**-0.5
+    assert alpha == pytest.approx(89**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "more", "goes_back"),
+    [(0.3, {}, True), (0.9, {}, False), (0.3, {"warmup": 0}, False), (-0.9, {}, False)],
+    ids=["raised", "raised, by plain slopes", "α_0 is trusted", "made smaller"],
+)
+def test_after_the_first_pass_alpha_goes_back_to_what_suits_the_weights(ratio, more, goes_back):
+    rule, alpha = begun(fresh=50, **more)
+    for update in range(12, 51):
+        alpha = rule.propose(measured(update, ratio + 0.01 * (update % 2)), alpha)
+    before = alpha * 100**0.5
+    assert before == pytest.approx(4) or not goes_back
+    later = rule.propose(measured(51, 0.0), alpha) * 101**0.5
+    assert later == pytest.approx(1 if goes_back else before)
 
 
 @pytest.mark.parametrize("fresh", [None, 12])

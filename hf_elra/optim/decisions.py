@@ -282,6 +282,9 @@ def _proposed(
     since = OFFSET + update
     natural = rule["natural"] / (since.sqrt() if settings.falls else (2 * OFFSET) ** 0.5)
     fallen = alpha * ((OFFSET + rule["rule_update"]) / since).sqrt() if settings.falls else alpha
+    if settings.warmup > 0 and settings.fresh is not None:  # the first pass over the data is over
+        ends = (rule["rule_update"] <= settings.fresh) & (update > settings.fresh) & (fallen < settings.PLAIN * natural)
+        fallen = torch.where(ends, torch.minimum(fallen, natural), fallen)
 
     # Ratios are taken in, and may be significant (EndSlopes._corrected).
     slope = numbers["previous_slope"] - numbers["previous_slope_of_new"]

@@ -62,8 +62,8 @@ def pieces_of(tensor: Tensor, *, stacked: bool, group: dist.ProcessGroup | None 
         mesh, placements = plain.device_mesh, plain.placements
         if not all(can_move(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)):
             raise ConfigurationError(
-                f"elra_spectral cannot put matrices together that are split over {mesh.device_type} devices of processes "
-                "that talk by gloo; use the backend of these devices, as nccl for cuda."
+                f"elra_spectral cannot put matrices together that are split over {mesh.device_type} devices where gloo "
+                "joins the processes; use the backend of these devices, as nccl for cuda."
             )
     elif group is not None and dist.get_world_size(group) > 1 and can_move(group, tensor.device.type):
         mesh, placements = _copies_on(group, tensor.device.type), (Replicate(),)

@@ -66,11 +66,6 @@ def with_a_scaler(case: Case) -> str:
     return REFUSED if getattr(case.optimizer, "needs_line_loss", False) else among(WITH_A_SCALER, NOT_RUN)(case)
 
 
-def in_a_graph(case: Case) -> str:
-    """CUDA graphs; where numbers are decided on the device."""
-    return AWAY if case.optim == "elra_spectral" else among(IN_A_GRAPH, REFUSED)(case)
-
-
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "CPU": ran(test_contract.test_a_value_of_a_wrong_type_is_named),
     "CUDA": among(ON_A_GPU, AWAY),
@@ -82,7 +77,7 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "bf16": ran(test_contract.test_bfloat16_is_trained),
     "fp16": with_a_scaler,
     "compiled step": ran(test_contract.test_in_a_compiled_training_step),
-    "CUDA graph": in_a_graph,
+    "CUDA graph": among(IN_A_GRAPH, REFUSED),
     "LoRA": ran(test_contract.test_lora_alone_is_trained),
 }
 

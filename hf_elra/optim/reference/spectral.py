@@ -173,6 +173,9 @@ class ReferenceSpectral(ReferenceRestarts):
             return self.suits(self.updates)
         if self.momentum > 0:
             alpha *= math.sqrt((50 + before) / (50 + self.updates))
+        suits, epoch = self.suits(self.updates), self.updates_per_epoch
+        if self.warmup > 0 and epoch is not None and before <= epoch < self.updates and alpha < 4.04 * suits:
+            alpha = min(alpha, suits)
         if self.previous_counted <= 0:
             return alpha
         ratio = self.slope(gradients, self.previous_u, counted=True) / self.previous_counted
@@ -189,10 +192,10 @@ class ReferenceSpectral(ReferenceRestarts):
         corrected = alpha * math.exp(min(max(5 * beyond, -1), 0.4))
         if beyond < 0:
             return corrected
-        if self.updates_per_epoch is not None and self.updates > self.updates_per_epoch:
+        if epoch is not None and self.updates > epoch:
             return alpha
         most = self.max_correction if mean > 0.5 else min(4.0, self.max_correction)
-        return max(alpha, min(corrected, most * self.suits(self.updates)))
+        return max(alpha, min(corrected, most * suits))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """Polar factors of averaged gradients; rows of embeddings, and vectors, along their own averages."""

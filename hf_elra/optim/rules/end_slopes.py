@@ -22,7 +22,8 @@ class EndSlopes(Rule):
 
     That is so while every batch is new. Later the slopes are those of examples that have been trained on, along which a
     longer step always looks better as the network learns them by heart; so α is raised in the first pass over the data
-    alone.
+    alone. When it is over α goes back to what suits the weights, as people fine-tune gently where they go over a text
+    again, unless slopes were so plain that the model is far from its goal still (see below).
 
     What suits the weights is a guess, and how far corrections may lead away from it depends on how plain they are. A
     slope that a step leaves at more than half of what it was says that the lowest point is at least as far again, as
@@ -34,7 +35,8 @@ class EndSlopes(Rule):
     2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
 
     Args:
-        warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it.
+        warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it, so that
+            α does not go back to what suits the weights either.
         max_correction: corrections make α at most so many times what suits the weights; beyond :data:`USUALLY` times
             only while the mean ratio is above :data:`FAR_TOO_SHORT`.
         fresh: in so many updates the data are new; None: in all.
@@ -45,6 +47,8 @@ class EndSlopes(Rule):
     """Mean ratio below which steps are too long."""
     FAR_TOO_SHORT, USUALLY = 0.5, 4.0
     """Mean ratio above which α may be more than so many times what suits the weights."""
+    PLAIN = 1.01 * USUALLY
+    """An α of so many times what suits the weights outlasts the first pass; what is over 4 is for rounding."""
     FEWEST, SIGNIFICANCE = 3, 3.0
     """A mean is of at least so many ratios, and so many standard errors beyond its limit; more of them where there are
     few ratios, whose spread is not known well, and which are looked at again and again."""
@@ -85,8 +89,11 @@ class EndSlopes(Rule):
         if state["warms_up"]:
             state["warms_up"] = 0
             return self._natural(update)
-        falls = math.sqrt((OFFSET + before) / (OFFSET + update)) if self.falls else 1.0
-        return self._corrected(alpha * falls, measured) if measured.was_full else alpha * falls
+        alpha *= math.sqrt((OFFSET + before) / (OFFSET + update)) if self.falls else 1.0
+        if self.warmup > 0 and self.fresh is not None and before <= self.fresh < update:
+            natural = self._natural(update)
+            alpha = min(alpha, natural) if alpha < self.PLAIN * natural else alpha
+        return self._corrected(alpha, measured) if measured.was_full else alpha
 
     def _natural(self, update: int) -> float:
         return float(self.state["natural"]) / math.sqrt(OFFSET + (update if self.falls else OFFSET))

@@ -5,11 +5,12 @@
 
 Tasks: a Llama of width 64 from scratch on stories (batches of 4, 16, 64); that Llama, trained for 1,024 updates on the
 first half of the stories, trained further on tinyshakespeare and on German captions, and with a fresh head on SST-2,
-whole and by LoRA; MiniLM on SST-2, whole and by LoRA; from scratch a BERT on SST-2, a ResNet-20 and a ViT on CIFAR-10,
-and a T5 that translates captions. Partners are those of ``lib/partners.py``. Every run is one line, written at once;
-the same command makes what is missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
-``stories``, ``sst2``, ``tinyshakespeare`` and ``multi30k``. ``--only TASK…`` and ``--rows ROW…`` choose; ``--best``
-makes more seeds at the best rate of those that were run.
+whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scratch a BERT on SST-2, a ResNet-20 and a
+ViT on CIFAR-10, an MLP on MNIST, a CNN on Fashion-MNIST, an LSTM on stories, and a T5 that translates captions.
+Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
+missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with ``stories``, ``sst2``,
+``tinyshakespeare``, ``multi30k``, ``mnist`` and ``fashion_mnist``. ``--only TASK…`` and ``--rows ROW…`` choose;
+``--best`` makes more seeds at the best rate of those that were run.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
 from lib.encoder_tasks import Capitals, Masked, SameCaption, Sentiment
+from lib.other_tasks import GreyPictures, Recurrent
 from lib.partners import PARTNERS, Training
 from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
@@ -120,6 +122,9 @@ TASKS = {
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
     "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
     "masked BERT": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW, model="masked"),
+    "MNIST, MLP": Trained("mnist", 64, 600, constant=NEW, adamw=TUNING, model="mnist-mlp"),
+    "Fashion-MNIST, CNN": Trained("fashion_mnist", 64, 300, constant=NEW, adamw=TUNING, model="fashion-cnn"),
+    "LSTM (held out)": Trained("stories", 16, 256, constant=NEW, adamw=ADAMW, model="lstm"),
     "MiniLM, pairs": Trained("captions", 32, 64, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
     "MiniLM, words": Trained("captions", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
 }
@@ -261,9 +266,14 @@ class LogitsOfViT(transformers.ViTForImageClassification):
 
 
 class Translation(Task):
-    """Captions of Multi30k from German to English with a small T5, from scratch: nats a piece of the English side."""
+    """Captions of Multi30k from German to English with a small T5, from scratch.
+
+    The loss is in nats a piece of the English side. BLEU is of captions that are written greedily.
+    """
 
     LONGEST, PADDING, ENDS = 40, 0, 1
+    WRITTEN = 500
+    """Captions that are translated for BLEU."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
         self.trained, self.device = task, given.device
@@ -272,9 +282,10 @@ class Translation(Task):
             for name in ("train", "val")
             for language in ("de", "en")
         }  # fmt: skip
-        tokenizer = text_data.train_tokenizer([*sides["train", "de"], *sides["train", "en"]], 2048)
-        self.pieces = len(tokenizer) + 2
-        ids = {key: self._padded(tokenizer, lines) for key, lines in sides.items()}
+        self.tokenizer: Any = text_data.train_tokenizer([*sides["train", "de"], *sides["train", "en"]], 2048)
+        self.pieces = len(self.tokenizer) + 2
+        ids = {key: self._padded(lines) for key, lines in sides.items()}
+        self.right = sides["val", "en"][: self.WRITTEN]
         self.train = ids["train", "de"], ids["train", "en"]
         self.validation = ids["val", "de"], ids["val", "en"]
         self.size = len(self.train[0])
@@ -284,8 +295,8 @@ class Translation(Task):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return file.read().strip().split("\n")
 
-    def _padded(self, tokenizer: Any, lines: list[str]) -> Tensor:
-        pieces = (tokenizer(line)["input_ids"][: self.LONGEST - 1] for line in lines)
+    def _padded(self, lines: list[str]) -> Tensor:
+        pieces = (self.tokenizer(line)["input_ids"][: self.LONGEST - 1] for line in lines)
         rows = [[*(piece + 2 for piece in row), self.ENDS] for row in pieces]
         return torch.tensor([row + [self.PADDING] * (self.LONGEST - len(row)) for row in rows], device=self.device)
 
@@ -309,17 +320,32 @@ class Translation(Task):
         return losses.sum(1) * len(labels) / (labels != -100).sum()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Validation loss."""
+        """Validation loss, and BLEU."""
         parts = zip(*(side.split(128) for side in self.validation), strict=True)
         pieces = [
             ((english != self.PADDING).sum().item(), self._of(model, german, english)) for german, english in parts
         ]
-        return {"loss": sum(n * losses.mean().item() for n, losses in pieces) / sum(n for n, _ in pieces)}
+        loss = sum(n * losses.mean().item() for n, losses in pieces) / sum(n for n, _ in pieces)
+        return {"loss": loss, "bleu": self._bleu(model)}
+
+    def _bleu(self, model: Any) -> float:
+        from sacrebleu import corpus_bleu
+
+        written = []
+        for german in self.validation[0][: self.WRITTEN].split(128):
+            mask = (german != self.PADDING).long()
+            found = model.generate(
+                german, attention_mask=mask, max_new_tokens=self.LONGEST, num_beams=1, do_sample=False
+            )
+            rows = [[piece - 2 for piece in row if piece > self.ENDS] for row in found.tolist()]
+            written += self.tokenizer.batch_decode(rows)
+        return float(corpus_bleu(written, [self.right]).score)
 
 
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": Llama, "minilm": Sentiment, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
-    "masked": Masked, "pairs": SameCaption, "words": Capitals,
+    "masked": Masked, "pairs": SameCaption, "words": Capitals, "mnist-mlp": GreyPictures, "fashion-cnn": GreyPictures,
+    "lstm": Recurrent,
 }  # fmt: skip
 """Who makes a model and its data."""
 
@@ -478,6 +504,8 @@ def _cell(ends: list[dict[str, float]], rate: float | None) -> str:
     text = f"{statistics.mean(end['loss'] for end in ends):.3f}"
     if "accuracy" in ends[0]:
         text += f", {statistics.mean(end['accuracy'] for end in ends):.1%}"
+    if all("bleu" in end for end in ends):
+        text += f", BLEU {statistics.mean(end['bleu'] for end in ends):.1f}"
     notes = [] if rate is None else [f"{rate:g}"]
     notes += [f"{len(ends)} seeds"] if len(ends) > 1 else []
     return text + (f" ({'; '.join(notes)})" if notes else "")

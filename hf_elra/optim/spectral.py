@@ -60,9 +60,9 @@ class ELRASpectral(DecidesOnDevice):
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
         max_correction (float): corrections make α at most so many times what suits the weights, more than 4 times only
-            where a step leaves more than half of the slope; and only in the first pass over the data, whose length a
-            bare loop tells as ``optimizer.updates_per_epoch = len(loader)``. A trained model that shall not forget
-            needs less. Default: 16.
+            where a step leaves more than half of the slope; and only in the first pass over the data, after which up to
+            4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
+            len(loader)``. A trained model that shall not forget needs less. Default: 16.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW

@@ -504,8 +504,8 @@ def _cell(ends: list[dict[str, float]], rate: float | None) -> str:
     text = f"{statistics.mean(end['loss'] for end in ends):.3f}"
     if "accuracy" in ends[0]:
         text += f", {statistics.mean(end['accuracy'] for end in ends):.1%}"
-    if all("bleu" in end for end in ends):
-        text += f", BLEU {statistics.mean(end['bleu'] for end in ends):.1f}"
+    if bleus := [end["bleu"] for end in ends if "bleu" in end]:
+        text += f", BLEU {statistics.mean(bleus):.1f}"
     notes = [] if rate is None else [f"{rate:g}"]
     notes += [f"{len(ends)} seeds"] if len(ends) > 1 else []
     return text + (f" ({'; '.join(notes)})" if notes else "")

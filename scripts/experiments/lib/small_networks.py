@@ -161,7 +161,7 @@ class ShortSentences(Sentiment):
     pieces, computes_in = 24, torch.float32
 
     def __init__(self, bundle: Path) -> None:
-        super().__init__(SimpleNamespace(examples=self.TRAINED, rank=0), SimpleNamespace(bundle=bundle))
+        super().__init__(SimpleNamespace(examples=self.TRAINED, rank=0), SimpleNamespace(bundle=bundle, device="cpu"))
         self.validation = tuple(part[: self.TESTED] for part in self.validation)  # type: ignore[assignment]
         self.config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

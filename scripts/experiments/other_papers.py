@@ -391,9 +391,9 @@ def labpal_digits_table(runs: list[dict[str, Any]]) -> str:
 
 
 def labpal_table(runs: list[dict[str, Any]]) -> str:
-    """Figures 8, 10 and 11 at their ends, batch after batch."""
+    """Figures 8, 10 and 11 at their ends, batch after batch and length after length."""
     rows = []
-    for run in sorted(runs, key=lambda run: (-run["batch"], -run["accuracy"])):
+    for run in sorted(runs, key=lambda run: (-run["batch"], run["settings"]["steps"], -run["accuracy"])):
         more = ", ".join(f"{name}={value}" for name, value in run["settings"].items() if name != "steps")
         rows.append([str(run["batch"]), f"`{run['method']}`" + (f" ({more})" if more else ""),
                      f"{run['train_loss']:.3f}", f"{100 * run['accuracy']:.1f}", str(run["batches"]),

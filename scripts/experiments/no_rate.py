@@ -477,10 +477,10 @@ def runs_of(lines: list[str]) -> Runs:
 
 
 def best_rate(found: dict[float | None, list[dict[str, float]]]) -> float | None:
-    """The rate that ends lowest, in the mean of its seeds, of those that were run with the most seeds."""
-    most = max(len(ends) for ends in found.values())
-    whole = [rate for rate, ends in found.items() if len(ends) == most]
-    return min(whole, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]))
+    """The rate that ends lowest from the first seed; in the mean of seeds, of those that have as many as that one."""
+    first = min(found, key=lambda rate: found[rate][0]["loss"])
+    alike = [rate for rate, ends in found.items() if len(ends) == len(found[first])]
+    return min(alike, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]))
 
 
 def table(lines: list[str]) -> str:

@@ -56,7 +56,7 @@ def _doctor(words: list[str]) -> NoReturn:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], NoReturn], str]] = {
-    "run": (_run, "run a training script that does not know this package, with --optim elra and --elra_* flags"),
+    "run": (_run, "run a training script that does not know this package, with our --optim names and --elra_* flags"),
     "babyllama": (_babyllama, "train a small language model from scratch"),
     "classify-images": (_classify_images, "train an image classifier"),
     "finetune": (_finetune, "fine-tune a model on texts with labels"),

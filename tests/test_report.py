@@ -56,6 +56,17 @@ def test_table_shows_training_logs_with_their_evaluations():
     ]
 
 
+def test_an_evaluation_after_the_last_log_stands_at_its_own_update():
+    last = {"eval_loss": 5.5, "epoch": 1.0, "step": 3}
+    lines = training_table([*HISTORY, last]).splitlines()
+    assert len(lines) == 5
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:]]
+    assert [row[0] for row in rows] == ["2", "3"]
+    assert "5.9000" in rows[0]
+    assert "5.5000" in rows[1]
+    assert "6.0000" not in rows[1]
+
+
 def test_table_is_thinned_and_keeps_the_last_row():
     history = [{"loss": 1.0, "learning_rate": 1.0, "step": step} for step in range(1, 101)]
     lines = training_table(history, rows=10).splitlines()

@@ -19,7 +19,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
     """Return a table of about ``rows`` evenly spaced training logs, the last one included.
 
-    A row shows the last evaluation since the row before; the last row also one that came after it.
+    A row shows the last evaluation since the row before. An evaluation after the last log has a row of its own.
 
     Args:
         history: the Trainer's ``state.log_history``.
@@ -28,21 +28,21 @@ def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
     logs = [entry for entry in history if "loss" in entry]
     stride = max(1, -(-len(logs) // rows))
     shown = logs[::-1][::stride][::-1]
-    ends = [entry["step"] for entry in shown[:-1]] + [float("inf")]
+    found = [entry for entry in history if "eval_loss" in entry]
+    if found and logs and found[-1]["step"] > logs[-1]["step"]:
+        shown = [*shown, found[-1]]
     evaluations: dict[int, dict[str, Any]] = {}
-    for evaluation in (entry for entry in history if "eval_loss" in entry):
-        row = next(i for i, end in enumerate(ends) if evaluation["step"] <= end)
-        if shown:
-            evaluations[shown[row]["step"]] = evaluation
+    for evaluation in found if shown else ():
+        evaluations[next(row["step"] for row in shown if evaluation["step"] <= row["step"])] = evaluation
     columns = {
         "update": lambda e: f"{e['step']:,}",
         "epoch": lambda e: "" if "num_input_tokens_seen" in e else f"{e['epoch']:.2f}" if "epoch" in e else "",
         "tokens": lambda e: f"{e['num_input_tokens_seen']:,}" if "num_input_tokens_seen" in e else "",
-        "training loss": lambda e: f"{e['loss']:.4f}",
+        "training loss": lambda e: f"{e['loss']:.4f}" if "loss" in e else "",
         "validation loss": lambda e: f"{evaluations[e['step']]['eval_loss']:.4f}" if e["step"] in evaluations else "",
         "accuracy": lambda e: _percent(evaluations.get(e["step"], {}).get("eval_accuracy")),
         "batch": lambda e: f"{e['batch_size']:g}" if "batch_size" in e else "",
-        "learning rate": lambda e: f"{e['learning_rate']:.3g}",
+        "learning rate": lambda e: f"{e['learning_rate']:.3g}" if "learning_rate" in e else "",
         "step norm": lambda e: f"{e['step_norm']:.3g}" if "step_norm" in e else "",
         "cosine": lambda e: f"{e['cosine']:+.3f}" if "cosine" in e else "",
         "restarts": lambda e: f"{e['restarts']}" if "restarts" in e else "",

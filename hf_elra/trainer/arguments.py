@@ -544,6 +544,6 @@ def _convert(name: str, text: str, hint: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return target(text)
     except (ValueError, KeyError):
-        wanted = "two numbers, low:high" if typing.get_origin(target) is tuple else target.__name__
+        wanted = "two numbers, low:high, e.g. 1e-8:1" if typing.get_origin(target) is tuple else target.__name__
         none = " or none" if type(None) in options else ""
         raise ConfigurationError(f"optim_args: {name}={text!r} must be {wanted}{none}.") from None

@@ -276,7 +276,9 @@ class Translation(Task):
     """Captions that are translated for BLEU."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, *_: Any) -> None:
-        self.trained, self.device = task, given.device
+        from sacrebleu import corpus_bleu  # before anything is trained
+
+        self.trained, self.device, self.corpus_bleu = task, given.device, corpus_bleu
         sides = {
             (name, language): self._lines(given.data / f"multi30k/{name}.{language}.gz")
             for name in ("train", "val")
@@ -329,8 +331,6 @@ class Translation(Task):
         return {"loss": loss, "bleu": self._bleu(model)}
 
     def _bleu(self, model: Any) -> float:
-        from sacrebleu import corpus_bleu
-
         written = []
         for german in self.validation[0][: self.WRITTEN].split(128):
             mask = (german != self.PADDING).long()
@@ -339,7 +339,7 @@ class Translation(Task):
             )
             rows = [[piece - 2 for piece in row if piece > self.ENDS] for row in found.tolist()]
             written += self.tokenizer.batch_decode(rows)
-        return float(corpus_bleu(written, [self.right]).score)
+        return float(self.corpus_bleu(written, [self.right]).score)
 
 
 MODELS: dict[str, Callable[..., Any]] = {
@@ -495,7 +495,8 @@ def table(lines: list[str]) -> str:
         cells = []
         for row in kinds:
             found = {rate: ends for (name, kind, rate), ends in runs.items() if (name, kind) == (task, row)}
-            cells.append(_cell(found[best], best) if found and (best := best_rate(found)) in found else "–")
+            best = best_rate(found) if found else None
+            cells.append(_cell(found[best], best) if found else "–")
         rows.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -5,11 +5,11 @@
 
 ``ntlr``: NTLR's figure 2, MNIST by 784-1000-10 from α_0 of 1e-1 to 1e-9, beside SGD. ``batches``: the same network with
 batches of 64 to 512. ``hypergradients``: NTLR's table 1, hypergradients of K updates with every η of the paper; here on
-MNIST by 784-100-10. ``translation``: its figure 5, NTLR over SGD and Adam; here two layers of width 64 on each side,
-on 4,000 captions of Multi30k. ``labpal``: LABPAL's figures 8, 10 and 11 (``--batches 128``,
-32 and 8), ResNet-20 on CIFAR-10, beside other line searches and SGD with a piecewise constant rate; here images have
-half the height and width. Its steps are batches drawn: those that a measurement takes are spent.
-``labpal_digits``: why ``labpal_sgd`` loses its way on the digits.
+MNIST by 784-100-10. ``translation``: its figure 5, NTLR over SGD and Adam; here two layers of width 64 on each side, on
+4,000 captions of Multi30k. ``labpal``: LABPAL's figures 8, 10 and 11 (``--batches 128``, 32 and 8), ResNet-20 on
+CIFAR-10, beside other line searches and SGD with a piecewise constant rate; here images have half the height and width.
+Its steps are batches drawn: those that a measurement takes are spent. ``labpal_digits``: why ``labpal_sgd`` loses its
+way on the digits.
 
 DIR holds ``mnist/`` (idx files), ``cifar10/cifar10_jpeg.npz`` and ``multi30k/``. Every run is a JSON line, written at
 once; the first line is command, machine and versions. Runs that are in the file already are left out.

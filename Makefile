@@ -99,9 +99,8 @@ audit: setup
 
 setup: $(STAMP)
 
-# A virtual environment that was cut short or moved is made anew; what is never imported is not compiled. Where there is
-# no GPU, PyTorch's CPU build: from pip's own sources if they hold it, else from PyTorch's through uv, else whatever pip
-# finds (several gigabytes).
+# A virtual environment that was cut short or moved is made anew. Where there is no GPU, PyTorch's CPU build: from pip's
+# own sources if they hold it, else from PyTorch's through uv, else whatever pip finds (several gigabytes).
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is missing or older than 3.10; choose another with: make PYTHON=python3.12" >&2; exit 1; }
@@ -109,18 +108,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		|| { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@if command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
-		$(PY) -m pip install -q --no-compile "torch==$(TORCH)"; \
+		$(PY) -m pip install -q "torch==$(TORCH)"; \
 	else \
-		$(PY) -m pip install -q --no-compile "torch==$(TORCH)+cpu" 2>/dev/null \
+		$(PY) -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
 		|| { $(PY) -m pip install -q uv && $(PY) -m uv pip install -q --python $(PY) --torch-backend=cpu "torch==$(TORCH)"; } \
-		|| $(PY) -m pip install -q --no-compile "torch==$(TORCH)"; \
+		|| $(PY) -m pip install -q "torch==$(TORCH)"; \
 	fi
-	$(PY) -m pip install -q --no-compile -c $(CONSTRAINTS) -e ".[test,lint]"
+	$(PY) -m pip install -q -c $(CONSTRAINTS) -e ".[test,lint]"
 	@touch $@
 
 # The extra "docs", by name: with -e ".[docs]" pip would build this package again, which takes longer than all the rest.
 $(STAMP)-docs: $(STAMP)
-	$(PY) -m pip install -q --no-compile -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
+	$(PY) -m pip install -q -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 clean:

@@ -67,7 +67,8 @@ def test_what_is_done_is_not_repeated(finished, tmp_path):
 def test_a_part_is_cut_at_the_end_of_its_time(tmp_path):
     code, output, error = check(tmp_path, "--only", "language_model", "--minutes", "0.02")
     assert code == 0, error
-    assert "language_model: stopped, its time is over" in output
+    # By the script, or before its first row by itself where imports are fast.
+    assert "language_model: stopped, its time is over" in output or output.count(": no time left") == 4, output
     table = output[output.index("## BabyLlama") : output.index("## ResNet")]
     assert table.count("not measured") == 5
 

@@ -171,10 +171,14 @@ def command_here(monkeypatch, capsys):
     return call
 
 
-def finish(script, *words, folder=ROOT):
-    """Run a script of this project to its end; return exit code, output and errors."""
+def finish(script, *words, folder=ROOT, path=None):
+    """Run a script of this project to its end; return exit code, output and errors.
+
+    What it starts looks for modules in ``path`` first.
+    """
     from lib.ready import command  # here, as scripts of tests import this file, and only pytest knows the way to lib
 
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(str(where) for where in (path, ROOT) if where)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = command([str(ROOT / "scripts" / script), *words], environment=environment, folder=folder)
     return done.returncode, done.stdout, done.stderr

@@ -166,7 +166,7 @@ def spectral_on_shards(cases):
 
 
 def spectral_beside_one(shape, split, momentum, on_device=False):
-    """Thirty updates with spikes, a NaN on one process, and tokens and experts that are not seen any more."""
+    """Fifty updates with spikes, a NaN on one process, and tokens and experts that are not seen any more."""
     mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("replicate", "shard")[-len(shape) :])
     torch.manual_seed(0)
     plain = Mixture().double()
@@ -179,7 +179,7 @@ def spectral_beside_one(shape, split, momentum, on_device=False):
     )  # fmt: skip
     other.process_group = dist.group.WORLD
     rank, processes, differing, reductions = dist.get_rank(), dist.get_world_size(), 0, set()
-    for number in range(30):
+    for number in range(50):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 7 if number < 10 else 4, (4, 5), generator=generator)
         tokens[:, 0] = number % 3 if number < 10 else 1
@@ -193,12 +193,12 @@ def spectral_beside_one(shape, split, momentum, on_device=False):
                 for p in model.parameters():
                     dist.all_reduce(p.grad)
                     p.grad /= processes
-            if number == 20 and rank == processes - 1 and model is parted:
+            if number == 30 and rank == processes - 1 and model is parted:
                 local(model.up.weight.grad).view(-1)[:1] = float("nan")
-            elif number == 20 and model is plain:
+            elif number == 30 and model is plain:
                 model.up.weight.grad[-1, -1] = float("nan")
             with Reductions() as counted:
-                optimizer.step(loss=whole_loss * (50 if number in (13, 14, 25) else 1))
+                optimizer.step(loss=whole_loss * (50 if number in (13, 14, 40) else 1))
         reductions.add(counted.number if number else 1)  # the first update looks at the weights
         differing += not same_everywhere(flat_weights(parted))
     names = "alpha", "restarts", "non_finite"

@@ -42,7 +42,7 @@ def _rows() -> dict[str, Row]:
     muon = {"optim": "adamw_torch", "elra_boost_mean": "run"}
     of_muon = {f"Muon, constant, with the mean of the run, {rate}": Row(muon, float(rate)) for rate in MUON_RATES}
     first = next(iter(of_muon))
-    rows[first] = of_muon.pop(first)
+    rows[first] = of_muon[first]  # the other rates come last
     rows[f"AdamW, cosine, {ADAMW_RATES[2]}"] = Row({**ADAMW, "learning_rate": float(ADAMW_RATES[2])})
     rows["elra"] = Row({"optim": "elra", "elra_batch_control": "off"})
     return rows | of_muon

@@ -13,7 +13,7 @@ from hf_elra.after_import import after_import
 from hf_elra.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from hf_elra.optim import ELRA, ELRASpectral, WeightAverage, adapters_of, embeddings_of, experts_of
+    from hf_elra.optim import ELRA, ELRASpectral, WeightAverage, adapters_of, embeddings_of, experts_of, outputs_of
     from hf_elra.trainer import (
         ElraSeq2SeqTrainer,
         ElraSeq2SeqTrainingArguments,
@@ -38,10 +38,11 @@ __all__ = [
     "adapters_of",
     "embeddings_of",
     "experts_of",
+    "outputs_of",
     "register",
 ]
 
-_OPTIM = ("ELRA", "ELRASpectral", "WeightAverage", "adapters_of", "embeddings_of", "experts_of")
+_OPTIM = ("ELRA", "ELRASpectral", "WeightAverage", "adapters_of", "embeddings_of", "experts_of", "outputs_of")
 _ROOMS = ("control", "optim", "trainer")
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_elra import ELRASpectral, embeddings_of
-from hf_elra.optim.natural_steps import EMBEDDING, HEAD, NEW, OFFSET, adapters_of, looks_new, natural_steps
+from hf_elra.optim.natural_steps import EMBEDDING, HEAD, NEW, OFFSET, OUTPUT, adapters_of, looks_new, natural_steps
 from tests.conftest import llama
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
@@ -16,7 +16,8 @@ SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, interme
 
 def group(*params, **flags):
     nothing = [0] * len(params)
-    return {"params": list(params), "embeddings": nothing, "experts": nothing, "adapters": nothing, **flags}
+    kinds = dict.fromkeys(("embeddings", "experts", "outputs", "adapters"), nothing)
+    return {"params": list(params), **kinds, **flags}
 
 
 def trained(*shape, seed=0):
@@ -91,13 +92,15 @@ def test_new_matrices_step_by_the_root_of_their_longer_side():
     assert not any(flag for flags in found.new for flag in flags)
 
 
-@pytest.mark.parametrize("size", [0.02, 1.0])
-def test_large_embeddings_step_in_proportion_to_their_size(size):
+@pytest.mark.parametrize("size", [0.02, 2.0])
+@pytest.mark.parametrize(("is_output", "share"), [(False, EMBEDDING), (True, OUTPUT)])
+def test_large_embeddings_step_in_proportion_to_their_size(size, is_output, share):
     torch.manual_seed(0)
     matrix, table = nn.Parameter(torch.randn(64, 64)), nn.Parameter(size * torch.randn(100, 64))
-    found = natural_steps([group(matrix, table, embeddings=[False, True])])
+    found = natural_steps([group(matrix, table, embeddings=[False, True], outputs=[False, is_output])])
     rms = table.detach().square().mean().sqrt().item()
-    assert found.rate * found.shares[0][1] == pytest.approx(max(found.rate, EMBEDDING * rms))
+    assert found.rate * found.shares[0][1] == pytest.approx(max(found.rate, share * rms))
+    assert (size == 2) == (share * rms > found.rate)
 
 
 def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_by_its_side():

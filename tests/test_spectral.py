@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_elra import ELRA, ConfigurationError, ELRASpectral, WeightAverage, embeddings_of, experts_of
+from hf_elra import ELRA, ConfigurationError, ELRASpectral, WeightAverage, embeddings_of, experts_of, outputs_of
 from hf_elra.optim.directions.polar import has_bfloat16_tiles, iterates_in, polar_factor
 from hf_elra.optim.directions.spectral import Spectral, kept_in, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
@@ -212,6 +212,10 @@ def test_tables_are_embeddings_and_the_output_layer():
     assert {id(p) for p in embeddings_of(model)} == {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
     assert len(embeddings_of(llama())) == 1
     assert embeddings_of(nn.Linear(2, 2)) == []
+    assert [id(p) for p in outputs_of(model)] == [id(model.lm_head.weight)]
+    assert [id(p) for p in outputs_of(nn.DataParallel(model))] == [id(model.lm_head.weight)]
+    assert [id(p) for p in outputs_of(llama())] != []
+    assert outputs_of(model.model) == outputs_of(nn.Linear(2, 2)) == []
 
 
 def test_stacks_are_experts_and_not_convolutions():
@@ -431,12 +435,18 @@ def test_the_first_learning_rate_does_not_matter(momentum):
     assert max(found) < 2 * min(found)
 
 
-@pytest.mark.parametrize("name", ["embeddings", "experts"])
+@pytest.mark.parametrize("name", ["embeddings", "experts", "outputs"])
 def test_what_is_no_list_of_parameters_is_refused(name):
     model = llama()
     for wrong in (model, model.lm_head.weight, [model.lm_head], None, 3):
         with pytest.raises(ConfigurationError, match=rf"{name} must be .* pass {name}={name}_of\(model\)"):
             ELRASpectral(model.parameters(), **{name: wrong})
+
+
+def test_an_output_layer_that_is_not_among_the_embeddings_is_refused():
+    model = llama()
+    with pytest.raises(ConfigurationError, match=r"outputs must be among embeddings; pass embeddings=embeddings_of"):
+        ELRASpectral(model.parameters(), outputs=outputs_of(model))
 
 
 def test_tables_of_another_model_are_warned_of():

@@ -2,7 +2,7 @@
 
 from hf_elra.optim.averaging import WeightAverage
 from hf_elra.optim.base import LossAwareOptimizer
-from hf_elra.optim.directions.spectral import embeddings_of, experts_of
+from hf_elra.optim.directions.spectral import embeddings_of, experts_of, outputs_of
 from hf_elra.optim.elra import ELRA
 from hf_elra.optim.elra_2023 import ELRAC2Min, ELRAP2Min
 from hf_elra.optim.gols import GOLS
@@ -60,4 +60,5 @@ __all__ = [
     "adapters_of",
     "embeddings_of",
     "experts_of",
+    "outputs_of",
 ]

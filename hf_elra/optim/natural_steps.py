@@ -33,8 +33,11 @@ ADAPTER = 0.06
 """As :data:`NEW`, for the product of a pair of LoRA."""
 HEAD = 0.05
 """As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
-EMBEDDING = 0.8
+EMBEDDING = 0.04
 """Rate of new embeddings: at least this share of their root mean square over the root of t + :data:`OFFSET`."""
+OUTPUT = 0.8
+"""As :data:`EMBEDDING`, for an output layer, or a table that is used as one too: what a step does to the logits falls
+with the size of what it is multiplied by, which is small where the table is large."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -71,12 +74,14 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     """Return what suits the parameters as they are now.
 
     Vectors and embeddings go with the matrices: at the median rate of new ones, or at the rate of trained ones. But
-    embeddings that are large, as T5's, which begin at a mean square of one, go in proportion to their size.
+    embeddings that are large, as T5's and PyTorch's, which begin at a mean square of one, go in proportion to their
+    size.
 
     Args:
-        groups: the optimizer's parameter groups, with flags for embeddings and experts, and of ``adapters`` the number
-            of each pair and what changes of it are multiplied by in its product. Parameters may be split over
-            processes, all of which have to ask then, and get the same numbers as one process does.
+        groups: the optimizer's parameter groups, with flags for embeddings, for those that are ``outputs`` and for
+            experts, and of ``adapters`` the number of each pair and what changes of it are multiplied by in its
+            product. Parameters may be split over processes, all of which have to ask then, and get the same numbers as
+            one process does.
     """
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     params = {(g, i): groups[g]["params"][i] for g, i in places}
@@ -113,7 +118,8 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
             wide = torch.promote_types(params[g, i].dtype, torch.float32)
             norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
             size = norm / math.sqrt(params[g, i].numel())
-            rates[g, i] = max(rate, (TRAINED if is_trained else EMBEDDING) * size)
+            of_new_table = OUTPUT if groups[g]["outputs"][i] else EMBEDDING
+            rates[g, i] = max(rate, (TRAINED if is_trained else of_new_table) * size)
     for bias in (place for place in new if params[place].dim() == 1):
         rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
     return NaturalSteps(

@@ -91,6 +91,9 @@ def put_together(parts: Sequence[Tensor], tensor: Tensor, *, stacked: bool) -> T
 def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, most: int) -> list[Tensor]:
     """Return what ``compute`` makes of every matrix, as much of it as this process has of the matrix.
 
+    Processes that have copies tell each other the results of a batch while they compute the next one. Parts of a matrix
+    are exchanged before and after it is computed, in turn: torch's all-to-all is waited for where it is called.
+
     Args:
         pieces: the same matrices in the same order on all processes of a mesh.
         compute: is given a batch of whole matrices, shape (number, ...) and maybe empty, and returns one of this shape
@@ -98,6 +101,7 @@ def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, m
         most: how many numbers a batch has at most, if it is of more than one matrix.
     """
     results: list[Any] = [None] * len(pieces)
+    under_way: list[tuple[list[int], Tensor]] = []
     lots: dict[tuple[Any, ...], list[int]] = {}
     for index, piece in enumerate(pieces):
         lots.setdefault(piece.kind, []).append(index)
@@ -105,17 +109,19 @@ def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, m
         number = max(1, most // max(1, math.prod(shape))) * (1 if mesh is None else mesh.size())
         for start in range(0, len(indices), number):
             batch = indices[start : start + number]
-            of_batch = _of_batch([pieces[index] for index in batch], compute)
-            for index, result in zip(batch, of_batch, strict=True):
-                results[index] = result
+            under_way.append((batch, _of_batch([pieces[index] for index in batch], compute)))
+    for batch, found in under_way:
+        arrived = found.wait() if hasattr(found, "wait") else found
+        for index, result in zip(batch, arrived.unbind(), strict=True):
+            results[index] = result
     return results
 
 
-def _of_batch(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
-    """:func:`each_once` of pieces of one kind, at once."""
+def _of_batch(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """:func:`each_once` of pieces of one kind, at once; what others send may be under way still."""
     _, shape, mesh, placements = pieces[0]
     if mesh is None or mesh.size() == 1:
-        return compute(torch.stack([piece.values for piece in pieces])).unbind()
+        return compute(torch.stack([piece.values for piece in pieces]))
     mine, held = list(pieces), list[Any]()
     for dimension, placement in enumerate(placements):
         if placement.is_replicate():  # copies share the batch, without a transfer
@@ -131,7 +137,7 @@ def _of_batch(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor]) -> S
     whole = _as_dtensor(stacked, mesh, held, size).redistribute(placements=spread).to_local()
     found = _as_dtensor(compute(whole), mesh, spread, size).redistribute(placements=held)
     everywhere = [p if p.is_replicate() else of_batch for p, of_batch in zip(placements, held, strict=True)]
-    return found.redistribute(placements=everywhere).to_local().unbind()
+    return found.redistribute(placements=everywhere, async_op=True).to_local()
 
 
 def _as_dtensor(values: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: torch.Size) -> DTensor:

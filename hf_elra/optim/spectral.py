@@ -19,14 +19,14 @@ from hf_elra.errors import ConfigurationError, warn_user
 from hf_elra.optim.arguments import need_choice, need_flag, need_number, settings_of
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
-from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in
+from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in, outputs_of
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
 from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import whole
 
-OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "adapters": adapters_of}
+OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "outputs": outputs_of, "adapters": adapters_of}
 """Arguments that tell of parameters what they are in a model, and who finds out."""
 
 
@@ -56,6 +56,9 @@ class ELRASpectral(DecidesOnDevice):
             of a language model; see :func:`~hf_elra.optim.directions.embeddings_of`. Default: none.
         experts (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.experts_of`. Default: none.
+        outputs (iterable of Tensor): those of ``embeddings`` that are an output layer, also if they are embeddings
+            beside that. Where weights begin at a mean square of one, as T5's, they need longer steps than embeddings
+            that are read alone. See :func:`~hf_elra.optim.directions.outputs_of`. Default: none.
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
@@ -127,6 +130,7 @@ class ELRASpectral(DecidesOnDevice):
         momentum: float = 0.9,
         embeddings: Iterable[Tensor] = (),
         experts: Iterable[Tensor] = (),
+        outputs: Iterable[Tensor] = (),
         adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
         warmup: int = 10,
         max_correction: float = 16.0,
@@ -146,7 +150,10 @@ class ELRASpectral(DecidesOnDevice):
         settings = settings_of(locals(), *OF_A_MODEL)
         _check_settings(settings)
         self._adapters = _pairs(adapters)
-        self._kinds = {"embeddings": _identities("embeddings", embeddings), "experts": _identities("experts", experts)}
+        told = {"embeddings": embeddings, "experts": experts, "outputs": outputs}
+        self._kinds = {kind: _identities(kind, given) for kind, given in told.items()}
+        if self._kinds["outputs"].keys() - self._kinds["embeddings"].keys():
+            raise ConfigurationError("outputs must be among embeddings; pass embeddings=embeddings_of(model) too.")
         super().__init__(params, settings)
         for kind, identities in self._kinds.items():
             if any(identities.values()) and not any(any(group[kind]) for group in self.param_groups):
@@ -184,7 +191,7 @@ class ELRASpectral(DecidesOnDevice):
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for kind in KINDS:
+        for kind in (*KINDS, "outputs"):
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
         group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])

@@ -44,6 +44,48 @@ def finite_values(losses: list[Any]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
+class Counts:
+    """Samples and tokens over all processes.
+
+    Those of an update may be on a device. They are fetched when somebody reads the sum, many at once, so that the host
+    does not wait in an update that nobody asks about.
+    """
+
+    def __init__(self) -> None:
+        self.begin(0, 0)
+
+    def begin(self, samples: int, tokens: int) -> None:
+        """Begin with these."""
+        self._sums = [samples, tokens]
+        self._waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def add(self, samples: int | Tensor, tokens: int | Tensor) -> None:
+        """Add those of an update; a tensor is one number."""
+        for place, number in enumerate((samples, tokens)):
+            if not isinstance(number, Tensor):
+                self._sums[place] += number
+                continue
+            self._waiting[place].append(number)
+            if len(self._waiting[place]) >= LOSSES_ON_DEVICE:
+                self._read(place)
+
+    @property
+    def samples(self) -> int:
+        """Rows of the data."""
+        return self._read(0)
+
+    @property
+    def tokens(self) -> int:
+        """Numbers of the main input of the model."""
+        return self._read(1)
+
+    def _read(self, place: int) -> int:
+        if waiting := self._waiting[place]:
+            self._sums[place] += sum(map(round, torch.stack(waiting).tolist()))
+            waiting.clear()
+        return self._sums[place]
+
+
 class Accounting:
     """Counts what the updates of a Trainer are made of, and how far it is.
 
@@ -319,13 +361,11 @@ class Accounting:
         loss, samples, tokens, drawn = self._loss.value, self._samples, self._tokens, self._rows_drawn
         processes, of_process = trainer.accelerator.num_processes, loss
         if processes > 1:
-            wide = accumulates_in(loss.device)
             finite = loss.isfinite()
-            own = torch.stack([torch.where(finite, loss, 0.0), finite]).to(wide)
-            numbers = torch.cat([own, loss.new_tensor([samples, tokens], dtype=wide)])
-            total = trainer.accelerator.reduce(numbers, reduction="sum").tolist()
-            loss = total[0] / total[1] if total[1] else math.nan
-            samples, tokens = round(total[2]), round(total[3])
+            counts = [torch.full_like(loss, number, dtype=accumulates_in(loss.device)) for number in (samples, tokens)]
+            numbers = torch.stack([torch.where(finite, loss, 0.0).to(counts[0]), finite.to(counts[0]), *counts])
+            total = trainer.accelerator.reduce(numbers, reduction="sum")
+            loss, samples, tokens = total[0] / total[1], total[2], total[3]  # 0/0 where no process has a loss
             of_process = torch.where(finite, of_process, loss)  # a process without a loss uses that of the others
         if (optimizer := trainer.elra_optimizer) is not None:
             optimizer.observe_loss(of_process)  # the optimizer takes the mean over processes itself
@@ -346,13 +386,14 @@ class Accounting:
 
     # ---- after it ----
 
-    def correct_state(self, samples: int, tokens: int) -> None:
+    def correct_state(self, seen: Counts) -> None:
         """Correct, after an update, the epoch, the number of updates to come, and the position in a schedule."""
         trainer, control = self._trainer, self._size.control
         if control is None:
             return
-        self.progress.count(updates=trainer.state.global_step, samples=samples, tokens=tokens)
-        if tokens == 0:
+        tokens = seen.tokens if control.asked_for else 0  # else nothing depends on them, and nobody has to wait
+        self.progress.count(updates=trainer.state.global_step, samples=seen.samples, tokens=tokens)
+        if tokens == 0 and control.asked_for:
             self._refuse_tokens(control)
         self._show_totals()
         schedule = trainer.lr_scheduler
@@ -423,13 +464,30 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def __init__(self, control_cycle: str = "1ep") -> None:
         self.control_cycle = control_cycle
-        self.samples = 0
-        self.tokens = 0
+        self.seen = Counts()
         self.samples_before = self.updates_before = 0  # where a run was resumed
         self.cycle_losses = CycleLosses()
         self._waiting: list[Any] = []  # losses that are still on the device
         self.full_batch = 0  # samples in a whole micro-batch as seen so far, for data of unknown length
         self._cycle = ControlCycle.parse(control_cycle, "elra_control_cycle")
+
+    @property
+    def samples(self) -> int:
+        """The samples so far; a Trainer that resumes sets them."""
+        return self.seen.samples
+
+    @samples.setter
+    def samples(self, number: int) -> None:
+        self.seen.begin(number, self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens so far; a Trainer that resumes sets them."""
+        return self.seen.tokens
+
+    @tokens.setter
+    def tokens(self, number: int) -> None:
+        self.seen.begin(self.samples, number)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -454,10 +512,9 @@ class ElraCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         return saved["attributes"] if saved else {}
 
-    def count(self, samples: int, tokens: int, loss: Any) -> None:
-        """Add one update: samples and tokens over all processes, and its mean loss, which may be on a device."""
-        self.samples += samples
-        self.tokens += tokens
+    def count(self, samples: int | Tensor, tokens: int | Tensor, loss: Any) -> None:
+        """Add one update: samples and tokens over all processes, and its mean loss, which may all be on a device."""
+        self.seen.add(samples, tokens)
         control = self.trainer.batch_control
         if control is None or not control.decides_at_cycles:  # nobody needs the losses of the cycle
             return
@@ -473,7 +530,7 @@ class ElraCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         saved = self.saved_attributes(state)
-        self.samples, self.tokens = saved.get("samples", 0), saved.get("tokens", 0)
+        self.seen.begin(saved.get("samples", 0), saved.get("tokens", 0))
         self.samples_before, self.updates_before = self.samples, state.global_step
         losses, self._waiting = saved.get("cycle_losses"), []
         self.cycle_losses = CycleLosses() if losses is None else CycleLosses.from_state(losses)
@@ -498,14 +555,14 @@ class ElraCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         elra = self.trainer.elra
         # The true epoch comes first, as it is in the logs of the cycle; the decision then changes what is to come.
-        elra.accounting.correct_state(self.samples, self.tokens)
+        elra.accounting.correct_state(self.seen)
         elra.logs.take_update()
         elra.logs.tell_new_batch()
         cycle_is_over = self._advance(state)
         elra.averaging.sample(state.global_step, cycle_is_over)
         if cycle_is_over:
             self._end_cycle()
-            elra.accounting.correct_state(self.samples, self.tokens)
+            elra.accounting.correct_state(self.seen)
         elra.accounting.time_intervals()
 
     def _end_cycle(self) -> None:
@@ -524,9 +581,10 @@ class ElraCallback(TrainerCallback, ExportableState):
         self.trainer.elra.averaging.end()
 
     def _advance(self, state: Any) -> bool:
+        unit = self._cycle.unit
         return self._cycle.advance(
-            samples=self.samples,
-            tokens=self.tokens,
+            samples=self.samples if unit == "sp" else 0,  # not read in vain, see Counts
+            tokens=self.tokens if unit == "tok" else 0,
             epochs=self.trainer.elra.accounting.true_epoch(),
             updates=state.global_step,
         )

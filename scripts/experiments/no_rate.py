@@ -39,7 +39,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from hf_elra.optim.averaging import WeightAverage
-from hf_elra.optim.directions.spectral import embeddings_of
+from hf_elra.optim.directions.spectral import embeddings_of, outputs_of
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
@@ -372,7 +372,8 @@ def with_nothing_chosen(task: Any, seed: int, _: Any) -> dict[str, Any]:
     trained, model = task.trained, task.model(seed)
     params = [p for p in model.parameters() if p.requires_grad]
     pairs = [(m.A, m.B, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
-    optimizer = ELRASpectral(params, embeddings=[p for p in embeddings_of(model) if p.requires_grad], adapters=pairs)
+    tables, outputs = ([p for p in find(model) if p.requires_grad] for find in (embeddings_of, outputs_of))
+    optimizer = ELRASpectral(params, embeddings=tables, outputs=outputs, adapters=pairs)
     optimizer.updates_per_epoch = task.size // trained.batch
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
     average, found, rates = WeightAverage(model, power=8), {}, []

@@ -499,6 +499,33 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
         assert counted.pop() == (32, 512, mean)
 
 
+def test_on_several_processes_no_number_is_read_until_somebody_asks(tmp_path, monkeypatch):
+    """What a process adds up and gets from the others may be on a device; on this one numbers cannot be read."""
+    run = trainer(tmp_path, optim="elra_spectral")
+    run.train()
+    before = run.elra_callback.samples, run.elra_callback.tokens
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    monkeypatch.setattr(run.accelerator, "reduce", lambda told, reduction: told)
+    accounting, callback = run.elra.accounting, run.elra_callback
+
+    def update(loss):
+        accounting.begin_update()
+        accounting.take(1)
+        accounting.add(loss, samples=8, tokens=128)
+        mean = accounting.end_update()
+        callback.on_step_end(run.args, run.state, run.control)
+        return mean
+
+    assert update(torch.tensor(3.0, device="meta")).is_meta
+    assert callback.samples == before[0] + 8
+    with pytest.raises(RuntimeError, match="meta"):
+        callback.tokens  # noqa: B018 - this reads
+    callback.seen.begin(*before)
+    monkeypatch.setattr(run.accelerator, "reduce", lambda told, reduction: torch.tensor([4.0, 2.0, 16.0, 256.0]))
+    assert [float(update(torch.tensor(3.0))) for _ in range(3)] == [2, 2, 2]
+    assert (callback.samples, callback.tokens) == (before[0] + 24, before[1] + 768)
+
+
 @pytest.mark.parametrize(("optim", "remedy"), [("elra", "max_step_norm=0.1"), ("elra_spectral", "--optim elra, or")])
 def test_losses_that_rise_again_are_told_once(tmp_path, caplog_warnings, optim, remedy):
     """Each by too little to be taken back, as with a preference loss."""

@@ -288,11 +288,16 @@ def _largest(rows: Tensor) -> Tensor:
 
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
     """Return parameters of a model whose rows belong to tokens: embeddings and the output layer of a language model."""
-    modules: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    tables = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    found = [p for p in tables if isinstance(p, nn.Parameter)] + outputs_of(model)
+    return list({id(p): p for p in found}.values())
+
+
+def outputs_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the output layer of a language model, which may be its embeddings; of another model, nothing."""
     inner = getattr(model, "module", model)  # as DistributedDataParallel wraps it
-    modules.append(getattr(inner, "get_output_embeddings", lambda: None)())
-    found = [getattr(module, "weight", None) for module in modules]
-    return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
+    weight = getattr(getattr(inner, "get_output_embeddings", lambda: None)(), "weight", None)
+    return [weight] if isinstance(weight, nn.Parameter) else []
 
 
 def experts_of(model: nn.Module) -> list[nn.Parameter]:

@@ -152,8 +152,9 @@ class ReferenceSpectral(ReferenceRestarts):
     def look_at_weights(self) -> None:
         """What suits the weights is not written down a second time."""
         embeddings = self.embeddings
-        group = {"params": self.x, "embeddings": embeddings, "experts": [False] * len(self.x)}
-        found = natural_steps([{**group, "adapters": [0] * len(self.x)}])
+        none = [0] * len(self.x)
+        group = {"params": self.x, "embeddings": embeddings, "experts": none, "outputs": none, "adapters": none}
+        found = natural_steps([group])
         self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
         if found.is_trained:
             self.initial_restart_ratio = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_elra.optim import OPTIMIZERS, embeddings_of
+from hf_elra.optim import OPTIMIZERS, embeddings_of, outputs_of
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -50,7 +50,7 @@ def _ours(name: str) -> Callable[..., Any]:
     def make(model: nn.Module, batch: int, rate: float | None) -> Any:
         given: dict[str, Any] = {} if rate is None else {"lr": rate}
         if name == "elra_spectral":
-            given["embeddings"] = embeddings_of(model)
+            given |= {"embeddings": embeddings_of(model), "outputs": outputs_of(model)}
         if name == "elra" and embeddings_of(model):  # as a Trainer has it for language models
             given["min_step_norm"] = 0.1
         return OPTIMIZERS[name](model.parameters(), **given)

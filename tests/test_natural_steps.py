@@ -8,7 +8,17 @@ import transformers
 from torch import nn
 
 from hf_elra import ELRASpectral, embeddings_of
-from hf_elra.optim.natural_steps import EMBEDDING, HEAD, NEW, OFFSET, OUTPUT, adapters_of, looks_new, natural_steps
+from hf_elra.optim.natural_steps import (
+    EMBEDDING,
+    HEAD,
+    NEW,
+    OFFSET,
+    OUTPUT,
+    TRAINED_EMBEDDING,
+    adapters_of,
+    looks_new,
+    natural_steps,
+)
 from tests.conftest import llama
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
@@ -88,19 +98,28 @@ def test_new_matrices_step_by_the_root_of_their_longer_side():
     found = natural_steps([group(square, vector), group(wide, table, embeddings=[False, True])])
     rates = [[found.rate * share for share in shares] for shares in found.shares]
     median = (NEW / 8 + NEW / 16) / 2
-    assert rates == [pytest.approx([NEW / 8, median]), pytest.approx([NEW / 16, median])]
+    assert rates == [pytest.approx([NEW / 8, median]), pytest.approx([NEW / 16, EMBEDDING])]
     assert not any(flag for flags in found.new for flag in flags)
 
 
+@pytest.mark.parametrize("width", [64, 1024])
 @pytest.mark.parametrize("size", [0.02, 2.0])
-@pytest.mark.parametrize(("is_output", "share"), [(False, EMBEDDING), (True, OUTPUT)])
-def test_large_embeddings_step_in_proportion_to_their_size(size, is_output, share):
+def test_rates_of_tables(size, width):
+    """Of new ones that are read alone one rate, of output layers by their size; of trained ones by it always."""
     torch.manual_seed(0)
-    matrix, table = nn.Parameter(torch.randn(64, 64)), nn.Parameter(size * torch.randn(100, 64))
-    found = natural_steps([group(matrix, table, embeddings=[False, True], outputs=[False, is_output])])
+    matrix, table = nn.Parameter(torch.randn(width, width) / width**0.5), nn.Parameter(size * torch.randn(100, width))
     rms = table.detach().square().mean().sqrt().item()
-    assert found.rate * found.shares[0][1] == pytest.approx(max(found.rate, share * rms))
-    assert (size == 2) == (share * rms > found.rate)
+
+    def rates(matrix, **more):
+        found = natural_steps([group(matrix, table, embeddings=[False, True], **more)])
+        return found.rate, found.rate * found.shares[0][1]
+
+    assert rates(matrix)[1] == pytest.approx(EMBEDDING)
+    of_matrix, of_table = rates(matrix, outputs=[False, True])
+    assert of_table == pytest.approx(max(of_matrix, OUTPUT * rms))
+    assert (of_table == pytest.approx(of_matrix)) == (size < 1 and width == 64)
+    for is_output in (False, True):
+        assert rates(trained(64, 64), outputs=[False, is_output])[1] == pytest.approx(TRAINED_EMBEDDING * rms)
 
 
 def test_trained_matrices_step_in_proportion_to_their_weights_and_a_fresh_head_by_its_side():

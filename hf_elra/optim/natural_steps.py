@@ -34,10 +34,14 @@ ADAPTER = 0.06
 HEAD = 0.05
 """As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
 EMBEDDING = 0.04
-"""Rate of new embeddings: at least this share of their root mean square over the root of t + :data:`OFFSET`."""
+"""Rate of new embeddings that are read alone: at least this over the root of t + :data:`OFFSET`, at any width and size,
+as only one of their rows is added up for a token."""
 OUTPUT = 0.8
-"""As :data:`EMBEDDING`, for an output layer, or a table that is used as one too: what a step does to the logits falls
-with the size of what it is multiplied by, which is small where the table is large."""
+"""Rate of a new output layer, and of embeddings that are one too: at least this share of their root mean square over
+the root of t + :data:`OFFSET`."""
+TRAINED_EMBEDDING = 0.004
+"""As :data:`TRAINED`, for trained embeddings and output layers. All rows step by one length, also those of tokens that
+are not in the data, of which a trained model knows something."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -73,9 +77,8 @@ class NaturalSteps:
 def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     """Return what suits the parameters as they are now.
 
-    Vectors and embeddings go with the matrices: at the median rate of new ones, or at the rate of trained ones. But
-    embeddings that are large, as T5's and PyTorch's, which begin at a mean square of one, go in proportion to their
-    size.
+    Vectors go with the matrices: at the median rate of new ones, or at the rate of trained ones. Embeddings and output
+    layers have rates of their own.
 
     Args:
         groups: the optimizer's parameter groups, with flags for embeddings, for those that are ``outputs`` and for
@@ -118,8 +121,10 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
             wide = torch.promote_types(params[g, i].dtype, torch.float32)
             norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
             size = norm / math.sqrt(params[g, i].numel())
-            of_new_table = OUTPUT if groups[g]["outputs"][i] else EMBEDDING
-            rates[g, i] = max(rate, (TRAINED if is_trained else of_new_table) * size)
+            if is_trained:
+                rates[g, i] = TRAINED_EMBEDDING * max(size, LEAST_SIZE)
+            else:
+                rates[g, i] = max(rate, OUTPUT * size if groups[g]["outputs"][i] else EMBEDDING)
     for bias in (place for place in new if params[place].dim() == 1):
         rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
     return NaturalSteps(

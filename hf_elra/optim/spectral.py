@@ -57,8 +57,8 @@ class ELRASpectral(DecidesOnDevice):
         experts (iterable of Tensor): parameters that are several matrices in one, along their first dimension, as the
             experts of a mixture; see :func:`~hf_elra.optim.directions.experts_of`. Default: none.
         outputs (iterable of Tensor): those of ``embeddings`` that are an output layer, also if they are embeddings
-            beside that. Where weights begin at a mean square of one, as T5's, they need longer steps than embeddings
-            that are read alone. See :func:`~hf_elra.optim.directions.outputs_of`. Default: none.
+            beside that: their steps depend on the size that they begin with, T5's being 50 times as large as a
+            Llama's. See :func:`~hf_elra.optim.directions.outputs_of`. Default: none.
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.

@@ -6,7 +6,8 @@
 Tasks: a Llama of width 64 from scratch on stories (batches of 4, 16, 64); that Llama, trained for 1,024 updates on the
 first half of the stories, trained further on tinyshakespeare and on German captions, and with a fresh head on SST-2,
 whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scratch a BERT on SST-2, a ResNet-20 and a
-ViT on CIFAR-10, an MLP on MNIST, a CNN on Fashion-MNIST, an LSTM on stories, and a T5 that translates captions.
+ViT on CIFAR-10, an MLP on MNIST, a CNN on Fashion-MNIST, an LSTM and a Mamba on stories, a CNN that takes the noise off
+pictures, and a T5 that translates captions.
 Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
 missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with ``stories``, ``sst2``,
 ``tinyshakespeare``, ``multi30k``, ``mnist`` and ``fashion_mnist``. ``--only TASK…`` and ``--rows ROW…`` choose;
@@ -44,7 +45,7 @@ from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
 from lib.encoder_tasks import Capitals, Masked, SameCaption, Sentiment
-from lib.other_tasks import GreyPictures, Recurrent
+from lib.other_tasks import Denoising, GreyPictures, Recurrent, StateSpace
 from lib.partners import PARTNERS, Training
 from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
@@ -125,6 +126,8 @@ TASKS = {
     "MNIST, MLP": Trained("mnist", 64, 600, constant=NEW, adamw=TUNING, model="mnist-mlp"),
     "Fashion-MNIST, CNN": Trained("fashion_mnist", 64, 300, constant=NEW, adamw=TUNING, model="fashion-cnn"),
     "LSTM": Trained("stories", 16, 256, constant=NEW, adamw=ADAMW, model="lstm"),
+    "Mamba (held out)": Trained("stories", 16, 128, constant=NEW, adamw=ADAMW, model="mamba"),
+    "noise off pictures (held out)": Trained("fashion_mnist", 64, 400, constant=NEW, adamw=ADAMW, model="denoising"),
     "MiniLM, pairs": Trained("captions", 32, 64, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
     "MiniLM, words": Trained("captions", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
 }
@@ -345,7 +348,7 @@ class Translation(Task):
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": Llama, "minilm": Sentiment, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
     "masked": Masked, "pairs": SameCaption, "words": Capitals, "mnist-mlp": GreyPictures, "fashion-cnn": GreyPictures,
-    "lstm": Recurrent,
+    "lstm": Recurrent, "mamba": StateSpace, "denoising": Denoising,
 }  # fmt: skip
 """Who makes a model and its data."""
 
@@ -446,7 +449,7 @@ def trained_llama(given: argparse.Namespace, data: Data) -> Path:
         task.train = task.train[: len(task.train) // 2]
         task.size = len(task.train)
         model: Any = task.model(0)
-        optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
+        optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model), outputs=outputs_of(model))
         average = WeightAverage(model, power=8)
         for number, rows in enumerate(order(task.size, 16, 1024, 0).to(task.device), start=1):
             loss = task.losses(model, rows).mean()

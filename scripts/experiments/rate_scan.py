@@ -52,7 +52,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional
 
 from hf_elra.optim.averaging import WeightAverage, recompute_batch_norm
-from hf_elra.optim.directions.spectral import OVER, embeddings_of, spectral_direction
+from hf_elra.optim.directions.spectral import OVER, embeddings_of, outputs_of, spectral_direction
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.report.environment import environment
 
@@ -851,7 +851,8 @@ class Job:
         begun = time.perf_counter()
         model, setting = copy.deepcopy(self.base(seed, False)), self.setting
         params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = ELRASpectral(params, embeddings=[p for p in embeddings_of(model) if p.requires_grad])
+        tables, outputs = ([p for p in find(model) if p.requires_grad] for find in (embeddings_of, outputs_of))
+        optimizer = ELRASpectral(params, embeddings=tables, outputs=outputs)
         average = WeightAverage(model, power=POWER)
         rows = order(self.task.size, setting.batch, setting.updates, seed).to(self.given.device)
         results: dict[int, Any] = {}

@@ -1,7 +1,8 @@
-"""Tasks of ``no_rate.py`` for networks that are no Transformers: small pictures, and a recurrent language model.
+"""Tasks of ``no_rate.py`` for networks that are no Transformers: small pictures, and language models of other kinds.
 
-The MLP and the CNN of the recipes learn MNIST and Fashion-MNIST. An LSTM goes on with stories: it is the task that was
-held out, of a kind on which no constant of ``elra_spectral`` was chosen or tried.
+The MLP and the CNN of the recipes learn MNIST and Fashion-MNIST. An LSTM goes on with stories; the rate of embeddings
+was chosen with it. Two tasks are held out, of kinds on which no constant of ``elra_spectral`` was chosen or tried: a
+state-space model (Mamba) on stories, and a network that takes the noise off pictures, by squared errors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +23,8 @@ WIDTH = 128
 """Of the LSTM."""
 TESTED = 2000
 """Pictures."""
+NOISE = 0.5
+"""Standard deviation of what is added to pictures whose pixels are between 0 and 1."""
 
 
 class GreyPictures(Task):
@@ -53,6 +57,38 @@ class GreyPictures(Task):
         return {"loss": functional.cross_entropy(logits, labels).item(), "accuracy": hits}
 
 
+class Denoising(GreyPictures):
+    """Pictures of Fashion-MNIST with noise, of which a small CNN is to find the pictures; mean squared errors."""
+
+    def __init__(self, trained: Any, given: Any, *_: Any) -> None:
+        super().__init__(trained, given)
+        generator = torch.Generator().manual_seed(0)
+        self.noisy = {}
+        for name, (images, labels) in self.parts.items():
+            clean = images - images.min()
+            self.parts[name] = clean / clean.max(), labels
+            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+            self.noisy[name] = self.parts[name][0] + NOISE * noise
+
+    def model(self, seed: int) -> nn.Module:
+        """Make it: down to 7 x 7 places, and up again."""
+        torch.manual_seed(seed)
+        down = [nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
+        between = [nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU()]
+        up = [nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1)]
+        return nn.Sequential(*down, *between, *up).to(self.device).train()
+
+    def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """Mean squared errors of pictures."""
+        found = model(self.noisy["train"].index_select(0, rows))
+        return (found - self.parts["train"][0].index_select(0, rows)).square().mean((1, 2, 3))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error."""
+        found = torch.cat([model(part) for part in self.noisy["test"].split(1000)])
+        return {"loss": (found - self.parts["test"][0]).square().mean().item()}
+
+
 class LanguageLSTM(nn.Module):
     """Two layers of LSTM between an embedding and a linear layer."""
 
@@ -83,3 +119,37 @@ class Recurrent(Stories):
     def _of(self, model: nn.Module, ids: Tensor) -> Tensor:
         losses = functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return losses.view(len(ids), -1).mean(1)
+
+
+class StateSpace(Recurrent):
+    """A Mamba on stories, from scratch, 64 pieces at a time."""
+
+    def __init__(self, trained: Any, given: Any, *_: Any) -> None:
+        super().__init__(trained, given)
+        self.train, self.validation = (blocks[:, :64] for blocks in (self.train, self.validation))
+
+    def model(self, seed: int) -> nn.Module:
+        """Make it: two layers of width 96."""
+        torch.manual_seed(seed)
+        config = transformers.MambaConfig(
+            vocab_size=self.pieces, hidden_size=96, num_hidden_layers=2, state_size=8, use_cache=False
+        )
+        return Logits(transformers.MambaForCausalLM(config)).to(self.device).train()
+
+
+class Logits(nn.Module):
+    """A language model that returns its logits."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output layer, as Transformers' models do."""
+        layer: nn.Module = self.inner.get_output_embeddings()
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the next piece at every place."""
+        logits: Tensor = self.inner(input_ids=ids).logits
+        return logits

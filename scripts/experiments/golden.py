@@ -183,6 +183,7 @@ def optimizer_of(case: Loop, model: Network) -> Any:
     given = dict(case.given)
     if case.kinds:
         given |= {"embeddings": [model.embedding.weight, model.output.weight], "experts": [model.experts]}
+        given["outputs"] = [model.output.weight]
     params: list[Any] = list(model.parameters())
     if case.parts:
         lr, decay = given.get("lr", 1e-3), given["weight_decay"] / 2 if "weight_decay" in given else 0.0

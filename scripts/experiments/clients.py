@@ -273,30 +273,43 @@ CLIENTS = {
 # ---- runs ----
 
 
-def wanted(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is to be run, the first seed of everything first."""
+    runs = by_rate(lines)
     for seed, name in itertools.product(given.seeds, given.only):
-        for optim, rates in ((OURS, (None,)), ("adamw_torch", (None, *CLIENTS[name].grid))):
+        of_grid = (best_rate(name, runs),) if given.best else CLIENTS[name].grid
+        for optim, rates in ((OURS, (None,)), ("adamw_torch", (None, *of_grid))):
             if optim in given.optim:
-                yield from ({"client": name, "optim": optim, "rate": rate, "seed": seed} for rate in rates)
+                yield from ({"client": name, "optim": optim, "rate": r, "seed": seed} for r in dict.fromkeys(rates))
+
+
+def by_rate(lines: list[str]) -> dict[tuple[str, str, float | None], list[dict[str, Any]]]:
+    """Return runs by client, optimizer and rate."""
+    runs: dict[tuple[str, str, float | None], list[dict[str, Any]]] = {}
+    for run in map(json.loads, lines):
+        runs.setdefault((run["client"], run["optim"], run["rate"]), []).append(run)
+    return runs
+
+
+def best_rate(name: str, runs: dict[tuple[str, str, float | None], list[dict[str, Any]]]) -> float | None:
+    """Return AdamW's best rate of a grid by what a client is measured by, on the first seed; None without runs."""
+    client = CLIENTS[name]
+    of_grid = {
+        rate: min(found, key=lambda run: int(run["seed"]))[client.better]
+        for (of, optim, rate), found in runs.items()
+        if of == name and optim == "adamw_torch" and rate is not None
+    }
+    return (max if client.highest else min)(of_grid, key=of_grid.__getitem__, default=None)
 
 
 def table(lines: list[str]) -> str:
     """Return a table: ours, AdamW at the client's default, and at the best rate of the grid by the client's metric."""
-    runs: dict[tuple[str, str, float | None], list[dict[str, Any]]] = {}
-    for run in map(json.loads, lines):
-        runs.setdefault((run["client"], run["optim"], run["rate"]), []).append(run)
+    runs = by_rate(lines)
     rows = ["| client | elra_spectral | AdamW at the client's default | AdamW at its best rate |", "|---" * 4 + "|"]
-    for name, client in CLIENTS.items():
-        tried = {rate: found for (of, optim, rate), found in runs.items() if of == name and optim == "adamw_torch"}
-        of_grid = {
-            rate: statistics.fmean(run[client.better] for run in found)
-            for rate, found in tried.items()
-            if rate is not None
-        }
-        best = (max if client.highest else min)(of_grid, key=lambda rate, means=of_grid: means[rate], default=None)
-        cells = [_cell(runs.get((name, OURS, None), [])), _cell(tried.get(None, []))]
-        cells.append("–" if best is None else f"{_cell(tried[best])} ({best:g})")
+    for name in CLIENTS:
+        best = best_rate(name, runs)
+        cells = [_cell(runs.get((name, optim, None), [])) for optim in (OURS, "adamw_torch")]
+        cells.append("–" if best is None else f"{_cell(runs[name, 'adamw_torch', best])} ({best:g})")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -327,6 +340,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CLIENTS, default=list(CLIENTS))
     parser.add_argument("--optim", nargs="+", choices=[OURS, "adamw_torch"], default=[OURS, "adamw_torch"])
+    parser.add_argument("--best", action="store_true", help="of AdamW's rates only the best of those that were run")
     parser.add_argument("--print", action="store_true", help="only the table of what is there")
     given = parser.parse_args(words)
     given.output.parent.mkdir(parents=True, exist_ok=True)
@@ -343,7 +357,7 @@ def main(words: list[str]) -> int:
     disable_progress_bars()
     keys = ("client", "optim", "rate", "seed")
     done = [{key: line[key] for key in keys} for line in map(json.loads, lines)]
-    for run in wanted(given):
+    for run in wanted(given, lines):
         if run in done:
             continue
         begins = time.perf_counter()

@@ -65,6 +65,12 @@ def test_what_was_run_is_left_out(folder, monkeypatch, capsys):
     clients.main([*words, "--optim", clients.OURS])
     clients.main(words)
     assert made == [(clients.OURS, None), ("adamw_torch", None), ("adamw_torch", 1e-3)]
+    monkeypatch.setitem(clients.CLIENTS, "TRL SFT", clients.Client(run, grid=(1e-2, 1e-3)))
+    made.clear()
+    more = [*words[:5], "1", *words[6:], "--optim", "adamw_torch", "--best"]
+    clients.main(more)
+    clients.main(more)
+    assert made == [("adamw_torch", None), ("adamw_torch", 1e-3)]  # the only one of the grid that was run
     with pytest.raises(SystemExit):
         clients.main([*words[:-1], "sentence-transformers"])
     assert "needs --minilm" in capsys.readouterr().err

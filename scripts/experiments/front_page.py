@@ -36,10 +36,8 @@ MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
 BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
 COMPARED = {"fashion_mnist": "Fashion-MNIST", "cifar": "ResNet-20, CIFAR-10", "llama": "Llama"}
 METHODS = ("elra_spectral", "elra", "adamw", "schedule_free", "prodigy")
-FINE_TUNING = {
-    "TinyStories": "tinystories", "tinyshakespeare": "tinyshakespeare", "German captions": "multi30k-german",
-    "the children's books again": "stories",
-}  # fmt: skip
+FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA")
+"""Of TRL's Trainers, those after which the loss on the old text was measured."""
 
 
 def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
@@ -202,20 +200,22 @@ def front_page() -> str:
 
 
 def fine_tuning() -> str:
-    """The table of the page on fine-tuning: the loss on the new text, and in brackets that on the old one."""
-    rows = {"**elra_spectral**": "elra_spectral"} | {
-        f"AdamW, linear, {rate}{more}": f"AdamW__linear__rate_{rate}"
-        for rate, more in (("3e-3", ""), ("1e-3", ""), ("5e-5", ", Transformers' default"))
+    """The table of the page on fine-tuning: the loss of TRL's Trainers, and in brackets that on the old text."""
+    import clients
+
+    runs = clients.by_rate((OURS / "clients.jsonl").read_text("utf-8").splitlines())
+    lines = [f"| | {' | '.join(FINE_TUNING)} |", f"|---|{'---:|' * len(FINE_TUNING)}"]
+    best = {name: clients.best_rate(f"TRL {name}", runs) for name in FINE_TUNING}
+    rows: dict[str, tuple[str, dict[str, float | None]]] = {
+        "**elra_spectral**": (clients.OURS, dict.fromkeys(FINE_TUNING)),
+        "AdamW, best of four rates": ("adamw_torch", best),
+        "AdamW, TRL's default": ("adamw_torch", dict.fromkeys(FINE_TUNING)),
     }
-    runs = {text: LANGUAGE / f"{name}-from-stories-500000" for text, name in FINE_TUNING.items()}
-    lines = [f"| | {' | '.join(runs)} |", f"|---|{'---:|' * len(runs)}"]
-    before = [read(folder, "elra_spectral")[0]["validation_loss_before"] for folder in runs.values()]
-    lines.append(f"| before | {' | '.join(f'{loss:.3f}' for loss in before)} |")
-    for title, row in rows.items():
+    for title, (optim, rates) in rows.items():
         cells = []
-        for folder in runs.values():
-            found = read(folder, row)
-            loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("validation_loss", "kept_loss"))
+        for name, rate in rates.items():
+            found = runs[f"TRL {name}", optim, rate]
+            loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("loss", "stories"))
             cells.append(f"{loss:.3f} ({kept:.2f})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import torch
 
 import front_page
 import hf_elra
-from hf_elra import embeddings_of
+from hf_elra import embeddings_of, outputs_of
 from hf_elra.optim import OPTIMIZERS
 from tests.conftest import ROOT
 
@@ -53,7 +53,7 @@ def test_a_loop_that_is_shown_ends_its_cycles_and_learns(loop, monkeypatch):
     start = loss()
     names = {
         "model": model, "epochs": epochs, "batches": batches, "loss_function": torch.nn.functional.mse_loss,
-        "evaluate": evaluated.append, "embeddings_of": embeddings_of,
+        "evaluate": evaluated.append, "embeddings_of": embeddings_of, "outputs_of": outputs_of,
         **{kind.__name__: kind for kind in OPTIMIZERS.values()},
     }  # fmt: skip
     exec(LOOPS[loop], names)

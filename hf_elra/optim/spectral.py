@@ -107,7 +107,8 @@ class ELRASpectral(DecidesOnDevice):
     neighbouring gradients; K. Jordan et al., "Muon" (2024) for the direction.
 
     Example:
-        >>> optimizer = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
+        >>> kinds = {"embeddings": embeddings_of(model), "outputs": outputs_of(model)}
+        >>> optimizer = ELRASpectral(model.parameters(), **kinds)
         >>> for epoch in range(epochs):
         ...     for inputs, targets in batches:
         ...         loss = loss_function(model(inputs), targets)

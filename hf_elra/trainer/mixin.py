@@ -169,8 +169,11 @@ class ElraTrainerMixin(_Base):
         if self.optimizer is None:
             checks.check_trainable(model)
         if given is not None and isinstance(given[0], type) and issubclass(given[0], ELRASpectral):
-            kinds = {kind: find(model) for kind, find in OF_A_MODEL.items()}
-            self.optimizer_cls_and_kwargs = given[0], {**kinds, **given[1]}
+            found = {kind: find(model) for kind, find in OF_A_MODEL.items()} | given[1]
+            if "outputs" not in given[1]:  # those that the user takes for embeddings, too
+                marked = {id(p) for p in found["embeddings"]}
+                found["outputs"] = [p for p in found["outputs"] if id(p) in marked]
+            self.optimizer_cls_and_kwargs = given[0], found
         try:
             made = super().create_optimizer(*args, **kwargs)
         finally:

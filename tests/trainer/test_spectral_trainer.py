@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, embeddings_of
+from hf_elra import ConfigurationError, ELRASpectral, ElraTrainer, embeddings_of, outputs_of
 from hf_elra.control import batch_size
 from hf_elra.optim.averaging import WeightAverage
 from tests.conftest import arguments, llama, logged, token_rows, trainer, weights
@@ -177,7 +177,7 @@ def test_wrong_settings_are_named(tmp_path, given, message):
 
 def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
     model = llama()
-    made = ELRASpectral(model.parameters(), embeddings=embeddings_of(model))
+    made = ELRASpectral(model.parameters(), embeddings=embeddings_of(model), outputs=outputs_of(model))
     stock = arguments(tmp_path, TrainingArguments, max_steps=14)
     runs = [
         Trainer(model, stock, train_dataset=token_rows(), optimizers=(made, None)),
@@ -191,6 +191,12 @@ def test_one_that_is_passed_in_gets_tables_and_mean_too(tmp_path):
     assert runs[1].optimizer_cls_and_kwargs == (ELRASpectral, {})
     assert torch.equal(weights(runs[1].model), weights(runs[2].model))
     assert torch.equal(weights(runs[0].model), weights(runs[2].model))
+    of_his_own = Trainer(llama(), stock, train_dataset=token_rows(), optimizer_cls_and_kwargs=(
+        ELRASpectral, {"embeddings": []},
+    ))  # fmt: skip
+    group = of_his_own.create_optimizer().param_groups[0]
+    assert not any(group["embeddings"])
+    assert not any(group["outputs"])
 
 
 @pytest.mark.parametrize("passed_in", [False, True])

@@ -139,6 +139,7 @@ def rows() -> dict[str, Row]:
         },
         "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"experts": ()})),
         **{f"AdamW, linear, rate {rate}": Row({**LINEAR, "learning_rate": float(rate)}) for rate in LINEAR_RATES},
+        "elra_spectral, all in float32": Row({**OURS, "optim_args": "state_dtype=float32,polar_dtype=float32"}),
     }
 
 

@@ -366,7 +366,8 @@ class Accounting:
             numbers = torch.stack([torch.where(finite, loss, 0.0).to(counts[0]), finite.to(counts[0]), *counts])
             total = trainer.accelerator.reduce(numbers, reduction="sum")
             loss, samples, tokens = total[0] / total[1], total[2], total[3]  # 0/0 where no process has a loss
-            of_process = torch.where(finite, of_process, loss)  # a process without a loss uses that of the others
+            of_others = loss.to(of_process.dtype)
+            of_process = torch.where(finite, of_process, of_others)  # one without a loss uses that of the others
         if (optimizer := trainer.elra_optimizer) is not None:
             optimizer.observe_loss(of_process)  # the optimizer takes the mean over processes itself
             if processes > 1:

@@ -496,6 +496,7 @@ def test_on_several_processes_the_optimizer_is_told_its_own_loss_and_averages_it
         run.elra.accounting.add(torch.tensor(own), samples=8, tokens=128)
         run.elra.accounting.end_update()
         assert float(run.elra_optimizer._observed_loss) == told
+        assert run.elra_optimizer._observed_loss.dtype == torch.float32
         assert counted.pop() == (32, 512, mean)
 
 

@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 
 from hf_elra import ELRA, ELRASpectral, ElraTrainer
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import shards
+from hf_elra.optim import exchange, shards
+from hf_elra.optim.directions.spectral import spectral_direction
 from hf_elra.optim.tensors import local
 from lib.many_processes import flat_weights, network, same_everywhere
 from tests.conftest import arguments, llama, logged, token_rows, vit, vit_rows
@@ -287,7 +288,7 @@ def bfloat16_on_shards(on_device=False):
 
 
 class Moved(TorchDispatchMode):
-    """Counts the bytes that are gathered from all processes."""
+    """Counts the bytes that an all-gather or an all-to-all brings to this process, its own among them."""
 
     def __init__(self):
         super().__init__()
@@ -295,8 +296,8 @@ class Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if "_c10d_functional::all_gather" in str(function.name()):
-            self.bytes += result.nbytes
+        if function.name() in ("c10d::_allgather_base_", "c10d::alltoall_base_"):
+            self.bytes += args[0].nbytes
         return result
 
 
@@ -358,7 +359,7 @@ def gloo_stays_on_the_host():
 
 
 def split_matrices_are_sent(numbers, rows, columns, types):
-    """Of every number of matrices and type of state: the bytes that an update gathers from all processes."""
+    """Of every number of matrices and type of state: the bytes that an update brings to all processes together."""
     dist.init_process_group("gloo")
     mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
     for number, state_dtype in itertools.product(numbers, types):
@@ -370,8 +371,54 @@ def split_matrices_are_sent(numbers, rows, columns, types):
                 p.grad = torch.ones_like(p)
             with counter if update else contextlib.nullcontext():  # the first one looks at whole matrices, too
                 optimizer.step(loss=1.0)
-        found.append(counter.bytes / 2)
+        moved = torch.tensor(float(counter.bytes))
+        dist.all_reduce(moved)
+        found.append(moved.item() / 2)
     return found
+
+
+def experts_split_twice():
+    """Directions of experts that are split between processes, and within themselves among others; and of copies of
+    experts that others have: how far they are from those of one process."""
+    dist.init_process_group("gloo")
+    mesh, apart = init_device_mesh("cpu", (2, 2)), []
+    experts = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (expected,) = spectral_direction([experts], [False], [True])
+    for placements in ([Shard(0), Shard(1)], [Shard(2), Shard(0)], [Replicate(), Shard(0)], [Shard(1), Shard(1)]):
+        (found,) = spectral_direction([distribute_tensor(experts, mesh, placements)], [False], [True])
+        apart.append((found.full_tensor() - expected).abs().max().item())
+    return apart
+
+
+def transfers_go_on_meanwhile(split):
+    """What a process does with five batches of matrices that are copied, or split by rows: (what, which), in turn."""
+    dist.init_process_group("gloo")
+    mesh, events, sent = init_device_mesh("cpu", (2,)), [], itertools.count()
+
+    def recorded(transfer):
+        def call(*args, **kwargs):
+            number = next(sent)
+            events.append(("sent", number))
+            work = transfer(*args, **kwargs)
+            return mock.Mock(wait=lambda: (events.append(("arrived", number)), work.wait()))
+
+        return call
+
+    def compute(batch):
+        events.append(("computed", len(batch)))
+        return 2 * batch
+
+    whole = [torch.full((4, 3), float(k)) for k in range(10)]
+    placements = (Shard(0) if split else Replicate(),)
+    parts = [distribute_tensor(t, mesh, placements).to_local() for t in whole]
+    pieces = [exchange.Piece(part, (4, 3), mesh, placements) for part in parts]
+    with (
+        mock.patch.object(dist, "all_to_all_single", recorded(dist.all_to_all_single)),
+        mock.patch.object(dist, "all_gather_into_tensor", recorded(dist.all_gather_into_tensor)),
+    ):
+        results = exchange.each_once(pieces, compute, most=12)
+    right = all(torch.equal(result, 2 * part) for result, part in zip(results, parts, strict=True))
+    return {"right": right, "events": events}
 
 
 def sharded_offload():

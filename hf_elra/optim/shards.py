@@ -1,16 +1,13 @@
 """What needs whole tensors, or numbers over whole tensors, of parameters that are split over processes.
 
-Whole matrices are computed once each, by one process of all that hold a part of them or a copy. Only public means of
-torch are used: the parts of matrices of one shape are a batch, and ``DTensor.redistribute`` turns a batch that is split
-within its matrices into one that is split between them, and back. ``tensors.py`` has the sums over all parameters, and
-knows shards too. What is computed is not known here (``directions/spectral.py``).
+Which matrices there are and who holds them is found here; ``exchange.py`` brings them together. ``tensors.py`` has the
+sums over all parameters, and knows shards too. What is computed is not known here (``directions/spectral.py``).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,27 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_elra.errors import ConfigurationError
+from hf_elra.optim.exchange import Piece
 from hf_elra.optim.tensors import local, shard_groups
-
-
-class Piece(NamedTuple):
-    """One matrix, or what this process has of it.
-
-    Attributes:
-        values: the part of it that is here; all of it without a mesh.
-        shape: of the whole matrix.
-        mesh, placements: the processes that hold the matrix, and how, as of a DTensor.
-    """
-
-    values: Tensor
-    shape: tuple[int, ...]
-    mesh: DeviceMesh | None = None
-    placements: tuple[Any, ...] = ()
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Pieces of one kind can be in one batch."""
-        return self.shape, self.values.dtype, self.values.device, self.mesh, self.placements
 
 
 def pieces_of(tensor: Tensor, *, stacked: bool, group: dist.ProcessGroup | None = None) -> list[Piece]:
@@ -69,9 +47,7 @@ def pieces_of(tensor: Tensor, *, stacked: bool, group: dist.ProcessGroup | None 
         mesh, placements = _copies_on(group, tensor.device.type), (Replicate(),)
     if not stacked:
         return [Piece(local(tensor), tuple(tensor.shape), mesh, placements)]
-    if any(placement.is_shard(0) for placement in placements):  # whole matrices are here already
-        return [Piece(values, tuple(tensor.shape[1:])) for values in local(tensor).unbind()]
-    inside = tuple(Shard(p.dim - 1) if p.is_shard() else p for p in placements)
+    inside = tuple(None if p.is_shard(0) else Shard(p.dim - 1) if p.is_shard() else p for p in placements)
     return [Piece(values, tuple(tensor.shape[1:]), mesh, inside) for values in local(tensor).unbind()]
 
 
@@ -86,58 +62,6 @@ def put_together(parts: Sequence[Tensor], tensor: Tensor, *, stacked: bool) -> T
     if isinstance(tensor, DTensor) and isinstance(found, DTensor) and plain is not tensor:
         return found.redistribute(placements=tensor.placements)
     return found
-
-
-def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, most: int) -> list[Tensor]:
-    """Return what ``compute`` makes of every matrix, as much of it as this process has of the matrix.
-
-    Processes that have copies tell each other the results of a batch while they compute the next one. Parts of a matrix
-    are exchanged before and after it is computed, in turn: torch's all-to-all is waited for where it is called.
-
-    Args:
-        pieces: the same matrices in the same order on all processes of a mesh.
-        compute: is given a batch of whole matrices, shape (number, ...) and maybe empty, and returns one of this shape
-            and type; what becomes of a matrix must not depend on the others.
-        most: how many numbers a batch has at most, if it is of more than one matrix.
-    """
-    results: list[Any] = [None] * len(pieces)
-    under_way: list[tuple[list[int], Tensor]] = []
-    lots: dict[tuple[Any, ...], list[int]] = {}
-    for index, piece in enumerate(pieces):
-        lots.setdefault(piece.kind, []).append(index)
-    for (shape, _, _, mesh, _), indices in lots.items():
-        number = max(1, most // max(1, math.prod(shape))) * (1 if mesh is None else mesh.size())
-        for start in range(0, len(indices), number):
-            batch = indices[start : start + number]
-            under_way.append((batch, _of_batch([pieces[index] for index in batch], compute)))
-    for batch, found in under_way:
-        arrived = found.wait() if hasattr(found, "wait") else found
-        for index, result in zip(batch, arrived.unbind(), strict=True):
-            results[index] = result
-    return results
-
-
-def _of_batch(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """:func:`each_once` of pieces of one kind, at once; what others send may be under way still."""
-    _, shape, mesh, placements = pieces[0]
-    if mesh is None or mesh.size() == 1:
-        return compute(torch.stack([piece.values for piece in pieces]))
-    mine, held = list(pieces), list[Any]()
-    for dimension, placement in enumerate(placements):
-        if placement.is_replicate():  # copies share the batch, without a transfer
-            share, rank = math.ceil(len(mine) / mesh.size(dimension)), mesh.get_local_rank(dimension)
-            mine = mine[share * rank : share * (rank + 1)]
-            held.append(Shard(0))
-        else:
-            held.append(Shard(placement.dim + 1))
-    values = [piece.values for piece in mine]
-    stacked = torch.stack(values) if values else pieces[0].values.new_empty((0, *pieces[0].values.shape))
-    size = torch.Size((len(pieces), *shape))
-    spread = [Shard(0)] * mesh.ndim
-    whole = _as_dtensor(stacked, mesh, held, size).redistribute(placements=spread).to_local()
-    found = _as_dtensor(compute(whole), mesh, spread, size).redistribute(placements=held)
-    everywhere = [p if p.is_replicate() else of_batch for p, of_batch in zip(placements, held, strict=True)]
-    return found.redistribute(placements=everywhere, async_op=True).to_local()
 
 
 def _as_dtensor(values: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: torch.Size) -> DTensor:
@@ -216,9 +140,9 @@ def reduced(values: Sequence[Tensor], groups: Sequence[tuple[dist.ProcessGroup, 
 
 @functools.cache
 def can_move(group: dist.ProcessGroup, device: str) -> bool:
-    """Return whether the processes of a group can gather tensors of this kind of device as DTensors do.
+    """Return whether matrices on this kind of device are moved between the processes of a group.
 
-    gloo takes the addresses of such tensors for the host's: on a GPU both processes die of it (seen with torch 2.11).
+    gloo on GPUs is left out: DTensor's all-gather ended both processes (torch 2.11), its other calls were not tried.
     """
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     return device == "cpu" or backends.get(device) != "gloo"

@@ -126,11 +126,31 @@ def test_where_gloo_joins_accelerators_each_process_does_all():
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_split_matrices_are_sent_as_the_docs_say(processes):
-    """gloo, which has no all-to-all, gathers what each process would give to it: as many bytes, times the processes."""
-    numbers, rows, columns, widths = [1, 3, 4], 6, 5, {"auto": 2, "float32": 4}
+    numbers, rows, columns, widths = [1, 3, 4], 5, 7, {"auto": 2, "float32": 4}
     given = dict(numbers=numbers, rows=rows, columns=columns, types=list(widths))
-    sent = [2 * math.ceil(k / processes) * rows * columns * b for k in numbers for b in widths.values()]
-    assert together(workers.split_matrices_are_sent, processes, **given) == [processes * number for number in sent]
+    sent = [2 * k * rows * columns * b for k in numbers for b in widths.values()]
+    assert together(workers.split_matrices_are_sent, processes, **given) == sent
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_transfers_are_under_way_while_something_is_computed(split):
+    """Parts of the next batch are sent before a batch is computed; results arrive after the next one was computed."""
+    found = together(workers.transfers_go_on_meanwhile, 2, split=split)
+    assert found["right"]
+    sends, order = 2 if split else 1, [tuple(event) for event in found["events"]]
+    computed = [place for place, (what, _) in enumerate(order) if what == "computed"]
+    assert len(computed) == 5
+    assert len([event for event in order if event[0] == "sent"]) == 5 * sends == len(order) - 5 - 5 * sends
+    back = [number for place, (what, number) in enumerate(order) if what == "sent" and place - 1 in computed]
+    for batch in range(4):
+        assert order.index(("arrived", back[batch])) > computed[batch + 1]  # a result, after the next batch
+        if split:
+            there = [number for what, number in order if what == "sent" and number not in back]
+            assert order.index(("sent", there[batch + 1])) < computed[batch]
+
+
+def test_experts_may_be_split_between_processes_and_within_themselves():
+    assert max(together(workers.experts_split_twice, 4)) < 1e-12
 
 
 def test_a_sharded_checkpoint_keeps_the_narrow_state(tmp_path):

@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from hf_elra.optim import many_tensors
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
-from hf_elra.optim.shards import Rows, each_once, like, pieces_of, put_together, reduced
+from hf_elra.optim.exchange import each_once
+from hf_elra.optim.shards import Rows, like, pieces_of, put_together, reduced
 from hf_elra.optim.tensors import PIECE, in_pieces, local, wide
 
 OVER = 1e-3

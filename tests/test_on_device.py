@@ -31,6 +31,7 @@ arguments = st.fixed_dictionaries(
         "momentum": st.sampled_from([0.0, 0.9]),
         "warmup": st.sampled_from([0, 3]),
         "max_correction": st.sampled_from([1.0, 4.0, 16.0]),
+        "max_drift": st.sampled_from([None, 0.3, 0.02]),
         "max_relative_step": st.sampled_from([0.5, 0.01]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "soft_restart": st.booleans(),

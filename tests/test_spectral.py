@@ -32,6 +32,7 @@ twin_arguments = st.fixed_dictionaries(
         "warmup": st.sampled_from([0, 3, 10]),
         "max_correction": st.sampled_from([1.0, 4.0, 16.0]),
         "max_relative_step": st.sampled_from([0.5, 0.01]),
+        "max_drift": st.sampled_from([None, 0.3, 0.02]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "soft_restart": st.booleans(),
         "initial_restart_ratio": st.sampled_from([None, 1.1]),
@@ -766,6 +767,33 @@ def test_alpha_is_cropped_to_a_share_of_the_matrices_size(share):
         with torch.no_grad():
             for p, value in zip(params, start, strict=True):
                 p.copy_(value)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_matrices_go_no_further_than_asked(on_device):
+    """All the way in one direction, but for steps that are taken back; a resumed run counts on."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(8, 8))
+    start = matrix.detach().clone()
+    arguments = dict(lr=1e-2, max_drift=0.1, warmup=0, on_device=on_device, initial_restart_ratio=None)
+    optimizer, distances = ELRASpectral([matrix], **arguments), []
+    for number in range(120):
+        matrix.grad = torch.eye(8)
+        optimizer.step(loss=1e9 if number in (30, 31) else 1.0 + 0.01 * (number % 2))
+        distances.append(((matrix.detach() - start).norm() / start.norm()).item())
+        if number == 60:
+            state, optimizer = optimizer.state_dict(), ELRASpectral([matrix], **arguments)
+            optimizer.load_state_dict(state)
+    assert optimizer.restarts > 0
+    assert distances[10] > 0.04
+    assert 0.09 < distances[-1] <= 0.1
+    assert distances == pytest.approx(sorted(distances), abs=0.005)  # it ends gently
+
+
+def test_pairs_of_lora_have_no_bound_on_their_way():
+    a, b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(8, 2))
+    with pytest.raises(ConfigurationError, match=r"max_drift=0.1 bounds the way of trained matrices"):
+        ELRASpectral([a, b], adapters=[(a, b, 2.0)], max_drift=0.1)
 
 
 def test_groups_factors_and_parameters_without_gradient():

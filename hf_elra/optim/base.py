@@ -506,6 +506,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         scalars, rule, guard = self._numbers_to_change(), parts.rule, parts.restart_guard
         before, slope = scalars["alpha"], measured.previous_slope
         lowest = parts.step_guards.lr_bounds[0]
+        rule.stands(measured)
         was_full = step_was_good(scalars, known=slope is not None, lowest=lowest, noisy=guard.noisy)
         alpha = proposal = scalars["alpha"]
         if alpha < before:
@@ -524,7 +525,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         if is_first:
             proposal = rule.begin(measured, proposal)
         norm, size, number = measured.direction_norm, measured.size, measured.number
-        alpha, limit = parts.step_guards.apply(proposal, alpha, norm, size, number, is_first=is_first)
+        alpha, limit = parts.step_guards.apply(
+            proposal, alpha, norm, size, number, is_first=is_first, began=rule.began, walked=rule.walked
+        )
         if self.last_update is not None:
             self.last_update = self.last_update._replace(limit=limit)
         return alpha

@@ -21,7 +21,8 @@ from hf_elra.optim.device_numbers import Numbers
 from hf_elra.optim.guards import RestartGuard
 from hf_elra.optim.natural_steps import OFFSET
 
-OF_RULE = ("warms_up", "first", "natural", "rule_update", "ratios_count", "ratios_mean", "ratios_squares")
+OF_RATIOS = ("ratios_count", "ratios_mean", "ratios_squares")
+OF_RULE = ("warms_up", "first", "natural", "rule_update", "began", "walked", *OF_RATIOS)
 """What the rule remembers; see ``EndSlopes.new_state``."""
 NAMES = (*Numbers.names, "previous_slope_of_new", *OF_RULE)
 
@@ -244,7 +245,8 @@ def decide(
     # ---- α: the rule, the way back, bounds ----
     goes_on = ~reduces | (reduced == alpha)
     rule = {name: numbers[name] for name in OF_RULE}
-    rule |= {name: rule[name] * goes_on for name in ("warms_up", "ratios_count", "ratios_mean", "ratios_squares")}
+    rule |= {name: rule[name] * goes_on for name in ("warms_up", *OF_RATIOS)}
+    rule["walked"] = rule["walked"] + numbers["step_size"]
     proposal, proposed = _proposed(stand["updates"], numbers, rule, measured, parts.rule, now)
     of_rule = torch.where(full, torch.stack([proposed[name] for name in OF_RULE]), torch.stack(list(rule.values())))
     stand.update(zip(OF_RULE, of_rule.unbind(), strict=True))
@@ -256,7 +258,11 @@ def decide(
     if (relative := parts.step_guards.max_relative_alpha) is not None:
         of_weights = relative * (measured.size / max(number_sized, 1)).sqrt()
         proposal = torch.where(measured.size > 0, torch.minimum(proposal, of_weights), proposal)
-    stand["alpha"] = proposal = proposal.clamp(min=lowest)
+    proposal = proposal.clamp(min=lowest)
+    if (drift := parts.step_guards.max_drift) is not None:
+        left = (drift * rule["began"] - rule["walked"]).clamp(min=0.0)
+        proposal = torch.minimum(proposal, guards.PART_OF_DRIFT * left)
+    stand["alpha"] = proposal
     stand["step_size"] = scale * proposal
     norms = stand["gradient_norm"] * numbers["direction_norm"]
     cosine = torch.where(norms > 0, measured.current / norms, zero)
@@ -290,7 +296,7 @@ def _proposed(
     slope = numbers["previous_slope"] - numbers["previous_slope_of_new"]
     takes_in = measured.was_full & (slope > 0)
     ratio = ((measured.current - measured.of_new) / slope).clamp(-1.0, 1.0)
-    old = [rule[name] for name in OF_RULE[4:]]
+    old = [rule[name] for name in OF_RATIOS]
     count, mean, squares = _added(old[0], old[1], old[2], ratio)
     freedom = (count - 1).clamp(min=1.0)
     few = 1 + (settings.FEWEST / freedom) ** 2
@@ -317,7 +323,7 @@ def _proposed(
     proposal = torch.where(warms_up, torch.where(on_the_way, straight, natural), proposal)
     ratios = torch.where(warms_up, torch.stack(old), ratios)
     state = dict(rule, rule_update=update, warms_up=(warms_up & on_the_way).to(update.dtype))
-    state.update(zip(OF_RULE[4:], ratios.unbind(), strict=True))
+    state.update(zip(OF_RATIOS, ratios.unbind(), strict=True))
     return proposal, state
 
 

@@ -51,6 +51,9 @@ LEAST_SIZE = 0.01
 """For the relative crop the root mean square of weights counts as at least this: weights that begin at zero have to
 leave it."""
 
+PART_OF_DRIFT = 0.05
+"""A step is at most this share of what ``max_drift`` leaves, so that steps end gently and not at once."""
+
 QUIET_UPDATES = 50
 """If trouble recurs within this many updates, α goes back to a lower value afterwards; later it counts as over."""
 
@@ -72,6 +75,8 @@ class StepGuards:
         max_first_step: the same for the first step alone, of which nothing is known. None for none.
         max_relative_alpha: α is at most this share of the root mean square of the weights; for directions whose
             elements have a mean square of one. None for none.
+        max_drift: all α together are at most this share of the root mean square that the weights began with, for such
+            directions; each is at most a part of what is left (``PART_OF_DRIFT``). None for none.
     """
 
     max_growth: float = math.inf
@@ -81,6 +86,7 @@ class StepGuards:
     max_relative_step: float | None = None
     max_first_step: float | None = None
     max_relative_alpha: float | None = None
+    max_drift: float | None = None
 
     def need_size(self, *, is_first: bool) -> bool:
         """Whether the size of the weights has to be known."""
@@ -96,6 +102,8 @@ class StepGuards:
         number: int = 0,
         *,
         is_first: bool = False,
+        began: float = 0.0,
+        walked: float = 0.0,
     ) -> tuple[float, str | None]:
         """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``,
         and which limit decided it: ``"floor"``, ``"ceiling"``, ``"crop"`` or None.
@@ -109,6 +117,7 @@ class StepGuards:
             direction_norm: ‖u_t‖.
             weight_square, number: sum of the squares of the weights whose size limits a step, and how many they are.
             is_first: whether it is the first step.
+            began, walked: root mean square of the weights before the first step, and the sum of all α since.
         """
         alpha, limit = min(alpha, self.max_growth * previous_alpha), None
         if self.min_step_norm > 0 and direction_norm > 0 and alpha < self.min_step_norm / direction_norm:
@@ -125,6 +134,10 @@ class StepGuards:
             longest = min(longest, max(self.max_first_step * math.sqrt(weight_square), self.min_step_norm))
         if alpha * direction_norm > longest:
             alpha, limit = longest / direction_norm, "crop"
+        if self.max_drift is not None:
+            left = max(self.max_drift * began - walked, 0.0) * PART_OF_DRIFT
+            if alpha > left:
+                alpha, limit = left, "ceiling"
         return alpha, limit
 
     def bounded(self, alpha: float, root_mean_square: float) -> float:

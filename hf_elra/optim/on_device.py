@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import many_tensors
 from hf_elra.optim.base import LastUpdate, Parts, shares
-from hf_elra.optim.decisions import NAMES, OF_RULE, Measured, Verdict, cycle_ended, decide
+from hf_elra.optim.decisions import NAMES, OF_RATIOS, Measured, Verdict, cycle_ended, decide
 from hf_elra.optim.device_numbers import Numbers, NumbersOnDevice
 from hf_elra.optim.directions.spectral import Spectral
 from hf_elra.optim.guards import StepGuards
@@ -73,8 +73,8 @@ class DeviceUpdate(Numbers):
     def read(self, scalars: dict[str, Any]) -> dict[str, Any]:
         """Return the host's numbers by name."""
         rule = scalars["rule"]
-        ratios = dict(zip(OF_RULE[4:], rule["ratios"], strict=True))
-        of_rule = {"warms_up": rule["warms_up"], "first": rule["first"], "natural": rule["natural"], **ratios}
+        plain = {name: rule[name] for name in ("warms_up", "first", "natural", "began", "walked")}
+        of_rule = {**plain, **dict(zip(OF_RATIOS, rule["ratios"], strict=True))}
         of_new = scalars["previous_slope_of_new"]
         return {**super().read(scalars), "previous_slope_of_new": of_new, **of_rule, "rule_update": rule["update"]}
 
@@ -86,6 +86,8 @@ class DeviceUpdate(Numbers):
             warms_up=int(found["warms_up"]),
             first=found["first"],
             natural=found["natural"],
+            began=found["began"],
+            walked=found["walked"],
             update=int(found["rule_update"]),
             ratios=[int(found["ratios_count"]), found["ratios_mean"], found["ratios_squares"]],
         )
@@ -209,7 +211,10 @@ class DecidesOnDevice(NumbersOnDevice):
         if type(parts.rule) is not EndSlopes:
             return f"the rule is {type(parts.rule).__name__}"
         bounds = parts.step_guards
-        if bounds != StepGuards(lr_bounds=bounds.lr_bounds, max_relative_alpha=bounds.max_relative_alpha):
+        known = StepGuards(
+            lr_bounds=bounds.lr_bounds, max_relative_alpha=bounds.max_relative_alpha, max_drift=bounds.max_drift
+        )
+        if bounds != known:
             return "steps have other limits than bounds on α"
         if parts.restart_guard.window is not None or not parts.restart_guard.noisy:
             return "losses are judged by a window"

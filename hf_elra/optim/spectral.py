@@ -67,6 +67,11 @@ class ELRASpectral(DecidesOnDevice):
             4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
             len(loader)``. A trained model that shall not forget needs less. Default: 16.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
+        max_drift (float, optional): how far matrices may go from where they began, as a share of their root mean square
+            then: all α together are at most that, and a step at most a twentieth of what is left of it, below
+            ``lr_bounds`` if need be. Steps do not all go one way, so that the distance itself is less. A new head steps
+            further than α, embeddings less; weight decay does not count. For a model that shall not forget; not with
+            ``adapters``, whose frozen matrices do not move. None for no such bound. Default: None.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
             and Muon, whose usual values (0.1) fit. Default: 0.
@@ -136,6 +141,7 @@ class ELRASpectral(DecidesOnDevice):
         warmup: int = 10,
         max_correction: float = 16.0,
         max_relative_step: float = 0.5,
+        max_drift: float | None = None,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
         stochastic_rounding: bool = False,
@@ -151,6 +157,11 @@ class ELRASpectral(DecidesOnDevice):
         settings = settings_of(locals(), *OF_A_MODEL)
         _check_settings(settings)
         self._adapters = _pairs(adapters)
+        if self._adapters and settings["max_drift"] is not None:
+            raise ConfigurationError(
+                f"max_drift={settings['max_drift']!r} bounds the way of trained matrices, and those beside adapters do "
+                "not move; leave max_drift out. max_correction=1 keeps the steps of adapters short."
+            )
         told = {"embeddings": embeddings, "experts": experts, "outputs": outputs}
         self._kinds = {kind: _identities(kind, given) for kind, given in told.items()}
         if self._kinds["outputs"].keys() - self._kinds["embeddings"].keys():
@@ -171,7 +182,9 @@ class ELRASpectral(DecidesOnDevice):
         return Parts(
             self.direction(float(s["momentum"])),
             rule,
-            StepGuards(lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"]),
+            StepGuards(
+                lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"], max_drift=s.get("max_drift")
+            ),
             # The paper, section 3.2, drops the first rule for a start that was trained before: losses begin low there,
             # and differ by more than a tenth.
             RestartGuard(s["restart_sigma"], None if s.get("is_trained") else s["initial_restart_ratio"]),
@@ -257,6 +270,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
     need("max_correction", lambda v: v >= 1, "a number >= 1 (16)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
+    if settings["max_drift"] is not None:
+        need("max_drift", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.1), or None")
     need_choice(settings, "distribute", ("auto", "off"))
     for name in ("polar_dtype", "state_dtype"):
         need_choice(settings, name, ("auto", "float32", "bfloat16"))

@@ -150,10 +150,16 @@ def arguments(run: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return what a run's training arguments are."""
     rate = {} if run["rate"] is None else {"learning_rate": run["rate"]}
     return {
-        "output_dir": tempfile.mkdtemp(), "optim": run["optim"], "max_steps": UPDATES, "logging_steps": 10,
+        "output_dir": tempfile.mkdtemp(), **_optim(run["optim"]), "max_steps": UPDATES, "logging_steps": 10,
         "report_to": [], "seed": run["seed"], "save_strategy": "no", "per_device_train_batch_size": BATCH,
         "use_cpu": True, "disable_tqdm": True, "bf16": False, **rate, **more,
     }  # fmt: skip
+
+
+def _optim(named: str) -> dict[str, str]:
+    """Return the training arguments for an optimizer, which may be followed by arguments of its own."""
+    name, _, own = named.partition(", ")
+    return {"optim": name, **({"optim_args": own} if own else {})}
 
 
 def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]], dict[str, Any]]:
@@ -278,8 +284,9 @@ def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, An
     runs = by_rate(lines)
     for seed, name in itertools.product(given.seeds, given.only):
         of_grid = (best_rate(name, runs),) if given.best else CLIENTS[name].grid
-        for optim, rates in ((OURS, (None,)), ("adamw_torch", (None, *of_grid))):
-            if optim in given.optim:
+        ours = ((f"{OURS}, max_drift={drift:g}", (None,)) for drift in given.max_drift)
+        for optim, rates in ((OURS, (None,)), ("adamw_torch", (None, *of_grid)), *ours):
+            if optim in given.optim or ", max_drift=" in optim:
                 yield from ({"client": name, "optim": optim, "rate": r, "seed": seed} for r in dict.fromkeys(rates))
 
 
@@ -340,6 +347,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CLIENTS, default=list(CLIENTS))
     parser.add_argument("--optim", nargs="+", choices=[OURS, "adamw_torch"], default=[OURS, "adamw_torch"])
+    parser.add_argument("--max_drift", nargs="+", type=float, default=[], help="runs of ours with this argument")
     parser.add_argument("--best", action="store_true", help="of AdamW's rates only the best of those that were run")
     parser.add_argument("--print", action="store_true", help="only the table of what is there")
     given = parser.parse_args(words)

@@ -9,7 +9,8 @@ whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scr
 ViT on CIFAR-10, an MLP on MNIST, a CNN on Fashion-MNIST, an LSTM and a Mamba on stories, a CNN that takes the noise off
 pictures, and a T5 that translates captions.
 Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
-missing. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with ``stories``, ``sst2``,
+missing. The row "times" is elra_spectral at multiples of the rate that suits the weights, without corrections by
+slopes: whether that rate is the right one. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with ``stories``, ``sst2``,
 ``tinyshakespeare``, ``multi30k``, ``mnist`` and ``fashion_mnist``. ``--only TASK…`` and ``--rows ROW…`` choose;
 ``--best`` makes more seeds at the best rate of those that were run.
 """
@@ -40,7 +41,10 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from hf_elra.optim.averaging import WeightAverage
+from hf_elra.optim.base import Parts
 from hf_elra.optim.directions.spectral import embeddings_of, outputs_of
+from hf_elra.optim.rules import Measurement
+from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
@@ -66,6 +70,8 @@ class Trained:
         constant: rates of the same direction.
         adamw: rates of the partners that need one; Muon also has :data:`BEYOND` the largest, where new models are best.
         model: what it is, by a key of ``MODELS``.
+        shape: of a Llama, by a key of rate_scan's settings.
+        times: multiples of the rate that suits the weights.
         examples: how many there are for training, of SST-2 with MiniLM.
     """
 
@@ -79,6 +85,8 @@ class Trained:
     model: str = "llama"
     examples: int = SENTENCES
     alpha: int = LORA_ALPHA
+    shape: str = "llama-width64"
+    times: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 NEW = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -93,6 +101,10 @@ TASKS = {
     "scratch, batch 4": Trained("stories", 4, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 16": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 64": Trained("stories", 64, 96, constant=NEW, adamw=ADAMW),
+    "width 128": Trained("stories", 16, 384, shape="llama-width128"),
+    "width 256": Trained("stories", 16, 384, shape="llama-width256"),
+    "width 512": Trained("stories", 16, 128, shape="llama-width512", times=(0.5, 1.0, 2.0)),
+    "12 layers": Trained("stories", 16, 128, shape="llama-depth12"),
     "shakespeare": Trained("shakespeare", 16, 192, "trained", constant=GENTLE, adamw=LORA),
     "german": Trained("german", 16, 192, "trained", constant=GENTLE, adamw=LORA),
     "sst2": Trained("sst2", 16, 192, "trained", constant=GENTLE, adamw=TUNING),
@@ -171,7 +183,7 @@ class Llama(Stories):
     """A small Llama on one of the texts, or with a fresh head on sentences."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, data: Data, start: Path) -> None:
-        super().__init__(SETTINGS["llama-width64"], given.bundle, given.device, tiny=False)
+        super().__init__(SETTINGS[task.shape], given.bundle, given.device, tiny=False)
         self.trained, self.start = task, start
         if task.text in data.blocks:
             self.train, self.validation = (blocks.to(self.device) for blocks in data.blocks[task.text])
@@ -370,13 +382,36 @@ def with_a_constant_rate(task: Any, seed: int, rate: float, *, adamw: bool = Fal
     return {"found": found}
 
 
-def with_nothing_chosen(task: Any, seed: int, _: Any) -> dict[str, Any]:
-    """Train with elra_spectral as a user gets it."""
+class Multiple(ELRASpectral):
+    """elra_spectral at a multiple of the rate that suits the weights, which slopes do not correct."""
+
+    multiple = 1.0
+
+    class Uncorrected(EndSlopes):
+        """A rate that falls."""
+
+        def _corrected(self, alpha: float, measured: Measurement) -> float:
+            return alpha
+
+    def _look_at_weights(self) -> float:
+        return self.multiple * super()._look_at_weights()
+
+    def parts(self) -> Parts:
+        """Those of elra_spectral, but for corrections."""
+        s = self.param_groups[0]
+        return super().parts()._replace(rule=self.Uncorrected(s["warmup"], fresh=self.updates_per_epoch))
+
+
+def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, Any]:
+    """Train with elra_spectral as a user gets it, or at a multiple of the rate that suits the weights."""
     trained, model = task.trained, task.model(seed)
     params = [p for p in model.parameters() if p.requires_grad]
     pairs = [(m.A, m.B, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
     tables, outputs = ([p for p in find(model) if p.requires_grad] for find in (embeddings_of, outputs_of))
-    optimizer = ELRASpectral(params, embeddings=tables, outputs=outputs, adapters=pairs)
+    kind = ELRASpectral if multiple is None else Multiple
+    optimizer = kind(params, embeddings=tables, outputs=outputs, adapters=pairs)
+    if isinstance(optimizer, Multiple):
+        optimizer.multiple = multiple
     optimizer.updates_per_epoch = task.size // trained.batch
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
     average, found, rates = WeightAverage(model, power=8), {}, []
@@ -414,20 +449,26 @@ def with_a_partner(name: str, task: Any, seed: int, rate: float | None) -> dict[
 
 
 ROWS: dict[str, Callable[[Any, int, Any], dict[str, Any]]] = {
-    "ours": with_nothing_chosen,
+    "ours": with_ours,
+    "times": with_ours,
     "constant": with_a_constant_rate,
     "adamw": lambda task, seed, rate: with_a_constant_rate(task, seed, rate, adamw=True),
     **{name: partial(with_a_partner, name) for name in PARTNERS if name != "AdamW, cosine"},
 }
 """Row → what makes a run; ``adamw`` is AdamW with clipping and a cosine without a warm-up."""
-TITLES = {"ours": "elra_spectral", "constant": "its direction, constant rate", "adamw": "AdamW, cosine"}
+TITLES = {
+    "ours": "elra_spectral",
+    "times": "it at a multiple of its rate",
+    "constant": "its direction, constant rate",
+    "adamw": "AdamW, cosine",
+}
 
 
 def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is to be run, the first seed of everything first."""
     for seed, name, row in itertools.product(given.seeds, given.only, given.rows):
         has_rate = row == "adamw" or (row in PARTNERS and PARTNERS[row].has_rate)
-        grid: Sequence[float | None] = (None,)
+        grid: Sequence[float | None] = TASKS[name].times if row == "times" else (None,)
         if row == "constant" or has_rate:
             grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw
             if row == "Muon, cosine" and TASKS[name].model != "minilm":

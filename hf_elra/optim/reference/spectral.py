@@ -57,6 +57,7 @@ class ReferenceSpectral(ReferenceRestarts):
         warmup: int = 10,
         max_correction: float = 16.0,
         max_relative_step: float = 0.5,
+        max_drift: float | None = None,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
         weight_decay: float = 0.0,
         soft_restart: bool = True,
@@ -78,6 +79,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.high, self.weight_decay = lr_bounds[1], weight_decay
         self.updates, self.last_set = 0, 0  # the second: the update that set α last
         self.natural = 0.0
+        self.max_drift, self.walked, self.began = max_drift, 0.0, 0.0
         self.shares, self.new = [1.0] * len(points), [False] * len(points)
         self.warms_up = warmup > 0
         self.first = 0.0
@@ -125,6 +127,7 @@ class ReferenceSpectral(ReferenceRestarts):
     def go_on(self, loss: float, gradients: list[Tensor]) -> None:
         """The last step stands."""
         before = self.alpha
+        self.walked += self.alpha * self.length if self.previous_slope is not None else 0.0
         self.step_was_good(loss)
         was_full, self.length = self.length == 1, 1.0
         alpha = self.alpha
@@ -132,12 +135,15 @@ class ReferenceSpectral(ReferenceRestarts):
             self.warms_up, self.ratios = False, []
         if self.previous_slope is None:
             self.look_at_weights()
+            self.began = self.size()
             self.first = min(alpha, self.suits(1)) if self.warms_up else alpha
             alpha, self.last_set = self.first, self.updates
         elif was_full:
             d = self.slope(gradients, self.previous_u)
             alpha = max(self.rate(alpha, gradients), self.way_back(d))
         self.alpha = self.bounded(alpha)
+        if self.max_drift is not None:
+            self.alpha = min(self.alpha, (self.max_drift * self.began - self.walked) / 20)
         directions = self.directions(gradients)
         self.previous_x, self.previous_u, self.previous_loss = self.x, directions, loss
         self.previous_slope = self.slope(gradients, directions)

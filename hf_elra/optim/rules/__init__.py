@@ -60,8 +60,11 @@ class Rule:
 
     Attributes:
         state: plain numbers, of one structure from the first update to the last.
+        began: root mean square of the weights before the first step, for guards that ask for it; 0 if not known.
+        walked: how long all steps together were that stand, in α.
     """
 
+    began = walked = 0.0
     looks_ahead = False
     """Whether α comes from the step to come, and is proposed for every one of them; else from the step behind."""
 
@@ -84,6 +87,9 @@ class Rule:
             alpha: α_{t-1}.
         """
         return alpha
+
+    def stands(self, measured: Measurement) -> None:
+        """The last step is not taken back."""
 
     def again(self, measured: Measurement, alpha: float) -> float | None:
         """Return α for the last step once more from where it began, while a search along its line goes on.

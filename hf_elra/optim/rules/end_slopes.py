@@ -65,18 +65,35 @@ class EndSlopes(Rule):
     def new_state(self) -> dict[str, Any]:
         """Return what is remembered before the first update.
 
-        Whether α still warms up, α_0, the α that suits the weights (at t + 50 = 1), the last update that set α, ratios
-        since the last correction (count, mean, squared deviations).
+        Whether α still warms up, α_0, the α that suits the weights (at t + 50 = 1), the last update that set α, the
+        root mean square of the weights, how far they walked, ratios since the last correction (count, mean, squared
+        deviations).
         """
         return {
-            "warms_up": int(self.warmup > 0), "first": 0.0, "natural": 0.0, "update": 0, "ratios": [0, 0.0, 0.0],
+            "warms_up": int(self.warmup > 0), "first": 0.0, "natural": 0.0, "update": 0, "began": 0.0, "walked": 0.0,
+            "ratios": [0, 0.0, 0.0],
         }  # fmt: skip
+
+    @property
+    def began(self) -> float:  # type: ignore[override]
+        """Root mean square of the weights before the first step."""
+        return float(self.state["began"])
+
+    @property
+    def walked(self) -> float:  # type: ignore[override]
+        """How long all steps together were."""
+        return float(self.state["walked"])
+
+    def stands(self, measured: Measurement) -> None:
+        """Count the last step."""
+        self.state["walked"] += measured.step_size
 
     def begin(self, measured: Measurement, alpha: float) -> float:
         """Return the first α: α_0, or what suits the weights if that is less."""
         state = self.state
         state["update"], state["natural"] = measured.update, measured.natural_rate
         state["first"] = min(alpha, self._natural(1)) if state["warms_up"] else alpha
+        state["began"] = math.sqrt(measured.size / measured.number) if measured.number > 0 else 0.0
         return float(state["first"])
 
     def propose(self, measured: Measurement, alpha: float) -> float:

@@ -11,8 +11,8 @@ pictures, and a T5 that translates captions.
 Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
 missing. The row "times" is elra_spectral at multiples of the rate that suits the weights, without corrections by
 slopes: whether that rate is the right one. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
-``stories``, ``sst2``, ``tinyshakespeare``, ``multi30k``, ``mnist`` and ``fashion_mnist``. ``--only TASK…`` and ``--rows ROW…`` choose;
-``--best`` makes more seeds at the best rate of those that were run.
+``stories``, ``sst2``, ``tinyshakespeare``, ``multi30k``, ``mnist`` and ``fashion_mnist``. ``--only TASK…`` and
+``--rows ROW…`` choose; ``--best`` makes more seeds at the best rate of those that were run.
 """
 
 from __future__ import annotations

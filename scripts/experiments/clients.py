@@ -5,7 +5,8 @@
     python scripts/experiments/clients.py --output docs/results/no_rate/clients.jsonl --print
 
 A small Llama is trained on stories with AdamW first. TRL then trains it further: on other stories (SFT), on pairs of a
-sentence's second half and the same words in another order (DPO, a reward model), and on such halves with a label (KTO).
+sentence's second half and the same words in another order (DPO, a reward model), on such halves with a label (KTO), and
+to end sentences with words that begin with an "s" (GRPO; the reward is their share).
 sentence-transformers trains all-MiniLM-L6-v2 to find the English caption of a German one. Ours has nothing chosen;
 AdamW has the client's own default rate and a grid, with the client's own schedule. Every run is one line, written at
 once; the same command makes what is missing. ``--data``: a folder with ``stories`` and ``multi30k``. Needs ``trl``,
@@ -51,6 +52,8 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 ENCODER = (2e-5, 5e-5, 1e-4, 2e-4)
 UPDATES, BATCH, LENGTH = 150, 8, 64
 ENCODER_UPDATES, ENCODER_BATCH = 100, 16
+WRITTEN = 16
+"""Tokens that are written for GRPO."""
 TRAINED, TESTED = 2000, 300
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 
@@ -183,14 +186,23 @@ def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]]
             model = AutoModelForCausalLM.from_pretrained(folder)
         both = [Dataset.from_list(ROWS_OF[kind](rows)) for rows in (train, test)]
         trainer_of, config_of = getattr(trl, TRAINERS[kind]), getattr(trl, TRAINERS[kind].replace("Trainer", "Config"))
-        more = {"max_length": 128, "gradient_checkpointing": False}
+        more: dict[str, Any] = {"gradient_checkpointing": False}
+        of_kind: dict[str, Any] = {"eval_dataset": both[1]}
+        if kind == "grpo":
+            rows = 4 * BATCH
+            of_kind["reward_funcs"] = begin_with_s
+            more |= {"num_generations": BATCH, "max_completion_length": WRITTEN}
+            more |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+        else:
+            more["max_length"] = 128
         trainer = trainer_of(
-            model, args=config_of(**arguments(run, **more)), train_dataset=both[0], eval_dataset=both[1],
-            processing_class=tokenizer, peft_config=lora,
+            model, args=config_of(**arguments(run, **more)), train_dataset=both[0], processing_class=tokenizer,
+            peft_config=lora, **of_kind,
         )  # fmt: skip
         trainer.train()
         found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        wanted = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/margins", "accuracy", "logps/chosen")
+        wanted = ["rewards/accuracies", "rewards/chosen", "rewards/margins", "accuracy", "logps/chosen"]
+        wanted += ["reward", "entropy"] if kind == "grpo" else ["loss"]
         result = {name.replace("rewards/accuracies", "accuracy"): found[name] for name in wanted if name in found}
         if kind != "reward":
             result["stories"] = forgetting(trainer.model, tokenizer, given.data)
@@ -207,11 +219,19 @@ def state(trainer: Any) -> dict[str, Any]:
     return {**named, "drift": logs[-1].get("drift"), "losses": [round(float(log["loss"]), 4) for log in logs]}
 
 
-TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "reward": "RewardTrainer", "kto": "KTOTrainer"}
+def begin_with_s(completions: list[str], **_: Any) -> list[float]:
+    """Return of every text the share of words that begin with an "s"."""
+    words = [text.split() for text in completions]
+    return [sum(word.startswith("s") for word in found) / max(len(found), 1) for found in words]
+
+
+TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "reward": "RewardTrainer", "kto": "KTOTrainer",
+            "grpo": "GRPOTrainer"}  # fmt: skip
 ROWS_OF: dict[str, Callable[[list[tuple[str, str, str]]], list[dict[str, Any]]]] = {
     "sft": lambda rows: [{"text": begins + ends} for begins, ends, _ in rows],
     "dpo": lambda rows: [{"prompt": begins, "chosen": ends, "rejected": other} for begins, ends, other in rows],
     "reward": lambda rows: [{"chosen": begins + ends, "rejected": begins + other} for begins, ends, other in rows],
+    "grpo": lambda rows: [{"prompt": begins} for begins, _, _ in rows],
     "kto": lambda rows: [
         {"prompt": begins, "completion": ends if number % 2 else other, "label": bool(number % 2)}
         for number, (begins, ends, other) in enumerate(rows)
@@ -272,6 +292,7 @@ CLIENTS = {
     "TRL reward, LoRA": Client(with_trl("reward"), lora=True),
     "TRL KTO": Client(with_trl("kto")),
     "TRL KTO, LoRA": Client(with_trl("kto"), lora=True),
+    "TRL GRPO": Client(with_trl("grpo"), better="reward", highest=True),
     "sentence-transformers": Client(with_sentence_transformers, grid=ENCODER, better="mrr", highest=True),
 }
 
@@ -323,7 +344,7 @@ def table(lines: list[str]) -> str:
 
 SHOWN = {
     "loss": "loss {:.3f}", "accuracy": "accuracy {:.1%}", "rewards/chosen": "chosen {:+.2f}",
-    "stories": "stories {:.2f}", "mrr": "MRR {:.3f}",
+    "reward": "reward {:.3f}", "entropy": "entropy {:.2f}", "stories": "stories {:.2f}", "mrr": "MRR {:.3f}",
 }  # fmt: skip
 
 

@@ -208,13 +208,23 @@ def fine_tuning() -> str:
     best = {name: clients.best_rate(f"TRL {name}", runs) for name in FINE_TUNING}
     rows: dict[str, tuple[str, dict[str, float | None]]] = {
         "**elra_spectral**": (clients.OURS, dict.fromkeys(FINE_TUNING)),
+        **{
+            f"the same, `max_drift={drift}`": (f"{clients.OURS}, max_drift={drift}", dict.fromkeys(FINE_TUNING))
+            for drift in (0.2, 0.1)
+        },
         "AdamW, best of four rates": ("adamw_torch", best),
+        **{f"AdamW, {rate:g}, one seed": ("adamw_torch", dict.fromkeys(FINE_TUNING, rate)) for rate in (3e-4, 1e-4)},
         "AdamW, TRL's default": ("adamw_torch", dict.fromkeys(FINE_TUNING)),
     }
     for title, (optim, rates) in rows.items():
         cells = []
         for name, rate in rates.items():
-            found = runs[f"TRL {name}", optim, rate]
+            found = runs.get((f"TRL {name}", optim, rate), [])
+            if not found:
+                cells.append("–")
+                continue
+            if title.endswith("one seed"):
+                found = [run for run in found if run["seed"] == 0]
             loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("loss", "stories"))
             cells.append(f"{loss:.3f} ({kept:.2f})")
         lines.append(f"| {title} | {' | '.join(cells)} |")

@@ -7,7 +7,10 @@ from torch.nn.functional import mse_loss
 
 from lib.partners import PARTNERS, Training
 
-PACKAGES = {"SOAP": "pytorch_optimizer", "schedule-free": "schedulefree", "Prodigy": "prodigyopt"}
+PACKAGES = {
+    "SOAP": "pytorch_optimizer", "schedule-free": "schedulefree", "Prodigy, cosine": "prodigyopt",
+    "Prodigy, schedule-free": "prodigyplus", "MomoAdam": "momo", "Mechanic": "mechanic_pytorch",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PARTNERS)

@@ -30,11 +30,13 @@ class Partner:
         make: optimizers of a model, from a rate and the number of updates; together they are one.
         schedule: ``"cosine"`` to zero after a warm-up, ``"cosine, no warm-up"`` or ``"constant"``.
         has_rate: whether there is a rate to choose.
+        needs_loss: whether a step is told the loss.
     """
 
     make: Callable[[nn.Module, float, int], list[torch.optim.Optimizer]]
     schedule: str = "cosine"
     has_rate: bool = True
+    needs_loss: bool = False
 
     def factor(self, update: int, updates: int) -> float:
         """What the rate is multiplied by at an update, counted from 0."""
@@ -71,7 +73,8 @@ class Training:
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            optimizer.step()
+            step: Callable[..., Any] = optimizer.step
+            step(**({"loss": loss.detach()} if self.partner.needs_loss else {}))
             optimizer.zero_grad()
         self.done += 1
 
@@ -84,14 +87,20 @@ class Training:
         self._call("train")
 
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's tensors as large as a parameter or larger in all."""
-        kept = [value for o in self.optimizers for state in o.state.values() for value in state.values()]
-        kept = [t for value in kept for t in (value if isinstance(value, (list, tuple)) else [value])]
-        return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+        """Bytes of the optimizer's tensors."""
+        return sum(_bytes_of(state) for o in self.optimizers for state in o.state.values())
 
     def _call(self, name: str) -> None:
         for optimizer in self.optimizers:
             getattr(optimizer, name, lambda: None)()
+
+
+def _bytes_of(kept: Any) -> int:
+    """Bytes of the tensors in something, however deep."""
+    if isinstance(kept, Tensor):
+        return kept.numel() * kept.element_size()
+    inside = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
+    return sum(map(_bytes_of, inside))
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -140,6 +149,31 @@ def _schedule_free(model: nn.Module, rate: float, updates: int) -> list[torch.op
     return [AdamWScheduleFree(_groups(_trained(model), 0.1), lr=rate, warmup_steps=warm_up)]
 
 
+def _schedule_free_radam(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
+    from schedulefree import RAdamScheduleFree
+
+    return [RAdamScheduleFree(_groups(_trained(model), 0.1), lr=rate)]
+
+
+def _prodigy_plus(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
+    from prodigyplus import ProdigyPlusScheduleFree
+
+    return [ProdigyPlusScheduleFree(_groups(_trained(model), 0.1))]
+
+
+def _momo(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
+    """One group, which its step asks for, so that weight decay is left out."""
+    from momo import MomoAdam
+
+    return [MomoAdam(_trained(model))]
+
+
+def _mechanic(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
+    from mechanic_pytorch import mechanize
+
+    return [mechanize(torch.optim.AdamW)(_groups(_trained(model), 0.1), lr=1.0)]
+
+
 def _prodigy(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
     from prodigyopt import Prodigy
 
@@ -154,6 +188,11 @@ PARTNERS = {
     "Muon, constant": Partner(_muon, "constant"),
     "SOAP, cosine": Partner(_soap),
     "schedule-free AdamW": Partner(_schedule_free, "constant"),
+    "schedule-free RAdam": Partner(_schedule_free_radam, "constant"),
     "Prodigy, cosine": Partner(_prodigy, "cosine, no warm-up", has_rate=False),
+    "Prodigy, schedule-free": Partner(_prodigy_plus, "constant", has_rate=False),
+    "MomoAdam": Partner(_momo, "constant", has_rate=False, needs_loss=True),
+    "Mechanic, cosine": Partner(_mechanic, has_rate=False),
 }
-"""Name → partner. ``SOAP`` is from pytorch-optimizer, the others from torch, schedulefree and prodigyopt."""
+"""Name → partner. ``SOAP`` is from pytorch-optimizer, others from torch, schedulefree, prodigyopt,
+prodigy-plus-schedule-free, momo-opt and mechanic-pytorch."""

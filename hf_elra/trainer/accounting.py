@@ -108,6 +108,7 @@ class Accounting:
         self._rows_to_skip = 0
         self._first_epoch_of_call = True
         self._schedule_length: int | None = None
+        self._batches_of_epoch: int | None = None  # whole micro-batches
         self._share_before = 0.0  # totals of the run
         self._users_accumulation = 1
 
@@ -149,6 +150,7 @@ class Accounting:
         If samples, tokens or updates limit the run, there may be any number of epochs.
         """
         control, sized = self._size.control, has_length(loader)
+        self._batches_of_epoch = self._whole_batches(loader) if sized else None
         if control is None:
             return self._without_incomplete_updates(stock_values(args, loader), args, sized)
         budget = None if sized else control.max_samples or control.max_tokens
@@ -197,6 +199,13 @@ class Accounting:
         else:
             max_steps = -int(-args.num_train_epochs * whole // 1)
         return epochs, whole, examples, max_steps * batch, batch, whole * accumulation, max_steps
+
+    def _whole_batches(self, loader: Any) -> int:
+        """Return the whole micro-batches of an epoch; a sampler may draw every row several times, as GRPO's does."""
+        rows = number_of_rows(self._trainer.train_dataset)
+        batches = len(loader)
+        whole, rest = divmod(rows or 0, self._samples_of(self._trainer._train_batch_size))
+        return whole if batches == whole + (rest > 0) else batches
 
     def _needs_tokens_beforehand(self, control: BatchControl) -> bool:
         trainer = self._trainer
@@ -382,8 +391,8 @@ class Accounting:
         trainer = self._trainer
         number = trainer.args.gradient_accumulation_steps if self._size.control is None else self.accumulation
         optimizer.samples_per_update = self._samples_of(trainer._train_batch_size) * max(1, round(number))
-        rows = number_of_rows(trainer.train_dataset)
-        optimizer.updates_per_epoch = None if rows is None else max(1, rows // optimizer.samples_per_update)
+        batches = self._batches_of_epoch
+        optimizer.updates_per_epoch = None if batches is None else max(1, batches // max(1, round(number)))
 
     # ---- after it ----
 

@@ -254,3 +254,18 @@ def test_nothing_of_ours_reads_a_number_between_two_logs_where_decisions_are_on_
             assert one[name] == (
                 pytest.approx(other[name], rel=1e-4) if isinstance(other[name], float) else other[name]
             )
+
+
+@pytest.mark.parametrize(("repeats", "per_epoch"), [(1, 5), (3, 15)])
+def test_a_pass_over_the_data_is_as_long_as_the_sampler_makes_it(tmp_path, repeats, per_epoch):
+    """Samplers of reinforcement learning draw every prompt several times."""
+
+    class Repeating(ElraTrainer):
+        def _get_train_sampler(self, *args):
+            rows = range(len(self.train_dataset))
+            return [row for row in rows for _ in range(repeats)] if repeats > 1 else super()._get_train_sampler(*args)
+
+    settings = dict(optim="elra_spectral", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+    run = trainer(tmp_path, rows=token_rows(21), trainer_class=Repeating, **settings)
+    run.train()
+    assert run.elra_optimizer.updates_per_epoch == per_epoch

@@ -36,7 +36,7 @@ MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
 BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
 COMPARED = {"fashion_mnist": "Fashion-MNIST", "cifar": "ResNet-20, CIFAR-10", "llama": "Llama"}
 METHODS = ("elra_spectral", "elra", "adamw", "schedule_free", "prodigy")
-FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA")
+FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA", "GRPO")
 """Of TRL's Trainers, those after which the loss on the old text was measured."""
 
 
@@ -200,7 +200,7 @@ def front_page() -> str:
 
 
 def fine_tuning() -> str:
-    """The table of the page on fine-tuning: the loss of TRL's Trainers, and in brackets that on the old text."""
+    """The table of the page on fine-tuning: loss or reward of TRL's Trainers, and in brackets that on the old text."""
     import clients
 
     runs = clients.by_rate((OURS / "clients.jsonl").read_text("utf-8").splitlines())
@@ -213,7 +213,10 @@ def fine_tuning() -> str:
             for drift in (0.2, 0.1)
         },
         "AdamW, best of four rates": ("adamw_torch", best),
-        **{f"AdamW, {rate:g}, one seed": ("adamw_torch", dict.fromkeys(FINE_TUNING, rate)) for rate in (3e-4, 1e-4)},
+        **{
+            f"AdamW, {name}, one seed": ("adamw_torch", dict.fromkeys(FINE_TUNING, float(name)))
+            for name in ("3e-4", "1e-4")
+        },
         "AdamW, TRL's default": ("adamw_torch", dict.fromkeys(FINE_TUNING)),
     }
     for title, (optim, rates) in rows.items():
@@ -225,8 +228,9 @@ def fine_tuning() -> str:
                 continue
             if title.endswith("one seed"):
                 found = [run for run in found if run["seed"] == 0]
-            loss, kept = (statistics.fmean(run[kind] for run in found) for kind in ("loss", "stories"))
-            cells.append(f"{loss:.3f} ({kept:.2f})")
+            measure = clients.CLIENTS[f"TRL {name}"].better
+            end, kept = (statistics.fmean(run[kind] for run in found) for kind in (measure, "stories"))
+            cells.append(f"{end:.3f} ({kept:.2f})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
-"""README's picture and table, and the numbers on two pages, made from the raw files of docs/results.
+"""README's pictures and table, and the numbers on two pages, made from the raw files of docs/results.
 
     python scripts/experiments/front_page.py            # draws docs/pictures/, writes into README.md and two pages
     python scripts/experiments/front_page.py --check    # says what is not that of the raw files
 
-The picture shows the German captions at batch 16: the one text on which nothing was chosen. After new runs this script
-is all that has to be run again; ``tests/test_readme.py`` runs the check. ``MADE`` says what is written where.
+One picture shows the German captions at batch 16: the one text on which nothing was chosen. The other one shows losses
+over multiples of the rate that ``elra_spectral`` reads off the weights, and where it ends by itself. After new runs
+this script is all that has to be run again; ``tests/test_readme.py`` runs the check. ``MADE`` says what is written
+where.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ MARKERS = dict(zip(SHOWN, "o^sDv", strict=True))
 BEGIN, END = "<!-- made by scripts/experiments/front_page.py -->", "<!-- /made -->"
 COMPARED = {"fashion_mnist": "Fashion-MNIST", "cifar": "ResNet-20, CIFAR-10", "llama": "Llama"}
 METHODS = ("elra_spectral", "elra", "adamw", "schedule_free", "prodigy")
+TRAINED_BEFORE = ("shakespeare", "german", "sst2", "MiniLM, 500 sentences, batch 16")
+"""Tasks of the picture of rates that begin with a trained model."""
 FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA", "GRPO")
 """Of TRL's Trainers, those after which the loss on the old text was measured."""
 
@@ -48,18 +52,35 @@ def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
     return [json.loads(file.read_text("utf-8")) for file in files]
 
 
-# ---- the picture ----
+# ---- the pictures ----
 
 
-def draw(file: Path, colours: dict[str, str]) -> None:
-    """Draw validation losses over tokens, one run (seed 0) a curve."""
+def pyplot() -> Any:
+    """Matplotlib, to draw files with: the same file from the same runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "front_page"  # the same file from the same runs
-    figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    plt.rcParams["svg.hashsalt"] = "front_page"
+    return plt
+
+
+def finish(figure: Any, file: Path, colours: dict[str, str], about: str) -> None:
+    """Give all axes their colours, and write the file with what it shows."""
+    for axis in figure.axes:
+        axis.tick_params(colors=colours["ink"])
+        axis.grid(color=colours["grid"], linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(colours["grid"])
+    metadata = {} if file.suffix == ".png" else {"Date": None, "Description": about}
+    figure.savefig(file, transparent=True, metadata=metadata)
+    pyplot().close(figure)
+
+
+def draw_captions(file: Path, colours: dict[str, str]) -> None:
+    """Draw validation losses over tokens, one run (seed 0) a curve."""
+    figure, axis = pyplot().subplots(figsize=(7.2, 3.6), layout="constrained")
     ends: list[tuple[float, str, str]] = []
     for row, label in SHOWN.items():
         result = read(LANGUAGE / CAPTIONS, row)[0]
@@ -82,16 +103,61 @@ def draw(file: Path, colours: dict[str, str]) -> None:
     axis.set_xlim(0.4, 2.03)
     axis.set_xlabel("million tokens seen", color=colours["ink"])
     axis.set_ylabel("validation loss, nats per token", color=colours["ink"])
-    axis.tick_params(colors=colours["ink"])
-    axis.grid(color=colours["grid"], linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(colours["grid"])
-    about = {} if file.suffix == ".png" else {"Date": None, "Description": description()}
-    figure.savefig(file, transparent=True, metadata=about)
-    plt.close(figure)
+    finish(figure, file, colours, numbers_of_captions())
 
 
-def description() -> str:
+def multiples() -> dict[str, tuple[dict[float, float], float, float]]:
+    """Task → loss over multiples of the rate from the weights; the multiple that a run with nothing chosen ended at,
+    and its loss. All of seed 0."""
+    lines = [
+        json.loads(line)
+        for name in ("scale", "no_rate")
+        for line in (OURS / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
+    found: dict[str, tuple[dict[float, float], float, float]] = {}
+    for task in dict.fromkeys(line["task"] for line in lines if line["row"] == "times"):
+        runs = [line for line in lines if line["task"] == task and line["seed"] == 0]
+        at = {run["rate"]: run for run in runs if run["row"] == "times"}
+        ours = next(run for run in runs if run["row"] == "ours")
+        last = [list(run["alpha"].values())[-1] for run in (ours, at[1.0])]
+        found[task] = {rate: _loss(at[rate]) for rate in sorted(at)}, last[0] / last[1], _loss(ours)
+    return found
+
+
+def _loss(run: dict[str, Any]) -> float:
+    return float(list(run["found"].values())[-1]["mean"]["loss"])
+
+
+def draw_rates(file: Path, colours: dict[str, str]) -> None:
+    """Draw losses over multiples of the rate from the weights, a curve a task, and where runs end by themselves."""
+    tasks = multiples()
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained", sharey=True)
+    for axis, trained, title in zip(axes, (False, True), ("from scratch", "trained before"), strict=True):
+        of_axis = {task: found for task, found in tasks.items() if (task in TRAINED_BEFORE) == trained}
+        for number, (task, (losses, multiple, ours)) in enumerate(of_axis.items()):
+            least, colour = min(*losses.values(), ours), plt.get_cmap("tab10" if trained else "tab20")(number)
+            axis.plot(list(losses), [loss - least for loss in losses.values()], color=colour, linewidth=1.4, label=task)
+            axis.plot([multiple], [ours - least], marker="o", markersize=7, color=colour, linestyle="none")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+        axis.set_ylim(-0.02, 0.5)
+        axis.set_title(title, color=colours["ink"], fontsize=10)
+        axis.set_xlabel("multiple of the rate from the weights", color=colours["ink"])
+        axis.legend(fontsize=7, frameon=False, labelcolor=colours["ink"])
+    axes[0].set_ylabel("loss above the least of the task", color=colours["ink"])
+    finish(figure, file, colours, numbers_of_rates())
+
+
+def numbers_of_rates() -> str:
+    """As :func:`numbers_of_captions`."""
+    return "; ".join(
+        f"{task}: {' '.join(f'{loss:.4f}' for loss in losses.values())}, {ours:.4f} at {multiple:.2f}"
+        for task, (losses, multiple, ours) in multiples().items()
+    )
+
+
+def numbers_of_captions() -> str:
     """What the picture shows in numbers; it is kept in the file, so that a picture of other runs is noticed."""
     ends = {label: read(LANGUAGE / CAPTIONS, row)[0]["validation_loss"] for row, label in SHOWN.items()}
     return "; ".join(f"{label}: {loss:.4f}" for label, loss in ends.items())
@@ -250,6 +316,8 @@ MADE = {
     "docs/optimizers/elra_spectral.md": result_of_spectral,
 }
 """What is written between the two marks of a file."""
+DRAWN = {"captions": (draw_captions, numbers_of_captions), "rates": (draw_rates, numbers_of_rates)}
+"""What draws a picture, and what it shows in numbers."""
 
 
 def renewed(path: str) -> str:
@@ -261,13 +329,14 @@ def renewed(path: str) -> str:
 def stale() -> list[str]:
     """Return the files that are not those of the raw files."""
     texts = [path for path in MADE if renewed(path) != (ROOT / path).read_text("utf-8")]
-    pictures = [file for file in map(picture, COLOURS) if description() not in file.read_text("utf-8")]
-    return texts + [str(file.relative_to(ROOT)) for file in pictures]
+    pictures = [picture(name, theme) for name in DRAWN for theme in COLOURS]
+    old = [file for file in pictures if DRAWN[file.stem.split("-")[0]][1]() not in file.read_text("utf-8")]
+    return texts + [str(file.relative_to(ROOT)) for file in old]
 
 
-def picture(theme: str) -> Path:
-    """The file of the picture in light or dark."""
-    return PICTURES / f"captions-{theme}.svg"
+def picture(name: str, theme: str) -> Path:
+    """The file of a picture in light or dark."""
+    return PICTURES / f"{name}-{theme}.svg"
 
 
 def main(words: list[str]) -> int:
@@ -282,8 +351,9 @@ def main(words: list[str]) -> int:
     for path in MADE:
         (ROOT / path).write_text(renewed(path), "utf-8")
     PICTURES.mkdir(exist_ok=True)
-    for theme, colours in COLOURS.items():
-        draw(picture(theme), colours)
+    for name, (draw, _) in DRAWN.items():
+        for theme, colours in COLOURS.items():
+            draw(picture(name, theme), colours)
     print(front_page())
     return 0
 

@@ -110,7 +110,9 @@ TASKS = {
     "sst2": Trained("sst2", 16, 192, "trained", constant=GENTLE, adamw=TUNING),
     "sst2, LoRA": Trained("sst2", 16, 192, "trained", rank=8, constant=GENTLE, adamw=LORA),
     **{
-        f"sst2, LoRA rank {rank}, alpha {alpha}": Trained("sst2", 16, 192, "trained", rank=rank, alpha=alpha)
+        f"sst2, LoRA rank {rank}, alpha {alpha}": Trained(
+            "sst2", 16, 192, "trained", rank=rank, alpha=alpha, adamw=LORA
+        )
         for rank in (2, 8, 32, 64)
         for alpha in (rank, 4 * rank)
     },
@@ -528,12 +530,21 @@ def best_rate(found: dict[float | None, list[dict[str, float]]]) -> float | None
     return min(alike, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]))
 
 
-def table(lines: list[str]) -> str:
+def tables(lines: list[str]) -> str:
+    """Return two tables: beside what most people take, and beside what needs no rate or no schedule."""
+    others = [name for name in PARTNERS if name.startswith(("schedule-free", "Prodigy", "Momo", "Mechanic"))]
+    runs = runs_of(lines)
+    has_others = {task for task, row, _ in runs if row in others}
+    first = {key: ends for key, ends in runs.items() if key[1] not in others}
+    second = {key: ends for key, ends in runs.items() if key[0] in has_others and key[1] in ("ours", *others)}
+    return f"{table(first)}\n\n{table(second)}"
+
+
+def table(runs: Runs) -> str:
     """Return a table, one row a task: loss and accuracy at the end, the mean of what seeds there are.
 
     A constant rate and a partner have the best rate of the grid, which is named.
     """
-    runs = runs_of(lines)
     kinds = [row for row in ROWS if any(row == kind for _, kind, _ in runs)]
     rows = ["| task | " + " | ".join(TITLES.get(kind, kind) for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for task in (task for task in TASKS if any(task == name for name, _, _ in runs)):
@@ -577,7 +588,7 @@ def main(words: list[str]) -> int:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     lines = given.output.read_text("utf-8").splitlines() if given.output.exists() else []
     if given.print:
-        print(table(lines))
+        print(tables(lines))
         return 0
     keys = ("task", "row", "rate", "seed")
     done = [{key: line[key] for key in keys} for line in map(json.loads, lines)]

@@ -387,7 +387,14 @@ def experts_split_twice():
     for placements in ([Shard(0), Shard(1)], [Shard(2), Shard(0)], [Replicate(), Shard(0)], [Shard(1), Shard(1)]):
         (found,) = spectral_direction([distribute_tensor(experts, mesh, placements)], [False], [True])
         apart.append((found.full_tensor() - expected).abs().max().item())
-    return apart
+    # Some processes have an expert and others none; other matrices are exchanged among all.
+    shapes, placements = [(5, 4), (1, 5, 4), (6, 4), (7, 4)], [Shard(0), Shard(1)]
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    flags = [False] * len(shapes), [t.dim() == 3 for t in tensors]
+    wholes = spectral_direction(tensors, *flags)
+    found = spectral_direction([distribute_tensor(t, mesh, placements) for t in tensors], *flags, batch=1)
+    return apart + [(f.full_tensor() - w).abs().max().item() for f, w in zip(found, wholes, strict=True)]
 
 
 def transfers_go_on_meanwhile(split):

@@ -76,17 +76,17 @@ def each_once(pieces: Sequence[Piece], compute: Callable[[Tensor], Tensor], *, m
 
 
 def _batches(pieces: Sequence[Piece], most: int) -> Iterator[list[list[int]]]:
-    """Yield batches of the places of pieces, those of one mesh in turn.
+    """Yield batches of the places of pieces, those of the same processes in turn.
 
-    Batches of two meshes are never under way at once: the processes of the one, who need not be in the other, would
-    see them in different orders.
+    Batches of others are never under way beside them: who is not among both would see transfers in another order.
     """
     lots: dict[Any, dict[tuple[Any, ...], list[int]]] = {}
     for index, piece in enumerate(pieces):
-        lots.setdefault(piece.mesh, {}).setdefault(piece.kind, []).append(index)
-    for of_mesh in lots.values():
+        of_all = piece.mesh, tuple(placement is None for placement in piece.placements)
+        lots.setdefault(of_all, {}).setdefault(piece.kind, []).append(index)
+    for of_processes in lots.values():
         found = []
-        for indices in of_mesh.values():
+        for indices in of_processes.values():
             first = pieces[indices[0]]
             number = max(1, most // max(1, math.prod(first.shape))) * math.prod(way.size for way in _ways(first))
             found += [indices[start : start + number] for start in range(0, len(indices), number)]

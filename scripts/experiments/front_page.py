@@ -40,6 +40,19 @@ COMPARED = {"fashion_mnist": "Fashion-MNIST", "cifar": "ResNet-20, CIFAR-10", "l
 METHODS = ("elra_spectral", "elra", "adamw", "schedule_free", "prodigy")
 TRAINED_BEFORE = ("shakespeare", "german", "sst2", "MiniLM, 500 sentences, batch 16")
 """Tasks of the picture of rates that begin with a trained model."""
+CALLED = {
+    "scratch, batch 4": "Llama, batch 4",
+    "scratch, batch 16": "Llama, batch 16",
+    "scratch, batch 64": "Llama, batch 64",
+    "width 128": "Llama, width 128",
+    "width 256": "Llama, width 256",
+    "BERT, scratch": "BERT, SST-2",
+    "shakespeare": "Llama, plays",
+    "german": "Llama, German",
+    "sst2": "Llama, SST-2",
+    "MiniLM, 500 sentences, batch 16": "MiniLM, 500 sentences",
+}
+"""What this picture calls tasks."""
 FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA", "GRPO")
 """Of TRL's Trainers, those after which the loss on the old text was measured."""
 
@@ -115,7 +128,7 @@ def multiples() -> dict[str, tuple[dict[float, float], float, float]]:
         for line in (OURS / f"{name}.jsonl").read_text("utf-8").splitlines()
     ]
     found: dict[str, tuple[dict[float, float], float, float]] = {}
-    for task in dict.fromkeys(line["task"] for line in lines if line["row"] == "times"):
+    for task in dict.fromkeys(line["task"] for line in lines if line["row"] == "times" and line["rate"] == 1):
         runs = [line for line in lines if line["task"] == task and line["seed"] == 0]
         at = {run["rate"]: run for run in runs if run["row"] == "times"}
         ours = next(run for run in runs if run["row"] == "ours")
@@ -132,19 +145,23 @@ def draw_rates(file: Path, colours: dict[str, str]) -> None:
     """Draw losses over multiples of the rate from the weights, a curve a task, and where runs end by themselves."""
     tasks = multiples()
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.4), layout="constrained", sharey=True)
     for axis, trained, title in zip(axes, (False, True), ("from scratch", "trained before"), strict=True):
         of_axis = {task: found for task, found in tasks.items() if (task in TRAINED_BEFORE) == trained}
         for number, (task, (losses, multiple, ours)) in enumerate(of_axis.items()):
-            least, colour = min(*losses.values(), ours), plt.get_cmap("tab10" if trained else "tab20")(number)
-            axis.plot(list(losses), [loss - least for loss in losses.values()], color=colour, linewidth=1.4, label=task)
-            axis.plot([multiple], [ours - least], marker="o", markersize=7, color=colour, linestyle="none")
+            least, colour = min(*losses.values(), ours), plt.get_cmap("tab10")(number)
+            above, label = [loss - least for loss in losses.values()], CALLED.get(task, task)
+            axis.plot(list(losses), above, color=colour, linewidth=1.4, label=label)
+            axis.plot([multiple], [ours - least], marker="o", markersize=7, color=colour, linestyle="none", zorder=3)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+        axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
         axis.set_ylim(-0.02, 0.5)
         axis.set_title(title, color=colours["ink"], fontsize=10)
         axis.set_xlabel("multiple of the rate from the weights", color=colours["ink"])
-        axis.legend(fontsize=7, frameon=False, labelcolor=colours["ink"])
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False,
+            labelcolor=colours["ink"],
+        )  # fmt: skip
     axes[0].set_ylabel("loss above the least of the task", color=colours["ink"])
     finish(figure, file, colours, numbers_of_rates())
 
@@ -301,6 +318,16 @@ def fine_tuning() -> str:
     return "\n".join(lines)
 
 
+def table_of_rates() -> str:
+    """The table of losses over multiples of the rate from the weights."""
+    grid = (0.25, 0.5, 1.0, 2.0, 4.0)
+    lines = [f"| | {' | '.join(f'{rate:g}' for rate in grid)} | nothing chosen: loss, ends at |", f"|---|{'---:|' * 6}"]
+    for task, (losses, multiple, ours) in multiples().items():
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "–" for rate in grid]
+        lines.append(f"| {CALLED.get(task, task)} | {' | '.join(cells)} | {ours:.3f}, {multiple:.1f} |")
+    return "\n".join(lines)
+
+
 def result_of_spectral() -> str:
     """The result on the page of elra_spectral."""
     ours, (rate, best) = losses(CAPTIONS, "elra_spectral"), best_of(CAPTIONS, "cosine")
@@ -314,6 +341,7 @@ MADE = {
     "README.md": front_page,
     "docs/guides/finetuning.md": fine_tuning,
     "docs/optimizers/elra_spectral.md": result_of_spectral,
+    "docs/results/no_rate.md": table_of_rates,
 }
 """What is written between the two marks of a file."""
 DRAWN = {"captions": (draw_captions, numbers_of_captions), "rates": (draw_rates, numbers_of_rates)}

@@ -143,7 +143,7 @@ WRONG_OF_SPECTRAL = (
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
-    ({"max_drift": 0}, "max_drift=0 must be a number > 0, a share of the weights' root mean square (0.1), or None"),
+    ({"max_drift": 0}, "max_drift=0 must be a number > 0"),
     ({"on_device": 1}, r"on_device=1 must be True or False \(or None, to choose\)"),
     ({"polar_batch": 0}, "polar_batch=0 must be a whole number"),
     ({"state_dtype": "float16"}, "state_dtype=.float16. must be one of"),

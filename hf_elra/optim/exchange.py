@@ -98,20 +98,17 @@ class _Way(NamedTuple):
 
     Attributes:
         group: the processes.
+        size: how many they are.
         rank: the number of this one.
         dim: the dimension of a matrix that is split over them; None for copies.
-        parts: how much of this dimension each process has.
+        parts: how much of this dimension each process has; empty for copies.
     """
 
     group: dist.ProcessGroup
+    size: int
     rank: int
-    dim: int | None
-    parts: list[int]
-
-    @property
-    def size(self) -> int:
-        """How many processes there are."""
-        return len(self.parts)
+    dim: int | None = None
+    parts: Sequence[int] = ()
 
 
 def _ways(piece: Piece) -> list[_Way]:
@@ -125,10 +122,10 @@ def _ways(piece: Piece) -> list[_Way]:
         size, rank, group = mesh.size(number), mesh.get_local_rank(number), mesh.get_group(number)
         if placement.is_shard():
             parts = _parted(shape[placement.dim], size)
-            split.append(_Way(group, rank, placement.dim, parts))
+            split.append(_Way(group, size, rank, placement.dim, parts))
             shape[placement.dim] = parts[rank]
         else:
-            copied.append(_Way(group, rank, None, [0] * size))
+            copied.append(_Way(group, size, rank))
     return copied + split[::-1]
 
 
@@ -180,7 +177,7 @@ def _to_parts(batch: Tensor, numbers: list[int], way: _Way) -> Waiting:
     assert way.dim is not None
     shape = list(batch.shape[1:])
     shape[way.dim] = way.parts[way.rank]
-    leaving = [values.reshape(-1) for values in batch.split(way.parts, way.dim + 1)]
+    leaving = [values.reshape(-1) for values in batch.split(list(way.parts), way.dim + 1)]
     taken = [number * math.prod(shape) for number in numbers]
     found = yield from _exchanged(torch.cat(leaving), [len(values) for values in leaving], taken, way.group)
     return found.view(sum(numbers), *shape)

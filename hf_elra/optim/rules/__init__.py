@@ -60,11 +60,8 @@ class Rule:
 
     Attributes:
         state: plain numbers, of one structure from the first update to the last.
-        began: root mean square of the weights before the first step, for guards that ask for it; 0 if not known.
-        walked: how long all steps together were that stand, in α.
     """
 
-    began = walked = 0.0
     looks_ahead = False
     """Whether α comes from the step to come, and is proposed for every one of them; else from the step behind."""
 
@@ -74,6 +71,16 @@ class Rule:
     def new_state(self) -> dict[str, Any]:
         """What the rule remembers before the first update."""
         return {}
+
+    @property
+    def began(self) -> float:
+        """Root mean square of the weights before the first step, for guards that ask for it; 0 if not known."""
+        return float(self.state.get("began", 0.0))
+
+    @property
+    def walked(self) -> float:
+        """How long all steps together were that stand, in α; 0 if it is not counted."""
+        return float(self.state.get("walked", 0.0))
 
     def begin(self, measured: Measurement, alpha: float) -> float:
         """Return the α of the first step, told α_0, or what was proposed of a look ahead."""

@@ -74,16 +74,6 @@ class EndSlopes(Rule):
             "ratios": [0, 0.0, 0.0],
         }  # fmt: skip
 
-    @property
-    def began(self) -> float:  # type: ignore[override]
-        """Root mean square of the weights before the first step."""
-        return float(self.state["began"])
-
-    @property
-    def walked(self) -> float:  # type: ignore[override]
-        """How long all steps together were."""
-        return float(self.state["walked"])
-
     def stands(self, measured: Measurement) -> None:
         """Count the last step."""
         self.state["walked"] += measured.step_size

@@ -51,6 +51,7 @@ from hf_elra.recipes.babyllama import collate
 from hf_elra.recipes.run_folder import read_json, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
+from lib.partners import PARTNERS
 
 PIECES, POSITIONS = 1024, 128
 SHAPE: dict[str, Any] = {
@@ -77,6 +78,14 @@ LINEAR = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "max_grad_norm"
 LINEAR_RATES = ("5e-5", "3e-4", "1e-3", "3e-3", "1e-2")  # the first is Transformers' default, with the settings above
 CONSTANT_RATES = ("3e-4", "3e-3")  # beside torch's default, 1e-3
 FIRST_RATES = ("1e-7", "1e-5", "1e-1")
+STRONG = {
+    "Muon, cosine": {**COSINE, "optim": "adamw_torch"},
+    "Muon, constant": {"optim": "adamw_torch", "max_grad_norm": 1.0, "elra_boost_mean": "run"},
+    "SOAP, cosine": {**COSINE, "optim": "adamw_torch"},
+    "NadamW, cosine": {**COSINE, "optim": "adamw_torch"},
+}
+"""Partners of ``lib/partners.py``, which bring their weight decay; a constant rate has the mean of the run."""
+STRONG_RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
 ENDS: dict[str, dict[str, Any]] = {
     "last point": {},
     "cosine": {"lr_scheduler_type": "cosine"},
@@ -140,6 +149,11 @@ def rows() -> dict[str, Row]:
         "elra_spectral, experts as one matrix": Row(OURS, lambda model: (ELRASpectral, {"experts": ()})),
         **{f"AdamW, linear, rate {rate}": Row({**LINEAR, "learning_rate": float(rate)}) for rate in LINEAR_RATES},
         "elra_spectral, all in float32": Row({**OURS, "optim_args": "state_dtype=float32,polar_dtype=float32"}),
+        **{
+            f"{name}, rate {rate}": Row(settings, _partner(name, rate))
+            for name, settings in STRONG.items()
+            for rate in STRONG_RATES
+        },
     }
 
 
@@ -155,18 +169,14 @@ def _schedule_free(model: Any) -> tuple[type, dict[str, Any]]:
     return AdamWScheduleFree, {}
 
 
-class _MuonAndAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the rest, both at their defaults."""
+class _Together(torch.optim.Optimizer):
+    """Several optimizers as one, which the Trainer's schedule sees by their groups."""
 
-    def __init__(self, params: Any, embeddings: list[Any]) -> None:
-        groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
-        everything = [p for group in groups for p in group["params"]]
-        marked = {id(p) for p in embeddings}
-        hidden = [p for p in everything if p.dim() == 2 and id(p) not in marked]
-        chosen = {id(p) for p in hidden}
-        self.inner = [torch.optim.Muon(hidden), torch.optim.AdamW([p for p in everything if id(p) not in chosen])]
-        super().__init__(everything, {})
-        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+    def __init__(self, params: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.inner = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        self.param_groups = groups
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for optimizer in self.inner:
@@ -174,7 +184,17 @@ class _MuonAndAdamW(torch.optim.Optimizer):
 
 
 def _muon(model: Any) -> tuple[type, dict[str, Any]]:
-    return _MuonAndAdamW, {"embeddings": embeddings_of(model)}
+    """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the rest, both at their defaults."""
+    marked = {id(p) for p in embeddings_of(model)}
+    hidden = [p for p in model.parameters() if p.dim() == 2 and id(p) not in marked]
+    chosen = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return _Together, {"optimizers": [torch.optim.Muon(hidden), torch.optim.AdamW(others)]}
+
+
+def _partner(name: str, rate: str) -> Callable[[Any], tuple[type, dict[str, Any]]]:
+    """Make a partner of ``lib/partners.py`` at a rate."""
+    return lambda model: (_Together, {"optimizers": PARTNERS[name].make(model, float(rate), 0)})
 
 
 class _Adam(Spectral):

@@ -51,7 +51,7 @@ from hf_elra.recipes.babyllama import collate
 from hf_elra.recipes.run_folder import read_json, write_json
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
-from lib.partners import PARTNERS
+from lib.partners import PARTNERS, Together
 
 PIECES, POSITIONS = 1024, 128
 SHAPE: dict[str, Any] = {
@@ -169,20 +169,6 @@ def _schedule_free(model: Any) -> tuple[type, dict[str, Any]]:
     return AdamWScheduleFree, {}
 
 
-class _Together(torch.optim.Optimizer):
-    """Several optimizers as one, which the Trainer's schedule sees by their groups."""
-
-    def __init__(self, params: Any, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.inner = optimizers
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        super().__init__([p for group in groups for p in group["params"]], {})
-        self.param_groups = groups
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for optimizer in self.inner:
-            optimizer.step()
-
-
 def _muon(model: Any) -> tuple[type, dict[str, Any]]:
     """torch.optim.Muon for hidden matrices, torch.optim.AdamW for the rest, both at their defaults."""
     marked = {id(p) for p in embeddings_of(model)}
@@ -190,6 +176,13 @@ def _muon(model: Any) -> tuple[type, dict[str, Any]]:
     chosen = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return _Together, {"optimizers": [torch.optim.Muon(hidden), torch.optim.AdamW(others)]}
+
+
+class _Together(Together):
+    """As a Trainer makes it, which passes parameters first."""
+
+    def __init__(self, params: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+        super().__init__(optimizers)
 
 
 def _partner(name: str, rate: str) -> Callable[[Any], tuple[type, dict[str, Any]]]:

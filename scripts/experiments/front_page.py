@@ -22,14 +22,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-LANGUAGE, OURS = RESULTS / "lm", RESULTS / "no_rate"
-"""Folders of the runs: of the partners, and of elra_spectral with its present rule."""
+LANGUAGE, NO_RATE = RESULTS / "lm", RESULTS / "no_rate"
+"""Folders of the runs: of language models from scratch, and of many small tasks."""
 CAPTIONS, PLAYS = "multi30k-german-2000000", "tinyshakespeare-1000000"
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 SHOWN = {"elra_spectral": "elra_spectral, nothing chosen"} | {
     f"AdamW__cosine__rate_{rate}": f"AdamW, rate {rate}" for rate in RATES
 }
 """Files of the picture's curves, and what the picture calls them."""
+OTHERS = {
+    "Muon__cosine": "Muon", "Muon__constant": "Muon, constant rate and mean,", "SOAP__cosine": "SOAP",
+    "NadamW__cosine": "NadamW",
+}  # fmt: skip
+"""Files of the strong partners beside AdamW, and what README calls them."""
 COLOURS = {
     "light": {"ink": "#1f2328", "grid": "#d1d9e0", "ours": "#0550ae", "AdamW": "#9a6700"},
     "dark": {"ink": "#e6edf3", "grid": "#3d444d", "ours": "#6cb6ff", "AdamW": "#d4a72c"},
@@ -58,10 +63,8 @@ FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA", "GRPO
 
 
 def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
-    """The runs of one row, over all seeds; of elra_spectral those of its present rule, if there are any."""
-    name = f"{row}-batch{batch}-seed*.json"
-    files = sorted((OURS / folder.name).glob(name)) if row == "elra_spectral" else []
-    files = files or sorted(folder.glob(name))
+    """The runs of one row, over all seeds."""
+    files = sorted(folder.glob(f"{row}-batch{batch}-seed*.json"))
     return [json.loads(file.read_text("utf-8")) for file in files]
 
 
@@ -125,7 +128,7 @@ def multiples() -> dict[str, tuple[dict[float, float], float, float]]:
     lines = [
         json.loads(line)
         for name in ("scale", "no_rate")
-        for line in (OURS / f"{name}.jsonl").read_text("utf-8").splitlines()
+        for line in (NO_RATE / f"{name}.jsonl").read_text("utf-8").splitlines()
     ]
     found: dict[str, tuple[dict[float, float], float, float]] = {}
     for task in dict.fromkeys(line["task"] for line in lines if line["row"] == "times" and line["rate"] == 1):
@@ -195,13 +198,22 @@ def losses(folder: str, row: str) -> list[float]:
 
 
 def best_of(folder: str, kind: str) -> tuple[str, list[float]]:
-    """The rate of an AdamW grid with the least mean loss, and its losses."""
+    """The rate of a grid with the least mean loss, of those with as many seeds as any, and its losses."""
     grid = {
-        file.name.split("rate_")[1].split("-batch")[0]: file.name.split("-batch")[0]
-        for file in (LANGUAGE / folder).glob(f"AdamW__{kind}__rate_*-batch16-seed0.json")
+        file.name.split("rate_")[1].split("-batch")[0]: losses(folder, file.name.split("-batch")[0])
+        for file in (LANGUAGE / folder).glob(f"{kind}__rate_*-batch16-seed0.json")
     }
-    rate = min(grid, key=lambda name: statistics.fmean(losses(folder, grid[name])))
-    return f"{rate} of {len(grid)}", losses(folder, grid[rate])
+    most = max(map(len, grid.values()))
+    rate = min((rate for rate in grid if len(grid[rate]) == most), key=lambda rate: statistics.fmean(grid[rate]))
+    return f"{rate} of {len(grid)}", grid[rate]
+
+
+def best_other(folder: str) -> str:
+    """Of :data:`OTHERS` the one with the least mean loss at its best rate, as a cell."""
+    found = {name: best_of(folder, kind) for kind, name in OTHERS.items()}
+    name = min(found, key=lambda name: statistics.fmean(found[name][1]))
+    rate, best = found[name]
+    return f"{name} {cell(best)} ({rate})"
 
 
 def accuracies(name: str) -> list[float]:
@@ -219,7 +231,7 @@ def fine_tuned(row: str) -> tuple[str, list[float]]:
     Ours is evaluated at the weighted mean of its points, AdamW there or at its last point, whichever is better.
     """
     runs: dict[float, list[float]] = {}
-    for run in map(json.loads, (OURS / "no_rate.jsonl").read_text("utf-8").splitlines()):
+    for run in map(json.loads, (NO_RATE / "no_rate.jsonl").read_text("utf-8").splitlines()):
         if (run["task"], run["row"]) == ("shakespeare", row):
             end = list(run["found"].values())[-1]
             kinds = ("mean",) if row == "ours" else ("mean", "last")
@@ -230,27 +242,26 @@ def fine_tuned(row: str) -> tuple[str, list[float]]:
 
 def table() -> str:
     """Return README's table."""
-    lines = [
-        "| task: what is measured | ours, nothing chosen | AdamW at a default rate | AdamW at its best rate |",
-        "|---|---|---|---|",
-    ]
-    for title, folder, kind, default in (
-        ("German captions from scratch, 2 M tokens: loss", CAPTIONS, "cosine", "AdamW__torch_s_defaults"),
-        ("Plays of Shakespeare from scratch, 1 M tokens: loss", PLAYS, "cosine", "AdamW__torch_s_defaults"),
+    heads = ("task: what is measured", "ours, nothing chosen", "AdamW at a default rate", "AdamW at its best rate")
+    lines = [f"| {' | '.join(heads)} | best other at its best rate |", "|---|---|---|---|---|"]
+    for title, folder in (
+        ("German captions from scratch, 2 M tokens: loss", CAPTIONS),
+        ("Plays of Shakespeare from scratch, 1 M tokens: loss", PLAYS),
     ):
-        rate, best = best_of(folder, kind)
-        if statistics.fmean(losses(folder, default)) < statistics.fmean(best):  # a schedule may do harm in a short run
-            rate, best = "the default one", losses(folder, default)
+        (rate, best), default = best_of(folder, "AdamW__cosine"), losses(folder, "AdamW__torch_s_defaults")
+        if statistics.fmean(default) < statistics.fmean(best):  # a schedule may do harm in a short run
+            rate, best = "the default one", default
         ours = cell(losses(folder, "elra_spectral"))
         lines.append(
-            f"| {title} | `elra_spectral` **{ours}** | {cell(losses(folder, default))} | {cell(best)} ({rate}) |"
+            f"| {title} | `elra_spectral` **{ours}** | {cell(default)} | {cell(best)} ({rate}) | {best_other(folder)} |"
         )
-    ours, (rate, best) = fine_tuned("ours")[1], fine_tuned("adamw")
+    ours, (rate, best), (of_muon, muon) = fine_tuned("ours")[1], fine_tuned("adamw"), fine_tuned("Muon, cosine")
     title = "The same plays, fine-tuned, 0.4 M tokens: loss"
-    lines.append(f"| {title} | `elra_spectral` **{cell(ours)}** | not run | {cell(best)} ({rate}) |")
+    cells = (f"`elra_spectral` **{cell(ours)}**", "not run", f"{cell(best)} ({rate})", f"Muon {cell(muon)} ({of_muon})")
+    lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append(
         f"| MNIST, 784-10-10, 100 epochs: accuracy, % | `elra` **{cell(accuracies('elra'), 2)}** | "
-        f"Adam {cell(accuracies('adam'), 2)} | not searched |"
+        f"Adam {cell(accuracies('adam'), 2)} | not searched | not run |"
     )
     return "\n".join(lines)
 
@@ -286,7 +297,7 @@ def fine_tuning() -> str:
     """The table of the page on fine-tuning: loss or reward of TRL's Trainers, and in brackets that on the old text."""
     import clients
 
-    runs = clients.by_rate((OURS / "clients.jsonl").read_text("utf-8").splitlines())
+    runs = clients.by_rate((NO_RATE / "clients.jsonl").read_text("utf-8").splitlines())
     lines = [f"| | {' | '.join(FINE_TUNING)} |", f"|---|{'---:|' * len(FINE_TUNING)}"]
     best = {name: clients.best_rate(f"TRL {name}", runs) for name in FINE_TUNING}
     rows: dict[str, tuple[str, dict[str, float | None]]] = {
@@ -330,7 +341,7 @@ def table_of_rates() -> str:
 
 def result_of_spectral() -> str:
     """The result on the page of elra_spectral."""
-    ours, (rate, best) = losses(CAPTIONS, "elra_spectral"), best_of(CAPTIONS, "cosine")
+    ours, (rate, best) = losses(CAPTIONS, "elra_spectral"), best_of(CAPTIONS, "AdamW__cosine")
     return (
         f"German captions, 2 M tokens, batch 16, three seeds: {cell(ours)} nats.\n"
         f"The best AdamW rate ({rate}) reached {cell(best)}."

@@ -79,24 +79,28 @@ def test_language_models(tmp_path, here):
     text.parent.mkdir()
     text.write_text("\n".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("hf_elra/report/*.py"))))
     words = ["--train_file", str(text), "--tokens", "5120", "--output", str(tmp_path), "--batches", "2", "--seeds", "0"]
-    words += ["--rows", "0", "8", "18", "19", "20", "23", "25"]
+    words += ["--rows", "0", "8", "18", "19", "20", "23", "25", "35"]
     code, output, error = finish("experiments/benchmark_lm.py", *words)
     assert code == 0, error
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "texts-5120").iterdir()}
-    assert len(files) == 7
+    assert len(files) == 8
     for result in files.values():
         assert result["updates"] == 20
         assert result["row"] in output
         assert f"{result['validation_loss']:.3f}" in output
         assert "benchmark_lm.py --train_file" in result["command"]
         assert result["log_history"][-1]["step"] == 20
+    (muon,) = (result for result in files.values() if result["row"] == "Muon, cosine, rate 1e-2")
+    rates = [entry["learning_rate"] for entry in muon["log_history"] if "learning_rate" in entry]
+    assert max(rates) == pytest.approx(1e-2, rel=0.02)
+    assert rates[-1] < 2e-4
     code, again, error = here(*words)
     assert code == 0, error
     assert again.strip() == output[output.index("texts, llama, 5,120 tokens") :].strip()
-    code, _, error = here(*words[:-7], "99")
+    code, _, error = here(*words[:-8], "99")
     assert code == 2
     assert "--rows 99 is no row" in error
-    code, _, error = here(*words[:-7], "0", "26", "--model", "mixture")
+    code, _, error = here(*words[:-8], "0", "26", "--model", "mixture")
     assert code == 0, error
     results = [json.loads(path.read_text()) for path in (tmp_path / "texts-mixture-5120").iterdir()]
     assert {result["row"] for result in results} == {"elra_spectral", "elra_spectral, experts as one matrix"}

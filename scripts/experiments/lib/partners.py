@@ -95,6 +95,21 @@ class Training:
             getattr(optimizer, name, lambda: None)()
 
 
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, for a Trainer, whose schedule and clipping see their groups."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.inner = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        self.param_groups = groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step with each of them."""
+        for optimizer in self.inner:
+            optimizer.step()
+
+
 def _bytes_of(kept: Any) -> int:
     """Bytes of the tensors in something, however deep."""
     if isinstance(kept, Tensor):

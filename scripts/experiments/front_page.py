@@ -210,7 +210,10 @@ def best_of(folder: str, kind: str) -> tuple[str, list[float]]:
 
 def best_other(folder: str) -> str:
     """Of :data:`OTHERS` the one with the least mean loss at its best rate, as a cell."""
-    found = {name: best_of(folder, kind) for kind, name in OTHERS.items()}
+    were_run = {file.name.split("__rate_")[0] for file in (LANGUAGE / folder).glob("*__rate_*")}
+    found = {name: best_of(folder, kind) for kind, name in OTHERS.items() if kind in were_run}
+    if not found:
+        return "not run"
     name = min(found, key=lambda name: statistics.fmean(found[name][1]))
     rate, best = found[name]
     return f"{name} {cell(best)} ({rate})"

@@ -71,6 +71,7 @@ class Trained:
         adamw: rates of the partners that need one; Muon also has :data:`BEYOND` the largest, where new models are best.
         model: what it is, by a key of ``MODELS``.
         shape: of a Llama, by a key of rate_scan's settings.
+        length: tokens of a sequence of stories.
         times: multiples of the rate that suits the weights.
         examples: how many there are for training, of SST-2 with MiniLM.
     """
@@ -86,6 +87,7 @@ class Trained:
     examples: int = SENTENCES
     alpha: int = LORA_ALPHA
     shape: str = "llama-width64"
+    length: int = POSITIONS
     times: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -101,6 +103,8 @@ TASKS = {
     "scratch, batch 4": Trained("stories", 4, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 16": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 64": Trained("stories", 64, 96, constant=NEW, adamw=ADAMW),
+    "scratch, batch 256": Trained("stories", 256, 48),
+    "sequences of 1,024": Trained("stories", 2, 384, length=1024),
     "width 128": Trained("stories", 16, 384, shape="llama-width128"),
     "width 256": Trained("stories", 16, 384, shape="llama-width256"),
     "width 512": Trained("stories", 16, 128, shape="llama-width512", times=(0.5, 1.0, 2.0)),
@@ -186,7 +190,7 @@ class Llama(Stories):
     """A small Llama on one of the texts, or with a fresh head on sentences."""
 
     def __init__(self, task: Trained, given: argparse.Namespace, data: Data, start: Path) -> None:
-        super().__init__(SETTINGS[task.shape], given.bundle, given.device, tiny=False)
+        super().__init__(SETTINGS[task.shape], given.bundle, given.device, tiny=False, length=task.length)
         self.trained, self.start = task, start
         if task.text in data.blocks:
             self.train, self.validation = (blocks.to(self.device) for blocks in data.blocks[task.text])
@@ -407,9 +411,8 @@ class Multiple(ELRASpectral):
         return super().parts()._replace(rule=self.Uncorrected(s["warmup"], fresh=self.updates_per_epoch))
 
 
-def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, Any]:
-    """Train with elra_spectral as a user gets it, or at a multiple of the rate that suits the weights."""
-    trained, model = task.trained, task.model(seed)
+def our_optimizer(task: Any, model: nn.Module, multiple: float | None = None) -> ELRASpectral:
+    """Make elra_spectral as a user gets it, or at a multiple of the rate that suits the weights."""
     params = [p for p in model.parameters() if p.requires_grad]
     pairs = [(m.A, m.B, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
     tables, outputs = ([p for p in find(model) if p.requires_grad] for find in (embeddings_of, outputs_of))
@@ -417,7 +420,15 @@ def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, 
     optimizer = kind(params, embeddings=tables, outputs=outputs, adapters=pairs)
     if isinstance(optimizer, Multiple):
         optimizer.multiple = multiple
-    optimizer.updates_per_epoch = task.size // trained.batch
+    optimizer.updates_per_epoch = task.size // task.trained.batch
+    return optimizer
+
+
+def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, Any]:
+    """Train with elra_spectral as a user gets it, or at a multiple of the rate that suits the weights."""
+    trained, model = task.trained, task.model(seed)
+    optimizer = our_optimizer(task, model, multiple)
+    params = [p for p in model.parameters() if p.requires_grad]
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
     average, found, rates = WeightAverage(model, power=8), {}, []
     names = {id(p): name for name, p in model.named_parameters()}

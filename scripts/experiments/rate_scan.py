@@ -174,9 +174,9 @@ class Task:
 
 
 class Stories(Task):
-    """A small Llama from scratch."""
+    """A small Llama from scratch, on blocks as they are in the bundle, or put together to a length."""
 
-    def __init__(self, setting: Setting, bundle: Path, device: str, *, tiny: bool) -> None:
+    def __init__(self, setting: Setting, bundle: Path, device: str, *, tiny: bool, length: int | None = None) -> None:
         self.setting, self.device = setting, device
         with np.load(bundle / "text.npz") as arrays:
             self.pieces = int(arrays["pieces"])
@@ -186,6 +186,11 @@ class Stories(Task):
                 for name in ("train", "validation")
             )
         self.validation = self.validation[:number]
+        if length is not None:
+            self.train, self.validation = (
+                blocks.flatten()[: blocks.numel() // length * length].view(-1, length)
+                for blocks in (self.train, self.validation)
+            )
         self.size, self.positions = self.train.shape
         self.mask = torch.full((1, 1, self.positions, self.positions), -1e30, device=device).triu(1)
         self.places = torch.arange(self.positions, device=device)[None]

@@ -88,7 +88,7 @@ class Training:
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's tensors."""
-        return sum(_bytes_of(state) for o in self.optimizers for state in o.state.values())
+        return sum(bytes_of(state) for o in self.optimizers for state in o.state.values())
 
     def _call(self, name: str) -> None:
         for optimizer in self.optimizers:
@@ -110,12 +110,12 @@ class Together(torch.optim.Optimizer):
             optimizer.step()
 
 
-def _bytes_of(kept: Any) -> int:
+def bytes_of(kept: Any) -> int:
     """Bytes of the tensors in something, however deep."""
     if isinstance(kept, Tensor):
         return kept.numel() * kept.element_size()
     inside = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
-    return sum(map(_bytes_of, inside))
+    return sum(map(bytes_of, inside))
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -138,6 +138,7 @@ def walk_on_both_paths(arguments, sequence, noise, epoch, seed):
     curvatures = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
     host, device = (Walker(start, arguments, on_device) for on_device in (False, True))
     host.made.updates_per_epoch = device.made.updates_per_epoch = epoch
+    host.made.total_updates = device.made.total_updates = epoch and 2 * epoch
     level, seen = 0.0, []
     for number, event in enumerate(sequence):
         points = [p.detach() for p in host.params]

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import re
 import warnings
 
 import pytest
@@ -58,8 +59,9 @@ def test_walks_with_the_twin(arguments, sequence, noise, epoch, seed):
     curvatures = [torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1 for shape in SHAPES]
     params = [nn.Parameter(x.clone()) for x in start]
     optimizer = ELRASpectral([{"params": params[:2]}, {"params": params[2:]}], embeddings=params[3:], **arguments)
-    optimizer.updates_per_epoch = epoch
-    twin = ReferenceSpectral(start, [False, False, False, True], updates_per_epoch=epoch, **arguments)
+    optimizer.updates_per_epoch, optimizer.total_updates = epoch, epoch and 2 * epoch
+    lengths = {"updates_per_epoch": epoch, "total_updates": optimizer.total_updates}
+    twin = ReferenceSpectral(start, [False, False, False, True], **lengths, **arguments)
     level = 0.0
     for event in sequence:
         gradients = [c * p.detach() + noise * random(*p.shape) for c, p in zip(curvatures, params, strict=True)]
@@ -775,7 +777,7 @@ def test_matrices_go_no_further_than_asked(on_device):
     torch.manual_seed(0)
     matrix = nn.Parameter(torch.randn(8, 8))
     start = matrix.detach().clone()
-    arguments = dict(lr=1e-2, max_drift=0.1, warmup=0, on_device=on_device, initial_restart_ratio=None)
+    arguments = dict(lr=1e-2, max_drift=0.1, weights="trained", warmup=0, on_device=on_device)
     optimizer, distances = ELRASpectral([matrix], **arguments), []
     for number in range(120):
         matrix.grad = torch.eye(8)
@@ -788,6 +790,71 @@ def test_matrices_go_no_further_than_asked(on_device):
     assert distances[10] > 0.04
     assert 0.09 < distances[-1] <= 0.1
     assert distances == pytest.approx(sorted(distances), abs=0.005)  # it ends gently
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_way_is_spread_over_a_run_whose_length_is_known(on_device):
+    """All of it is used, a step from first to last falls as rates do, and what comes after the run hardly moves."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(8, 8))
+    arguments = dict(lr=1.0, max_drift=0.1, weights="trained", warmup=0, on_device=on_device)
+    optimizer, alphas = ELRASpectral([matrix], max_relative_step=10.0, **arguments), []
+    optimizer.total_updates = 400
+    size = matrix.detach().square().mean().sqrt().item()
+    for _ in range(450):
+        matrix.grad = torch.eye(8)
+        optimizer.step(loss=1.0)
+        alphas.append(optimizer.alpha)
+    assert sum(alphas) == pytest.approx(0.1 * size, rel=1e-3)
+    for number in (1, 100, 300):
+        fallen = alphas[0] * math.sqrt(51 / (50 + number))
+        assert alphas[number - 1] == pytest.approx(fallen, rel=0.02)
+    assert max(alphas[400:]) <= alphas[399]
+
+
+def trained_matrix(side=8):
+    return nn.Parameter(torch.outer(torch.linspace(1, 9, side), torch.ones(side)) / 10)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_way_that_is_used_up_too_soon_is_told_once(on_device, recwarn):
+    for total in (None, 300):
+        matrix = trained_matrix()
+        optimizer = ELRASpectral([matrix], lr=1e-2, max_drift=0.01, weights="trained", warmup=0, on_device=on_device)
+        optimizer.total_updates = total
+        for _ in range(300):
+            matrix.grad = torch.eye(8)
+            optimizer.step(loss=1.0)
+        assert optimizer.metrics["alpha"] >= 0
+        told = [str(warning.message) for warning in recwarn.list]
+        assert len(told) == 1  # and not of the second run
+        assert re.fullmatch(r"max_drift=0.01 is used up to 95% after \d+ updates, .*total_updates = .*", told[0])
+
+
+def test_weights_are_taken_for_what_they_are_said_to_be():
+    torch.manual_seed(0)
+    for start, looks in ((torch.randn(32, 32), False), (trained_matrix(32).detach(), True)):
+        rates = {}
+        for weights in ("auto", "new", "trained"):
+            matrix = nn.Parameter(start.clone())
+            optimizer = ELRASpectral([matrix], weights=weights, warmup=0, lr=1.0)
+            assert optimizer.looks_trained is None
+            matrix.grad = torch.eye(32)
+            optimizer.step(loss=1.0)
+            assert optimizer.looks_trained is {"auto": looks, "new": False, "trained": True}[weights]
+            natural = optimizer._numbers()["rule"]["natural"]
+            rates[weights] = natural
+        size = start.square().mean().sqrt().item()
+        assert rates["trained"] == pytest.approx(0.008 * size, rel=1e-5)
+        assert rates["new"] == pytest.approx(0.2 / math.sqrt(32), rel=1e-5)
+        assert rates["auto"] == rates["trained" if looks else "new"]
+
+
+def test_a_bound_on_the_way_of_weights_that_look_new_is_told():
+    matrix = nn.Parameter(torch.randn(32, 32))
+    matrix.grad = torch.eye(32)
+    with pytest.warns(UserWarning, match=r"max_drift=0.2 is for trained models.*pass weights='trained'"):
+        ELRASpectral([matrix], max_drift=0.2).step(loss=1.0)
 
 
 def test_pairs_of_lora_have_no_bound_on_their_way():

@@ -147,7 +147,7 @@ class BatchSizeController:
 
 
 UPDATES_PER_GROWTH = 200
-"""Updates between two growths of a batch that grows linearly; chosen on language models, see docs/results/lm_before.md."""
+"""Updates between two growths of a batch that grows linearly; chosen on language models (docs/results/lm_before.md)."""
 
 
 def linear_factor(data: float) -> int:

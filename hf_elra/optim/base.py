@@ -125,6 +125,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     it is told ``batches``, of how many of the next updates."""
     updates_per_epoch: int | None = None
     """For rules that count in epochs; a Trainer sets it, no part of the state."""
+    total_updates: int | None = None
+    """How many updates there will be, for bounds on a whole run; a Trainer sets it, no part of the state."""
     samples_per_update: int | None = None
     """For rules that count samples; a Trainer sets it, no part of the state."""
     last_update: LastUpdate | None = None
@@ -526,8 +528,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             proposal = rule.begin(measured, proposal)
         norm, size, number = measured.direction_norm, measured.size, measured.number
         alpha, limit = parts.step_guards.apply(
-            proposal, alpha, norm, size, number, is_first=is_first, began=rule.began, walked=rule.walked
-        )
+            proposal, alpha, norm, size, number, is_first=is_first, began=rule.began, walked=rule.walked,
+            update=measured.update,
+        )  # fmt: skip
         if self.last_update is not None:
             self.last_update = self.last_update._replace(limit=limit)
         return alpha

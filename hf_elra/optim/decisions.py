@@ -261,7 +261,7 @@ def decide(
     proposal = proposal.clamp(min=lowest)
     if (drift := parts.step_guards.max_drift) is not None:
         left = (drift * rule["began"] - rule["walked"]).clamp(min=0.0)
-        proposal = torch.minimum(proposal, guards.PART_OF_DRIFT * left)
+        proposal = torch.minimum(proposal, left * _part_of_drift(stand["updates"], parts.step_guards.total_updates))
     stand["alpha"] = proposal
     stand["step_size"] = scale * proposal
     norms = stand["gradient_norm"] * numbers["direction_norm"]
@@ -274,6 +274,14 @@ def decide(
     return dict(zip(NAMES, found.unbind(), strict=True)), Verdict(
         stands, taken_back & known, (proposal - asked).sign() * stands
     )
+
+
+def _part_of_drift(update: Tensor, total: int | None) -> Tensor | float:
+    """``StepGuards.part_of_drift``."""
+    if total is None:
+        return guards.PART_OF_DRIFT
+    part = 1 / guards.updates_ahead(update, total).clamp(min=1.0)
+    return torch.where(update > total, guards.PART_OF_DRIFT, part)
 
 
 def _proposed(

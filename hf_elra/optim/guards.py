@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_elra.control.statistics import ENOUGH_LOSSES, LossStatistics, RecentLosses
+from hf_elra.optim.natural_steps import OFFSET
 from hf_elra.optim.rules import Measurement
 
 RESTART_FORMULAS = ("derived", "paper")
@@ -52,7 +53,8 @@ LEAST_SIZE = 0.01
 leave it."""
 
 PART_OF_DRIFT = 0.05
-"""A step is at most this share of what ``max_drift`` leaves, so that steps end gently and not at once."""
+"""Where nobody says how long a run is, a step is at most this share of what ``max_drift`` leaves, so that steps end
+gently and not at once."""
 
 QUIET_UPDATES = 50
 """If trouble recurs within this many updates, α goes back to a lower value afterwards; later it counts as over."""
@@ -76,7 +78,8 @@ class StepGuards:
         max_relative_alpha: α is at most this share of the root mean square of the weights; for directions whose
             elements have a mean square of one. None for none.
         max_drift: all α together are at most this share of the root mean square that the weights began with, for such
-            directions; each is at most a part of what is left (``PART_OF_DRIFT``). None for none.
+            directions; each is at most a part of what is left (:func:`part_of_drift`). None for none.
+        total_updates: how many there will be; None where nobody knows.
     """
 
     max_growth: float = math.inf
@@ -87,6 +90,7 @@ class StepGuards:
     max_first_step: float | None = None
     max_relative_alpha: float | None = None
     max_drift: float | None = None
+    total_updates: int | None = None
 
     def need_size(self, *, is_first: bool) -> bool:
         """Whether the size of the weights has to be known."""
@@ -104,6 +108,7 @@ class StepGuards:
         is_first: bool = False,
         began: float = 0.0,
         walked: float = 0.0,
+        update: int = 1,
     ) -> tuple[float, str | None]:
         """Return the α that may be used where a rule proposes ``alpha`` along a direction of norm ``direction_norm``,
         and which limit decided it: ``"floor"``, ``"ceiling"``, ``"crop"`` or None.
@@ -118,6 +123,7 @@ class StepGuards:
             weight_square, number: sum of the squares of the weights whose size limits a step, and how many they are.
             is_first: whether it is the first step.
             began, walked: root mean square of the weights before the first step, and the sum of all α since.
+            update: the number of this one, from 1.
         """
         alpha, limit = min(alpha, self.max_growth * previous_alpha), None
         if self.min_step_norm > 0 and direction_norm > 0 and alpha < self.min_step_norm / direction_norm:
@@ -135,10 +141,17 @@ class StepGuards:
         if alpha * direction_norm > longest:
             alpha, limit = longest / direction_norm, "crop"
         if self.max_drift is not None:
-            left = max(self.max_drift * began - walked, 0.0) * PART_OF_DRIFT
+            left = max(self.max_drift * began - walked, 0.0) * self.part_of_drift(update)
             if alpha > left:
                 alpha, limit = left, "ceiling"
         return alpha, limit
+
+    def part_of_drift(self, update: int) -> float:
+        """Return the share of what ``max_drift`` leaves that a step may take: so much that all of it is used up in the
+        last update, if there is no cause for shorter steps."""
+        if self.total_updates is None or update > self.total_updates:
+            return PART_OF_DRIFT
+        return 1 / max(updates_ahead(update, self.total_updates), 1.0)
 
     def bounded(self, alpha: float, root_mean_square: float) -> float:
         """Return α within its bounds, of weights of this root mean square; 0 for one that is not known."""
@@ -146,6 +159,18 @@ class StepGuards:
         if self.max_relative_alpha is not None and root_mean_square > 0:
             high = min(high, self.max_relative_alpha * root_mean_square)
         return max(min(alpha, high), low)
+
+
+def updates_ahead(update: Any, total: int) -> Any:
+    """Return how many updates there are from this one to the last, each counted as its rate over that of this one.
+
+    Rates fall as (t + ``OFFSET``)^-½, whose sum is nearly an integral.
+
+    Args:
+        update: the number of this one, from 1; a number or a tensor of one.
+        total: how many there will be.
+    """
+    return 2 * ((total + OFFSET + 0.5) ** 0.5 - (update + OFFSET - 0.5) ** 0.5) * (update + OFFSET) ** 0.5
 
 
 def new_loss_statistics(window: int | None = None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class NaturalSteps:
     is_trained: bool
 
 
-def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
+def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> NaturalSteps:
     """Return what suits the parameters as they are now.
 
     Vectors go with the matrices: at the median rate of new ones, or at the rate of trained ones. Embeddings and output
@@ -85,6 +85,8 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
             experts, and of ``adapters`` the number of each pair and what changes of it are multiplied by in its
             product. Parameters may be split over processes, all of which have to ask then, and get the same numbers as
             one process does.
+        weights: ``"new"`` or ``"trained"`` for what all of them are, a head at the end too; ``"auto"`` to see for
+            oneself.
     """
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     params = {(g, i): groups[g]["params"][i] for g, i in places}
@@ -100,8 +102,8 @@ def natural_steps(groups: Sequence[dict[str, Any]]) -> NaturalSteps:
     sizes = {True: 0, False: 0, None: 0}
     for place, verdict in verdicts.items():
         sizes[verdict] += params[place].numel()
-    is_trained = bool(adapters) or sizes[False] > sizes[True]
-    new = _new_ones(places, params, verdicts) if is_trained else set()
+    is_trained = bool(adapters) or weights == "trained" or (weights == "auto" and sizes[False] > sizes[True])
+    new = _new_ones(places, params, verdicts) if is_trained and weights == "auto" else set()
     trained = [place for place in unpaired if is_trained and place not in new]
     number = sum(params[place].numel() for place in trained)
     root_mean_square = math.sqrt(sum(squares[place] for place in trained) / max(number, 1))

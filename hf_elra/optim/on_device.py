@@ -212,7 +212,10 @@ class DecidesOnDevice(NumbersOnDevice):
             return f"the rule is {type(parts.rule).__name__}"
         bounds = parts.step_guards
         known = StepGuards(
-            lr_bounds=bounds.lr_bounds, max_relative_alpha=bounds.max_relative_alpha, max_drift=bounds.max_drift
+            lr_bounds=bounds.lr_bounds,
+            max_relative_alpha=bounds.max_relative_alpha,
+            max_drift=bounds.max_drift,
+            total_updates=bounds.total_updates,
         )
         if bounds != known:
             return "steps have other limits than bounds on α"

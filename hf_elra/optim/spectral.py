@@ -23,9 +23,12 @@ from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept
 from hf_elra.optim.guards import RestartGuard, StepGuards
 from hf_elra.optim.natural_steps import adapters_of, natural_steps
 from hf_elra.optim.on_device import DecidesOnDevice
+from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
 from hf_elra.optim.shards import whole
 
+USED_UP = 0.95
+"""Of ``max_drift``, what is worth a warning."""
 OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {**KINDS, "outputs": outputs_of, "adapters": adapters_of}
 """Arguments that tell of parameters what they are in a model, and who finds out."""
 
@@ -61,6 +64,9 @@ class ELRASpectral(DecidesOnDevice):
             Llama's. See :func:`~hf_elra.optim.directions.outputs_of`. Default: none.
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
+        weights (str): ``"auto"`` to see from the weights, before the first step, whether they are trained; ``"new"`` or
+            ``"trained"`` to say so of all of them, as of a model some 32 wide, whose trained weights may look like
+            chance. With ``"trained"`` no matrix counts as a fresh head. Default: ``"auto"``.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
         max_correction (float): corrections make α at most so many times what suits the weights, more than 4 times only
             where a step leaves more than half of the slope; and only in the first pass over the data, after which up to
@@ -68,10 +74,12 @@ class ELRASpectral(DecidesOnDevice):
             len(loader)``. A trained model that shall not forget needs less. Default: 16.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         max_drift (float, optional): how far matrices may go from where they began, as a share of their root mean square
-            then: all α together are at most that, and a step at most a twentieth of what is left of it, below
-            ``lr_bounds`` if need be. Steps do not all go one way, so that the distance itself is less. A new head steps
-            further than α, embeddings less; weight decay does not count. For a model that shall not forget; not with
-            ``adapters``, whose frozen matrices do not move. None for no such bound. Default: None.
+            then: all α together are at most that, below ``lr_bounds`` if need be. It is spread over the run, whose
+            length a bare loop tells as ``optimizer.total_updates = epochs * len(loader)``; without it a step is at most
+            a twentieth of what is left, so that a long run soon stands still. Steps do not all go one way, so that the
+            distance itself is less. A new head steps further than α, embeddings less; weight decay does not count. For
+            a trained model that shall not forget; not with ``adapters``, whose frozen matrices do not move. None for no
+            such bound. Default: None.
         lr_bounds (tuple of 2 floats): smallest and largest α. Default: (1e-9, 1).
         weight_decay (float): d in x ← (1 - α·d)·x, once per update, scaled by α and a scheduler's factor as in AdamW
             and Muon, whose usual values (0.1) fit. Default: 0.
@@ -125,6 +133,7 @@ class ELRASpectral(DecidesOnDevice):
 
     scales_weight_decay = True
     stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "polar_dtype", "state_dtype", "on_device")
+    _warned_of_drift = False
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -138,6 +147,7 @@ class ELRASpectral(DecidesOnDevice):
         experts: Iterable[Tensor] = (),
         outputs: Iterable[Tensor] = (),
         adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
+        weights: str = "auto",
         warmup: int = 10,
         max_correction: float = 16.0,
         max_relative_step: float = 0.5,
@@ -183,7 +193,10 @@ class ELRASpectral(DecidesOnDevice):
             self.direction(float(s["momentum"])),
             rule,
             StepGuards(
-                lr_bounds=s["lr_bounds"], max_relative_alpha=s["max_relative_step"], max_drift=s.get("max_drift")
+                lr_bounds=s["lr_bounds"],
+                max_relative_alpha=s["max_relative_step"],
+                max_drift=s.get("max_drift"),
+                total_updates=self.total_updates,
             ),
             # The paper, section 3.2, drops the first rule for a start that was trained before: losses begin low there,
             # and differ by more than a tenth.
@@ -227,11 +240,50 @@ class ELRASpectral(DecidesOnDevice):
 
     def _look_at_weights(self) -> float:
         """Find out what suits them, as they are before the first step; a group that comes later goes with α."""
-        found = natural_steps(self.param_groups)
+        s = self.settings()
+        found = natural_steps(self.param_groups, s.get("weights", "auto"))
+        if s["max_drift"] is not None and not found.is_trained:
+            warn_user(
+                f"max_drift={s['max_drift']!r} is for trained models, and these weights look new: what a model begins "
+                "with is hardly worth keeping, and tables go further than matrices. If they are trained, pass "
+                "weights='trained'; if not, leave max_drift out."
+            )
         for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
             group["shares"], group["new"] = shares, new
         self.param_groups[0]["is_trained"] = found.is_trained
         return found.rate
+
+    @property
+    def looks_trained(self) -> bool | None:
+        """Whether the weights were taken for trained ones; None before the first step."""
+        return bool(self.settings()["is_trained"]) if self._numbers()["moved"] else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As of every optimizer of this package."""
+        found = super().metrics
+        self._warn_of_drift()
+        return found
+
+    def _choose_alpha(self, parts: Parts, measured: Measurement) -> float:
+        alpha = super()._choose_alpha(parts, measured)
+        self._warn_of_drift()
+        return alpha
+
+    def _warn_of_drift(self) -> None:
+        """Warn once, where the length of the run is not known, that the model will hardly move any more."""
+        numbers, allowed = self._numbers(), self.settings()["max_drift"]
+        is_known = self.total_updates is not None and numbers["updates"] <= self.total_updates
+        if allowed is None or self._warned_of_drift or is_known:
+            return
+        rule = numbers["rule"]
+        if rule["walked"] > USED_UP * allowed * rule["began"] > 0:
+            self._warned_of_drift = True
+            warn_user(
+                f"max_drift={allowed!r} is used up to {USED_UP:.0%} after {numbers['updates']} updates, so that from "
+                "now on the model hardly moves. Tell the length of the run before it begins, as a Trainer does: "
+                "optimizer.total_updates = epochs * len(loader); max_drift is spread over all of it then."
+            )
 
 
 def _identities(name: str, given: Any) -> dict[int, bool]:
@@ -267,11 +319,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
     """Raise a ConfigurationError for the first setting that cannot be used."""
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
-    need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates, 0 to trust lr (10)")
+    need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates >= 0, 0 to trust lr (10)")
     need("max_correction", lambda v: v >= 1, "a number >= 1 (16)")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     if settings["max_drift"] is not None:
-        need("max_drift", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.1), or None")
+        need("max_drift", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.2), or None")
+    need_choice(settings, "weights", ("auto", "new", "trained"))
     need_choice(settings, "distribute", ("auto", "off"))
     for name in ("polar_dtype", "state_dtype"):
         need_choice(settings, name, ("auto", "float32", "bfloat16"))

@@ -387,12 +387,13 @@ class Accounting:
         return loss
 
     def _tell_sizes(self, optimizer: Any) -> None:
-        """Tell an optimizer how many samples an update has, and how many updates an epoch."""
+        """Tell an optimizer how many samples an update has, and how many updates an epoch and the whole run."""
         trainer = self._trainer
         number = trainer.args.gradient_accumulation_steps if self._size.control is None else self.accumulation
         optimizer.samples_per_update = self._samples_of(trainer._train_batch_size) * max(1, round(number))
         batches = self._batches_of_epoch
         optimizer.updates_per_epoch = None if batches is None else max(1, batches // max(1, round(number)))
+        optimizer.total_updates = trainer.state.max_steps if trainer.state.max_steps > 0 else None
 
     # ---- after it ----
 

@@ -49,8 +49,12 @@ CALLED = {
     "scratch, batch 4": "Llama, batch 4",
     "scratch, batch 16": "Llama, batch 16",
     "scratch, batch 64": "Llama, batch 64",
+    "scratch, batch 256": "Llama, batch 256",
+    "sequences of 1,024": "Llama, sequences of 1,024",
     "width 128": "Llama, width 128",
     "width 256": "Llama, width 256",
+    "width 512": "Llama, width 512",
+    "12 layers": "Llama, 12 layers",
     "BERT, scratch": "BERT, SST-2",
     "shakespeare": "Llama, plays",
     "german": "Llama, German",
@@ -148,9 +152,10 @@ def draw_rates(file: Path, colours: dict[str, str]) -> None:
     """Draw losses over multiples of the rate from the weights, a curve a task, and where runs end by themselves."""
     tasks = multiples()
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.4), layout="constrained", sharey=True)
-    for axis, trained, title in zip(axes, (False, True), ("from scratch", "trained before"), strict=True):
-        of_axis = {task: found for task, found in tasks.items() if (task in TRAINED_BEFORE) == trained}
+    titles = ("Llamas from scratch", "others from scratch", "trained before")
+    figure, axes = plt.subplots(1, len(titles), figsize=(9.0, 4.8), layout="constrained", sharey=True)
+    for axis, title in zip(axes, titles, strict=True):
+        of_axis = {task: found for task, found in tasks.items() if _panel(task) == title}
         for number, (task, (losses, multiple, ours)) in enumerate(of_axis.items()):
             least, colour = min(*losses.values(), ours), plt.get_cmap("tab10")(number)
             above, label = [loss - least for loss in losses.values()], CALLED.get(task, task)
@@ -162,11 +167,18 @@ def draw_rates(file: Path, colours: dict[str, str]) -> None:
         axis.set_title(title, color=colours["ink"], fontsize=10)
         axis.set_xlabel("multiple of the rate from the weights", color=colours["ink"])
         axis.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False,
+            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1, fontsize=8, frameon=False,
             labelcolor=colours["ink"],
         )  # fmt: skip
     axes[0].set_ylabel("loss above the least of the task", color=colours["ink"])
     finish(figure, file, colours, numbers_of_rates())
+
+
+def _panel(task: str) -> str:
+    """Which part of the picture of rates a task is in."""
+    if task in TRAINED_BEFORE:
+        return "trained before"
+    return "Llamas from scratch" if CALLED.get(task, task).startswith("Llama") else "others from scratch"
 
 
 def numbers_of_rates() -> str:

@@ -141,6 +141,7 @@ WRONG_OF_ELRA = (
 WRONG_OF_SPECTRAL = (
     *WRONG_OF_ALL,
     ({"momentum": 1.0}, r"momentum=1.0 must be a number in \[0, 1\)"),
+    ({"weights": "train"}, r"weights='train' must be one of 'auto', 'new', 'trained'. Did you mean 'trained'"),
     ({"warmup": 2.5}, "warmup=2.5 must be a whole number"),
     ({"max_correction": 0.5}, "max_correction=0.5 must be a number >= 1"),
     ({"max_drift": 0}, "max_drift=0 must be a number > 0"),

@@ -43,7 +43,7 @@ class ReferenceSpectral(ReferenceRestarts):
     Args:
         points (list of Tensor, float64): matrices and vectors, x_0.
         embeddings (list of bool, optional): of each, whether its rows are taken one by one.
-        updates_per_epoch: an attribute of ``ELRASpectral``.
+        updates_per_epoch, total_updates: attributes of ``ELRASpectral``.
         lr, momentum, warmup, ...: as in ``ELRASpectral``.
     """
 
@@ -64,6 +64,7 @@ class ReferenceSpectral(ReferenceRestarts):
         restart_sigma: float = 5.0,
         initial_restart_ratio: float | None = 1.1,
         updates_per_epoch: int | None = None,
+        total_updates: int | None = None,
     ) -> None:
         super().__init__(
             lr,
@@ -79,7 +80,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.high, self.weight_decay = lr_bounds[1], weight_decay
         self.updates, self.last_set = 0, 0  # the second: the update that set α last
         self.natural = 0.0
-        self.max_drift, self.walked, self.began = max_drift, 0.0, 0.0
+        self.max_drift, self.walked, self.began, self.total_updates = max_drift, 0.0, 0.0, total_updates
         self.shares, self.new = [1.0] * len(points), [False] * len(points)
         self.warms_up = warmup > 0
         self.first = 0.0
@@ -143,12 +144,19 @@ class ReferenceSpectral(ReferenceRestarts):
             alpha = max(self.rate(alpha, gradients), self.way_back(d))
         self.alpha = self.bounded(alpha)
         if self.max_drift is not None:
-            self.alpha = min(self.alpha, (self.max_drift * self.began - self.walked) / 20)
+            self.alpha = min(self.alpha, (self.max_drift * self.began - self.walked) * self.part_of_drift())
         directions = self.directions(gradients)
         self.previous_x, self.previous_u, self.previous_loss = self.x, directions, loss
         self.previous_slope = self.slope(gradients, directions)
         self.previous_counted = self.slope(gradients, directions, counted=True)
         self.x = self.stepped(self.x, directions, self.alpha)
+
+    def part_of_drift(self) -> float:
+        """Of what is left: over the updates to come, each counted as the rate falls from this one to it."""
+        if self.total_updates is None or self.updates > self.total_updates:
+            return 1 / 20
+        first, last = self.updates + 50, self.total_updates + 50
+        return 1 / max(2 * (math.sqrt(last + 0.5) - math.sqrt(first - 0.5)) * math.sqrt(first), 1)
 
     def slope(self, gradients: list[Tensor], directions: list[Tensor], *, counted: bool = False) -> float:
         """⟨G, u⟩; ``counted``: without tensors that are new in a trained model."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_elra import ConfigurationError
 from hf_elra.optim.averaging import WeightAverage, at_the_mean, recompute_batch_norm
 from tests.test_snapshot import Rotary
 
@@ -85,8 +86,13 @@ def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_p
     del model.b
     mean.add()
     assert list(mean.mean) == ["a.weight"]
-    other = nn.Linear(3, 3)
-    assert not WeightAverage(other).load(str(tmp_path))
+    with pytest.raises(ConfigurationError, match="the mean of another model, with no parameter of this one"):
+        WeightAverage(nn.Linear(3, 3), power=0).load(str(tmp_path))
+    with pytest.raises(ConfigurationError, match="power=8: the mean in .* was made with power=0; pass that"):
+        WeightAverage(stage, power=8).load(str(tmp_path))
+    stage.b = nn.Linear(5, 1, bias=False)
+    with pytest.raises(ConfigurationError, match=r"b.weight has shape \(1, 5\), and \(1, 1\) in the mean"):
+        WeightAverage(stage, power=0).load(str(tmp_path))
 
 
 def test_a_model_that_is_moved_takes_its_mean_with_it():

@@ -179,3 +179,46 @@ def test_what_a_grad_scaler_cannot_do_is_refused():
     scaler.scale(half.square().sum()).backward()
     with pytest.raises(ConfigurationError, match="a float16 parameter"):
         scaler.step(ELRA([half]), loss=9.0)
+
+
+# ---- what a loop does wrong ----
+
+
+@pytest.mark.parametrize("kind", ["elra", "elra_spectral"])
+def test_a_step_without_gradients_is_told_once(kind, recwarn):
+    matrix = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = OPTIMIZERS[kind]([matrix])
+    for _ in range(3):
+        optimizer.step(loss=1.0)
+    (told,) = recwarn.list
+    assert "no parameter has a gradient, so that nothing moves" in str(told.message)
+
+
+@pytest.mark.parametrize("kind", ["elra", "elra_spectral"])
+def test_a_scheduler_that_goes_up_is_told_once(kind, recwarn):
+    matrix = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = OPTIMIZERS[kind]([{"params": [matrix], "lr": 2e-3}], lr=1e-3)  # of a group that is no schedule
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=40, cycle_momentum=False)
+    for _ in range(5):
+        matrix.grad = torch.eye(4)
+        optimizer.step(loss=1.0)
+        scheduler.step()
+    told = [str(warning.message) for warning in recwarn.list]
+    assert len(told) == 1
+    assert "times what it was when its scheduler was made" in told[0]
+
+
+def test_settings_that_a_loaded_state_replaces_are_told(recwarn):
+    def made(**given):
+        matrix = torch.nn.Parameter(torch.randn(4, 4))
+        optimizer = OPTIMIZERS["elra_spectral"]([{"params": [matrix], "weight_decay": 0.1}], **given)
+        matrix.grad = torch.eye(4)
+        return optimizer
+
+    first = made(momentum=0.5)
+    first.step(loss=1.0)
+    made(momentum=0.5, lr=1e-2, polar_batch=2**20).load_state_dict(first.state_dict())
+    assert recwarn.list == []  # a rate is found anew, and the rest says how, not what
+    made(max_drift=0.2).load_state_dict(first.state_dict())
+    (told,) = recwarn.list
+    assert "which replace momentum=0.9 by 0.5, max_drift=0.2 by None. To change them" in str(told.message)

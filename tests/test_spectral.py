@@ -857,6 +857,12 @@ def test_a_bound_on_the_way_of_weights_that_look_new_is_told():
         ELRASpectral([matrix], max_drift=0.2).step(loss=1.0)
 
 
+def test_pairs_of_another_model_are_told():
+    a, b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(8, 2))
+    with pytest.warns(UserWarning, match="adapters: none of these 1 pairs is among params"):
+        ELRASpectral([nn.Parameter(torch.randn(8, 6))], adapters=[(a, b, 2.0)])
+
+
 def test_pairs_of_lora_have_no_bound_on_their_way():
     a, b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(8, 2))
     with pytest.raises(ConfigurationError, match=r"max_drift=0.1 bounds the way of trained matrices"):

@@ -35,13 +35,16 @@ def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
     ):
         raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. {example}.")
     if not bounds[0] <= settings["lr"] <= bounds[1]:
-        raise ConfigurationError(f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them.")
+        raise ConfigurationError(
+            f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them (lr is the learning_rate of a "
+            "Trainer)."
+        )
 
 
 def check_weight_decay(settings: dict[str, Any], *, scaled: bool) -> None:
     """Raise a ConfigurationError if ``weight_decay``, which may be ``scaled`` by α, cannot be used."""
     if scaled:
-        need_number(settings, "weight_decay", lambda v: v >= 0, "a number >= 0, which α multiplies (0.1 as of AdamW)")
+        need_number(settings, "weight_decay", lambda v: v >= 0, "a number >= 0 (AdamW's 0.1 fits, as α multiplies it)")
         return
     meaning = "a number in [0, 1), e.g. 3e-4 for a factor of 0.9997 per update"
     need_number(settings, "weight_decay", lambda v: 0 <= v < 1, meaning)

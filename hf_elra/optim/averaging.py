@@ -26,7 +26,10 @@ BATCH_NORM_SAMPLES = 4096
 
 
 class WeightAverage:
-    """The mean of the points that parameters went through in the running, or just finished, control cycle.
+    """The mean of the points that parameters went through.
+
+    With ``power`` it is that of a whole run, weighted towards the last ones; without, that of the running, or just
+    finished, control cycle.
 
     It keeps one number per parameter, in float32 if the parameter has fewer bits. The parameters are looked up at every
     point. The mean of a parameter that is trained later begins there. A parameter that is frozen again stays in the
@@ -165,6 +168,7 @@ class WeightAverage:
             if self.power is None
             else f"the mean of {self.count} points of the run, the t-th with weight t^{self.power}",
             "count": self.count,
+            "power": self.power,
             "joined": self._joined,
             "cycle_is_over": self._cycle_is_over,
         }
@@ -174,6 +178,9 @@ class WeightAverage:
         """Read the mean from a checkpoint; if it has none, begin anew without points and return False.
 
         Parameters that were not trained then have no points yet; those that were trained then stay in the mean.
+
+        Raises:
+            ConfigurationError: it is the mean of another model, or was made with another ``power``.
         """
         self._forget_points()
         self.mean.clear()
@@ -183,12 +190,21 @@ class WeightAverage:
 
         present = self._of if isinstance(self._of, dict) else dict(self._of.named_parameters())
         saved = load_file(os.path.join(folder, BOOSTED))
+        content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))
+        if content.get("power", self.power) != self.power:
+            raise ConfigurationError(
+                f"power={self.power!r}: the mean in {folder} was made with power={content['power']!r}; pass that."
+            )
         for name, p in present.items():
-            if name in saved and saved[name].shape == p.shape:
+            if name in saved:
+                if saved[name].shape != p.shape:
+                    raise ConfigurationError(
+                        f"{name} has shape {tuple(p.shape)}, and {tuple(saved[name].shape)} in the mean in {folder}, "
+                        "which is that of another model."
+                    )
                 self.mean[name] = self._beside(saved[name], self._wide(p))
         if not self.mean:
-            return False
-        content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))
+            raise ConfigurationError(f"{folder} has the mean of another model, with no parameter of this one.")
         self.count, self._cycle_is_over = content["count"], content["cycle_is_over"]
         self._joined = dict(content.get("joined", {}))
         return True

@@ -139,6 +139,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     _warned_no_loss = False
     _warned_of_processes = False
     _warned_of_rounding = False
+    _warned_of_gradients = False
+    _warned_of_factor = False
     _steps = 0  # of this object
     _made_memory: Any = None
 
@@ -332,6 +334,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} looks along the line before it steps, and needs to know how: call "
                 "step(loss=loss, evaluate=function), where function() returns the loss of the same batch."
             )
+        self._warn_of_misuse()
         self._steps += 1
         if self._unscale():
             agreed = None if observed is None else self._agreed(float(observed))[0]
@@ -342,6 +345,25 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 self.zero_grad()
         self._update(observed, factors, evaluate)
         return loss
+
+    def _warn_of_misuse(self) -> None:
+        """Warn once of a scheduler that makes steps longer, and of an update that nothing can come of."""
+        raised = [g for g in self.param_groups if float(g["lr"]) > 1.0001 * float(g.get("initial_lr", math.inf))]
+        if raised and not self._warned_of_factor:
+            self._warned_of_factor = True
+            factor = float(raised[0]["lr"]) / float(raised[0]["initial_lr"])
+            warn_user(
+                f"lr={float(raised[0]['lr']):g} is {factor:g} times what it was when its scheduler was made: for "
+                f"{type(self).__name__} that is a factor on the rate that finds itself, and above 1 it makes steps too "
+                "long. Leave out schedulers that go up, as OneCycleLR does; a warm-up there is already."
+            )
+        has_any = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        if not has_any and not self._warned_of_gradients:
+            self._warned_of_gradients = True
+            warn_user(
+                f"{type(self).__name__}: no parameter has a gradient, so that nothing moves. Call loss.backward() "
+                "before step() and zero_grad() after it, with the model whose parameters are trained."
+            )
 
     def _unscale(self) -> bool:
         """Divide gradients by the scale of a GradScaler, if there is one.
@@ -767,10 +789,32 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                         f"has {tuple(p.shape)}; it is the state of another model."
                     )
         own = {name: self.param_groups[0][name] for name in self.stays_with_object}
+        asked = self._settings_of_groups()
         super().load_state_dict(state_dict)
         self._made_memory = None
         for group in self.param_groups:
             group.update(own)
+        loaded = self._settings_of_groups()
+        replaced = [
+            f"{name}={_one_or_all(values)} by {_one_or_all(loaded[name])}"
+            for name, values in asked.items()
+            if values != loaded[name]
+        ]
+        if replaced:
+            warn_user(
+                f"{type(self).__name__} goes on with the settings of the state that it loads, which replace "
+                f"{', '.join(replaced)}. To change them, begin a new run from the weights, or set them in every one of "
+                "optimizer.param_groups after loading."
+            )
+
+    def _settings_of_groups(self) -> dict[str, list[Any]]:
+        """Arguments that a state brings along, by name: the values of all groups."""
+        left_out = {"lr", "base_lr", "alpha", *OF_THE_LAST_STEP, *self.stays_with_object}
+        return {
+            name: [tuple(v) if isinstance(v := group.get(name), list) else v for group in self.param_groups]
+            for name in self.defaults
+            if name not in left_out
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; besides ``params`` a group may set ``lr`` and ``weight_decay``."""
@@ -838,6 +882,11 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
         sums = torch.tensor(values, dtype=accumulates_in(device), device=device)
         return cast(list[float], mean_over_processes(sums, self.process_group).tolist())
+
+
+def _one_or_all(values: list[Any]) -> str:
+    """Values of groups, as one where they are alike."""
+    return repr(values[0]) if all(value == values[0] for value in values) else repr(values)
 
 
 def _are_several() -> bool:

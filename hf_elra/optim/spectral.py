@@ -166,7 +166,8 @@ class ELRASpectral(DecidesOnDevice):
     ) -> None:
         settings = settings_of(locals(), *OF_A_MODEL)
         _check_settings(settings)
-        self._adapters = _pairs(adapters)
+        pairs = list(adapters) if isinstance(adapters, Iterable) else [adapters]
+        self._adapters = _pairs(pairs)
         if self._adapters and settings["max_drift"] is not None:
             raise ConfigurationError(
                 f"max_drift={settings['max_drift']!r} bounds the way of trained matrices, and those beside adapters do "
@@ -183,6 +184,13 @@ class ELRASpectral(DecidesOnDevice):
                     f"{kind}: none of these {len(identities)} parameters is among params, so that none is taken for "
                     f"one; pass {kind}={kind}_of(model) of the model that is trained."
                 )
+
+        are_trained = any(p.requires_grad for pair in pairs for p in pair[:2])
+        if are_trained and not any(any(group["adapters"]) for group in self.param_groups):
+            warn_user(
+                f"adapters: none of these {len(pairs)} pairs is among params, so that none is taken for "
+                "one; pass adapters=adapters_of(model) of the model that is trained."
+            )
 
     def parts(self) -> Parts:
         """Polar factors, a rate from the weights that slopes correct, and α below a share of the matrices' size."""
@@ -296,12 +304,10 @@ def _identities(name: str, given: Any) -> dict[int, bool]:
     return {id(p): p.requires_grad for p in listed}
 
 
-def _pairs(given: Any) -> dict[int, list[float]]:
+def _pairs(given: list[Any]) -> dict[int, list[float]]:
     """Of every parameter of a pair its number, from 1, and what a change of it is multiplied by in the product: that is
     the factor times the norm of A, as B is zero at first. Raise a ConfigurationError for what is no pair."""
     found = {}
-    if not isinstance(given, Iterable):
-        given = [given]
     for number, pair in enumerate(given, 1):
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(p, Tensor) for p in pair[:2])
         if not is_pair:

@@ -373,7 +373,8 @@ def find_runs(paths: list[str]) -> list[Run]:
         found = [run for run in map(read_run, folders) if run.history]
         if not found:
             raise ConfigurationError(
-                f"{text!r} holds a run that has logged nothing yet; look again after its first log."
+                f"{text!r} holds a run that has logged nothing yet; look again after its first log, or pass a smaller "
+                "--logging_steps if it has ended."
             )
         for run in found:
             runs.setdefault(run.folder.resolve(), run)

@@ -19,7 +19,8 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
     """Return a table of about ``rows`` evenly spaced training logs, the last one included.
 
-    A row shows the last evaluation since the row before. An evaluation after the last log has a row of its own.
+    A row shows the last evaluation since the row before. An evaluation after the last log has a row of its own. Empty
+    where there is no log.
 
     Args:
         history: the Trainer's ``state.log_history``.
@@ -47,6 +48,8 @@ def training_table(history: list[dict[str, Any]], rows: int = 12) -> str:
         "cosine": lambda e: f"{e['cosine']:+.3f}" if "cosine" in e else "",
         "restarts": lambda e: f"{e['restarts']}" if "restarts" in e else "",
     }
+    if not shown:
+        return ""
     table = [[show(entry) for show in columns.values()] for entry in shown]
     used = [i for i in range(len(columns)) if any(row[i] for row in table)]
     return markdown_table([list(columns)[i] for i in used], [[row[i] for i in used] for row in table])

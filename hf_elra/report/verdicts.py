@@ -111,7 +111,7 @@ def restarts(run: Run) -> Verdict | None:
     elif max(steps) <= updates / 10:
         text += ", all in the first tenth of the run"
     elif 2 * sum(step > 0.9 * updates for step in steps) > len(steps):
-        text += ", most of them in the last tenth of the run"
+        text += f", {'most of them ' if len(steps) > 1 else ''}in the last tenth of the run"
     kind = "good" if share < FEW_TAKEN_BACK else "note" if share < MANY_TAKEN_BACK else "bad"
     return Verdict(kind, text + ".")
 

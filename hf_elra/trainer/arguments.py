@@ -429,10 +429,10 @@ def replaced_defaults(args: TrainingArguments, *, ours: str = "ELRA") -> dict[st
             )
         if args.lr_scheduler_type != SchedulerType.CONSTANT and "lr_scheduler_type" not in replaced:
             logger.warning(
-                "lr_scheduler_type=%s multiplies %s's own learning rate, which then makes up for it where it can. Use "
-                "constant.",
+                "lr_scheduler_type=%s multiplies %s's own learning rate, which then %s. Use constant.",
                 _plain(args.lr_scheduler_type),
                 ours,
+                "is not corrected by slopes" if ours == "elra_spectral" else "makes up for it where it can",
             )
         if args.weight_decay > 1e-3 and ours == "ELRA":  # elra_spectral scales weight decay, as AdamW does
             logger.warning(
@@ -512,10 +512,14 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
     parameters = inspect.signature(optimizer_class).parameters
     valid = [name for name in parameters if name not in ("params", "weight_decay", *OF_A_MODEL)]
     values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+    for item in (part.strip() for part in text.split(",")) if text else ():
         name, equals, value = (part.strip() for part in item.partition("="))
+        if not item:
+            raise ConfigurationError(f"optim_args={text!r} has a comma with nothing beside it; leave that comma out.")
         if not equals:
             raise ConfigurationError(f"optim_args: {item!r} is not of the form name=value.")
+        if name in values:
+            raise ConfigurationError(f"optim_args={text!r} gives {name} twice; leave one of them out.")
         if name == "weight_decay":
             raise ConfigurationError(
                 f"optim_args: weight_decay={value} belongs to the Trainer, which sets it per parameter group; "
@@ -546,4 +550,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     except (ValueError, KeyError):
         wanted = "two numbers, low:high, e.g. 1e-8:1" if typing.get_origin(target) is tuple else target.__name__
         none = " or none" if type(None) in options else ""
-        raise ConfigurationError(f"optim_args: {name}={text!r} must be {wanted}{none}.") from None
+        raise ConfigurationError(
+            f"optim_args: {name}={text!r} must be {wanted}{none}; commas stand between arguments, as in "
+            '"momentum=0.9,warmup=10".'
+        ) from None

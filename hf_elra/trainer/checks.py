@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim import ELRA, Guarded, LossAwareOptimizer
+from hf_elra.optim import ELRA, ELRASpectral, Guarded, LossAwareOptimizer, embeddings_of
 from hf_elra.optim.around import Around
 from hf_elra.trainer.arguments import (
     OPTIMIZERS,
@@ -35,7 +35,7 @@ SETTINGS = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "deepspeed", "fsdp"),
 )
-"""Return the arguments that a Trainer with the mixin decides by."""
+"""The arguments that a Trainer with the mixin decides by."""
 
 
 def optimizer_of_ours(trainer: Trainer) -> type[LossAwareOptimizer] | None:
@@ -131,7 +131,17 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_made(trainer: Any, made: Any) -> None:
-    """Raise a ConfigurationError if ``create_optimizer`` did not make the optimizer of ours that is named."""
+    """Raise a ConfigurationError if ``create_optimizer`` did not make the optimizer of ours that is named; warn if one
+    that was passed in has to know which parameters are tables, and was not told."""
+    there = trainer.elra_optimizer
+    if isinstance(there, ELRASpectral) and not any(any(group["embeddings"]) for group in there.param_groups):
+        of_optimizer = {id(p) for group in there.param_groups for p in group["params"]}
+        if any(id(p) in of_optimizer for p in embeddings_of(trainer.model)):
+            logger.warning(
+                "The optimizer that was passed in was not told which parameters are embeddings, and takes them for "
+                "hidden matrices. Make it with embeddings=embeddings_of(model), outputs=outputs_of(model), or pass "
+                "optim='elra_spectral' and let the Trainer make it."
+            )
     if trainer.elra_active and trainer.elra_optimizer is None:
         raise ConfigurationError(
             f"optim={optimizer_name(trainer.args)} is not what {type(trainer).__name__}.create_optimizer makes, which "

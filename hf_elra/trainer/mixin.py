@@ -63,7 +63,7 @@ class Collaborators:
 class ElraTrainerMixin(_Base):
     """Put in front of ``Trainer`` or a subclass of it: ``class MyTrainer(ElraTrainerMixin, SomeTrainer)``.
 
-    With ``optim="elra"`` the optimizer gets the true mean loss of every update: over all micro-batches of the group
+    An optimizer of ours gets the true mean loss of every update: over all micro-batches of the group
     and, through one all-reduce, over all processes. Logs get ``alpha``, ``step_norm``, ``restarts`` and ``cosine``, and
     their ``learning_rate`` is α times the factor of a scheduler. With any other optimizer only the counting is added.
 
@@ -253,7 +253,7 @@ class ElraTrainerMixin(_Base):
     # ---- evaluation, checkpoints, and the end ----
 
     def evaluate(self, *args, **kwargs):
-        """The stock evaluation, of the mean if boosting is on."""
+        """The stock evaluation, of the mean if there is one."""
         with self.elra.averaging.in_use():
             return super().evaluate(*args, **kwargs)
 
@@ -263,7 +263,7 @@ class ElraTrainerMixin(_Base):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Save the mean if boosting is on; a checkpoint gets both points."""
+        """Save the mean if there is one; a checkpoint gets both points."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             self.elra.averaging.save_beside_last_point(str(output_dir or self.args.output_dir))
@@ -277,7 +277,7 @@ class ElraTrainerMixin(_Base):
         self.elra.averaging.take_best(str(self.state.best_model_checkpoint))
 
     def predict(self, *args, **kwargs):
-        """The stock prediction, by the mean if boosting is on."""
+        """The stock prediction, by the mean if there is one."""
         with self.elra.averaging.in_use():
             return super().predict(*args, **kwargs)
 
@@ -286,17 +286,17 @@ class ElraTrainerMixin(_Base):
         create_card(self, super().create_model_card, *args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
-        """The stock upload, of the mean if boosting is on."""
+        """The stock upload, of the mean if there is one."""
         with self.elra.averaging.in_use():
             return super().push_to_hub(*args, **kwargs)
 
 
 class ElraTrainer(ElraTrainerMixin, Trainer):
-    """A ``transformers.Trainer`` that gives ELRA the loss; use it with :class:`ElraTrainingArguments`."""
+    """A ``transformers.Trainer`` that tells our optimizers the loss; use it with :class:`ElraTrainingArguments`."""
 
 
 class ElraSeq2SeqTrainer(ElraTrainerMixin, Seq2SeqTrainer):
-    """A ``transformers.Seq2SeqTrainer`` that gives ELRA the loss; use :class:`ElraSeq2SeqTrainingArguments` with it."""
+    """As :class:`ElraTrainer`, for ``transformers.Seq2SeqTrainer``; it takes :class:`ElraSeq2SeqTrainingArguments`."""
 
 
 @functools.cache

@@ -54,6 +54,9 @@ def test_optim_args_are_typed():
         ("min_step_norm", "not of the form name=value"),
         ("weight_decay=0.1", "pass --weight_decay 0.1"),
         ("min_step_norm=3,max_step_norm=2", "min_step_norm=3.0 is above max_step_norm=2.0"),
+        ("min_step_norm=0.2,", "has a comma with nothing beside it"),
+        ("min_step_norm=0.2,min_step_norm=0.4", "gives min_step_norm twice"),
+        ("min_step_norm=0.2;max_step_norm=1", "commas stand between arguments"),
         ("betas=0.9", "'betas' is not an argument of ELRA"),
     ],
 )

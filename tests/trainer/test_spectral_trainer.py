@@ -156,7 +156,7 @@ class Evaluated(TrainerCallback):
 def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
     spectral(tmp_path, max_grad_norm=0.5, lr_scheduler_type="cosine")
     assert "elra_spectral crops the step instead (max_relative_step)" in caplog_warnings.text
-    assert "multiplies elra_spectral's own learning rate, which then makes up for it" in caplog_warnings.text
+    assert "multiplies elra_spectral's own learning rate, which then is not corrected by slopes" in caplog_warnings.text
 
 
 @pytest.mark.parametrize(
@@ -269,3 +269,20 @@ def test_a_pass_over_the_data_is_as_long_as_the_sampler_makes_it(tmp_path, repea
     run = trainer(tmp_path, rows=token_rows(21), trainer_class=Repeating, **settings)
     run.train()
     assert run.elra_optimizer.updates_per_epoch == per_epoch
+
+
+def test_an_optimizer_that_was_not_told_of_tables_is_told_of(tmp_path, caplog_warnings):
+    model = llama()
+    for told in ({}, {"embeddings": embeddings_of(model), "outputs": outputs_of(model)}):
+        optimizer = ELRASpectral(model.parameters(), **told)
+        settings = arguments(tmp_path, max_steps=1)
+        ElraTrainer(model, settings, train_dataset=token_rows(8), optimizers=(optimizer, None)).train()
+        warned = "was not told which parameters are embeddings" in caplog_warnings.text
+        assert warned is (not told)
+        caplog_warnings.clear()
+
+
+def test_the_length_of_the_run_is_told(tmp_path):
+    run = trainer(tmp_path, optim="elra_spectral", max_steps=7)
+    run.train()
+    assert run.elra_optimizer.total_updates == 7

@@ -36,8 +36,8 @@ def need_lr_bounds(settings: dict[str, Any], example: str) -> None:
         raise ConfigurationError(f"lr_bounds={bounds!r} must be two numbers with 0 < low < high, e.g. {example}.")
     if not bounds[0] <= settings["lr"] <= bounds[1]:
         raise ConfigurationError(
-            f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them (lr is the learning_rate of a "
-            "Trainer)."
+            f"lr={settings['lr']!r} is outside lr_bounds={tuple(bounds)!r}; move one of them (lr is a Trainer's "
+            "learning_rate)."
         )
 
 

@@ -314,19 +314,23 @@ def fine_tuning() -> str:
 
     runs = clients.by_rate((NO_RATE / "clients.jsonl").read_text("utf-8").splitlines())
     lines = [f"| | {' | '.join(FINE_TUNING)} |", f"|---|{'---:|' * len(FINE_TUNING)}"]
-    best = {name: clients.best_rate(f"TRL {name}", runs) for name in FINE_TUNING}
+    best = {
+        optim: {name: clients.best_rate(f"TRL {name}", runs, optim) for name in FINE_TUNING}
+        for optim in (clients.ADAMW, *clients.OTHERS)
+    }
     rows: dict[str, tuple[str, dict[str, float | None]]] = {
         "**elra_spectral**": (clients.OURS, dict.fromkeys(FINE_TUNING)),
         **{
             f"the same, `max_drift={drift}`": (f"{clients.OURS}, max_drift={drift}", dict.fromkeys(FINE_TUNING))
             for drift in (0.2, 0.1)
         },
-        "AdamW, best of four rates": ("adamw_torch", best),
+        "AdamW, best of four rates": (clients.ADAMW, best[clients.ADAMW]),
+        **{f"{optim.split(',')[0]}, best rate, cosine": (optim, best[optim]) for optim in clients.OTHERS},
         **{
-            f"AdamW, {name}, one seed": ("adamw_torch", dict.fromkeys(FINE_TUNING, float(name)))
+            f"AdamW, {name}, one seed": (clients.ADAMW, dict.fromkeys(FINE_TUNING, float(name)))
             for name in ("3e-4", "1e-4")
         },
-        "AdamW, TRL's default": ("adamw_torch", dict.fromkeys(FINE_TUNING)),
+        "AdamW, TRL's default": (clients.ADAMW, dict.fromkeys(FINE_TUNING)),
     }
     for title, (optim, rates) in rows.items():
         cells = []

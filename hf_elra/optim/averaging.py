@@ -191,9 +191,10 @@ class WeightAverage:
         present = self._of if isinstance(self._of, dict) else dict(self._of.named_parameters())
         saved = load_file(os.path.join(folder, BOOSTED))
         content = json.loads(Path(folder, BOOSTING).read_text(encoding="utf-8"))
-        if content.get("power", self.power) != self.power:
+        if (power := content.get("power", self.power)) != self.power:
             raise ConfigurationError(
-                f"power={self.power!r}: the mean in {folder} was made with power={content['power']!r}; pass that."
+                f"power={self.power!r}: the mean in {folder} was made with power={power!r}; pass that, to a Trainer as "
+                f"elra_boost_mean={'cycle' if power is None else 'run'}."
             )
         for name, p in present.items():
             if name in saved:

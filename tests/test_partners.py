@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from lib.partners import PARTNERS, Training
+import no_rate_cost
+from lib.partners import PARTNERS, Together, Training
 
 PACKAGES = {
     "SOAP": "pytorch_optimizer", "schedule-free": "schedulefree", "Prodigy, cosine": "prodigyopt",
@@ -40,3 +41,26 @@ def test_schedules():
     assert factors[-1] < 1e-3
     assert PARTNERS["Prodigy, cosine"].factor(0, 100) == 1
     assert {constant.factor(update, 100) for update in range(100)} == {1.0}
+
+
+def test_optimizers_together_are_one_for_a_schedule():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    both = Together([torch.optim.SGD([first], lr=0.5), torch.optim.SGD([second], lr=0.1)])
+    schedule = torch.optim.lr_scheduler.LambdaLR(both, lambda update: 1 / (update + 1))
+    for _ in range(2):
+        both.zero_grad()
+        (first.sum() + second.sum()).backward()
+        both.step()
+        schedule.step()
+    assert first.tolist() == pytest.approx([0.25] * 2)
+    assert second.tolist() == pytest.approx([0.85] * 3)
+
+
+def test_costs_are_told_beside_those_of_adamw():
+    def line(row, seconds, state):
+        return {"task": "one", "row": row, "seconds": seconds, "state_bytes": state, "parameters": 10}
+
+    lines = [line("AdamW, cosine", s, 80) for s in (0.1, 0.2, 0.3)] + [line("elra_spectral", s, 84) for s in (0.2, 0.3)]
+    assert "| 200 |" in no_rate_cost.table(lines)
+    assert "1.00, 8.0 |" in no_rate_cost.table(lines)
+    assert "1.25, 8.4 |" in no_rate_cost.table(lines)

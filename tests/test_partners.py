@@ -61,6 +61,5 @@ def test_costs_are_told_beside_those_of_adamw():
         return {"task": "one", "row": row, "seconds": seconds, "state_bytes": state, "parameters": 10}
 
     lines = [line("AdamW, cosine", s, 80) for s in (0.1, 0.2, 0.3)] + [line("elra_spectral", s, 84) for s in (0.2, 0.3)]
-    assert "| 200 |" in no_rate_cost.table(lines)
-    assert "1.00, 8.0 |" in no_rate_cost.table(lines)
-    assert "1.25, 8.4 |" in no_rate_cost.table(lines)
+    row = no_rate_cost.table(lines).splitlines()[-1]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["one", "200", "1.00, 8.0", "1.25, 8.4"]

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_elra import ELRA, ConfigurationError, ELRASpectral, WeightAverage, embeddings_of, experts_of, outputs_of
+from hf_elra import (
+    ELRA,
+    ConfigurationError,
+    ELRASpectral,
+    WeightAverage,
+    adapters_of,
+    embeddings_of,
+    experts_of,
+    outputs_of,
+)
 from hf_elra.optim.directions.polar import has_bfloat16_tiles, iterates_in, polar_factor
 from hf_elra.optim.directions.spectral import Spectral, kept_in, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
@@ -855,6 +864,12 @@ def test_a_bound_on_the_way_of_weights_that_look_new_is_told():
     matrix.grad = torch.eye(32)
     with pytest.warns(UserWarning, match=r"max_drift=0.2 is for trained models.*pass weights='trained'"):
         ELRASpectral([matrix], max_drift=0.2).step(loss=1.0)
+
+
+@pytest.mark.parametrize("find", [embeddings_of, outputs_of, experts_of, adapters_of])
+def test_parameters_in_place_of_a_model_are_refused(find):
+    with pytest.raises(ConfigurationError, match=rf"{find.__name__} takes a model, not a generator; pass"):
+        find(llama().parameters())
 
 
 def test_pairs_of_another_model_are_told():

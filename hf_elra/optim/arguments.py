@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import nn
+
 from hf_elra.errors import ConfigurationError, nearest
 
 
@@ -82,6 +84,12 @@ def need_betas(settings: dict[str, Any]) -> None:
         and all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in betas)
     ):
         raise ConfigurationError(f"betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
+
+
+def need_model(asked: str, model: Any) -> None:
+    """Raise a ConfigurationError if what a function was ``asked`` of is no model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"{asked} takes a model, not a {type(model).__name__}; pass {asked}(model).")
 
 
 def need_choice(settings: dict[str, Any], name: str, valid: Iterable[str]) -> None:

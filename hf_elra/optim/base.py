@@ -777,7 +777,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         given, ours = groups[0].get("scalars", {}).get("parts", "no part of ours"), self._numbers()["parts"]
         if given != ours:
             raise ConfigurationError(
-                f"state_dict: it was not written by {type(self).__name__}, which is {ours}, but by one with {given}. "
+                f"state_dict: it was not written by {type(self).__name__}, whose parts are {ours}, but by an optimizer "
+                f"with {given}. "
                 "To go on with another optimizer, load the weights alone (from_pretrained) and begin a new run."
             )
         params = [p for group in self.param_groups for p in group["params"]]

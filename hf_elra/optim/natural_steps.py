@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+from hf_elra.optim.arguments import need_model
 from hf_elra.optim.shards import whole
 
 NEW = 0.2
@@ -178,6 +179,7 @@ def _new_ones(places: Sequence[Any], params: dict[Any, Tensor], verdicts: dict[A
 
 def adapters_of(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
     """Return the pairs of LoRA in a model, as PEFT makes them: A, B, and the factor that their product has."""
+    need_model("adapters_of", model)
     return [pair for module in model.modules() for pair in adapters_of_layer(module)]
 
 

@@ -17,6 +17,7 @@ from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
 from hf_elra.optim import many_tensors
+from hf_elra.optim.arguments import need_model
 from hf_elra.optim.directions import Direction, Groups
 from hf_elra.optim.directions.polar import near_one, polar_factor
 from hf_elra.optim.exchange import each_once
@@ -289,6 +290,7 @@ def _largest(rows: Tensor) -> Tensor:
 
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
     """Return parameters of a model whose rows belong to tokens: embeddings and the output layer of a language model."""
+    need_model("embeddings_of", model)
     tables = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     found = [p for p in tables if isinstance(p, nn.Parameter)] + outputs_of(model)
     return list({id(p): p for p in found}.values())
@@ -296,6 +298,7 @@ def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
 
 def outputs_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the output layer of a language model, which may be its embeddings; of another model, nothing."""
+    need_model("outputs_of", model)
     inner = getattr(model, "module", model)  # as DistributedDataParallel wraps it
     weight = getattr(getattr(inner, "get_output_embeddings", lambda: None)(), "weight", None)
     return [weight] if isinstance(weight, nn.Parameter) else []
@@ -304,6 +307,7 @@ def outputs_of(model: nn.Module) -> list[nn.Parameter]:
 def experts_of(model: nn.Module) -> list[nn.Parameter]:
     """Return parameters of a model that hold several matrices each: those with three dimensions, as Transformers stacks
     the experts of a mixture, without those of convolutions."""
+    need_model("experts_of", model)
     convolved = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
     return [p for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in convolved]
 

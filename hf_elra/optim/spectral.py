@@ -65,7 +65,7 @@ class ELRASpectral(DecidesOnDevice):
         adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         weights (str): ``"auto"`` to see from the weights, before the first step, whether they are trained; ``"new"`` or
-            ``"trained"`` to say so of all of them, as of a model some 32 wide, whose trained weights may look like
+            ``"trained"`` to say so of all of them, as of a model 48 wide or less, whose trained weights may look like
             chance. With ``"trained"`` no matrix counts as a fresh head. Default: ``"auto"``.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
         max_correction (float): corrections make α at most so many times what suits the weights, more than 4 times only
@@ -250,7 +250,7 @@ class ELRASpectral(DecidesOnDevice):
         """Find out what suits them, as they are before the first step; a group that comes later goes with α."""
         s = self.settings()
         found = natural_steps(self.param_groups, s.get("weights", "auto"))
-        if s["max_drift"] is not None and not found.is_trained:
+        if s.get("max_drift") is not None and not found.is_trained:
             warn_user(
                 f"max_drift={s['max_drift']!r} is for trained models, and these weights look new: what a model begins "
                 "with is hardly worth keeping, and tables go further than matrices. If they are trained, pass "
@@ -280,11 +280,13 @@ class ELRASpectral(DecidesOnDevice):
 
     def _warn_of_drift(self) -> None:
         """Warn once, where the length of the run is not known, that the model will hardly move any more."""
-        numbers, allowed = self._numbers(), self.settings()["max_drift"]
-        is_known = self.total_updates is not None and numbers["updates"] <= self.total_updates
-        if allowed is None or self._warned_of_drift or is_known:
+        allowed = self.settings().get("max_drift")
+        if allowed is None or self._warned_of_drift:
             return
+        numbers = self._numbers()
         rule = numbers["rule"]
+        if self.total_updates is not None and numbers["updates"] <= self.total_updates:
+            return
         if rule["walked"] > USED_UP * allowed * rule["began"] > 0:
             self._warned_of_drift = True
             warn_user(

@@ -582,13 +582,18 @@ def _cell(ends: list[dict[str, float]], rate: float | None) -> str:
     return text + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def main(words: list[str]) -> int:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Let a command line say where things are."""
     for name, what in (
         ("output", "file of JSON lines"), ("bundle", "folder of rate_scan_bundle.py"), ("data", "folder of data sets"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", required=True, type=Path, help=what)
+
+
+def main(words: list[str]) -> int:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "times"])

@@ -28,7 +28,7 @@ from hf_elra.optim.averaging import WeightAverage
 from hf_elra.report.environment import environment
 from hf_elra.report.table import markdown_table
 from lib.partners import PARTNERS, Training, bytes_of
-from no_rate import MODELS, TASKS, Data, order, our_optimizer, trained_llama
+from no_rate import MODELS, TASKS, Data, add_folders, order, our_optimizer, trained_llama
 
 SHOWN = (
     "scratch, batch 16", "scratch, batch 64", "width 256", "sst2, LoRA", "T5", "ViT", "ResNet-20", "LSTM",
@@ -101,10 +101,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main(words: list[str]) -> int:
     """Measure, and print what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, what in (
-        ("output", "file of JSON lines"), ("bundle", "folder of rate_scan_bundle.py"), ("data", "folder of data sets"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", required=True, type=Path, help=what)
+    add_folders(parser)
     rows = [OURS, *(row for row in PARTNERS if "constant" not in row)]
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(SHOWN))
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)

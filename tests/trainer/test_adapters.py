@@ -16,6 +16,7 @@ KINDS = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
     "biases": {"bias": "all"},
     "embeddings by LoRA": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
     "embeddings saved": {"modules_to_save": ["embed_tokens"]},

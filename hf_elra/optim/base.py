@@ -136,11 +136,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     found_inf: Tensor | float
     """Both are there only while a GradScaler calls :meth:`step`."""
     _observed_loss: Tensor | float | None = None
-    _warned_no_loss = False
-    _warned_of_processes = False
-    _warned_of_rounding = False
-    _warned_of_gradients = False
-    _warned_of_factor = False
+    _warned_of: frozenset[str] = frozenset()
     _steps = 0  # of this object
     _made_memory: Any = None
 
@@ -313,21 +309,21 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             self.observe_loss(loss)
         observed, self._observed_loss = self._observed_loss, None
         factors = [float(group["lr"]) / group["base_lr"] * self.gradient_decay for group in self.param_groups]
-        if observed is None and not self._warned_no_loss and max(factors) > 0:
-            self._warned_no_loss = True
-            warn_user(
+        if observed is None and max(factors) > 0:
+            self._warn_once(
+                "no loss",
                 f"{type(self).__name__} was not told the loss, so it cannot take back a step that went too far. Call "
                 "step(closure), step(loss=loss) or observe_loss(loss) before step() (where Accelerate has wrapped it, "
                 "observe_loss of what was wrapped). In a Hugging Face Trainer import hf_elra first, and name the "
                 "optimizer by optim=... or pass it as optimizers=(optimizer, None); what an overridden "
-                "create_optimizer makes is seen too late."
+                "create_optimizer makes is seen too late.",
             )
-        if observed is not None and self.process_group is None and not self._warned_of_processes and _are_several():
-            self._warned_of_processes = True
-            warn_user(
+        if observed is not None and self.process_group is None and _are_several():
+            self._warn_once(
+                "processes",
                 f"{type(self).__name__} decides by the loss of this process alone, so that the weights of several "
                 "processes come to differ. Set optimizer.process_group = torch.distributed.group.WORLD, or to the "
-                "group that trains together."
+                "group that trains together.",
             )
         if self.needs_line_loss and evaluate is None and self.line_loss is None:
             raise ConfigurationError(
@@ -346,23 +342,29 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         self._update(observed, factors, evaluate)
         return loss
 
+    def _warn_once(self, of: str, message: str) -> None:
+        """Warn, unless this optimizer has warned of it."""
+        if of not in self._warned_of:
+            self._warned_of |= {of}
+            warn_user(message)
+
     def _warn_of_misuse(self) -> None:
         """Warn once of a scheduler that makes steps longer, and of an update that nothing can come of."""
         raised = [g for g in self.param_groups if float(g["lr"]) > 1.0001 * float(g.get("initial_lr", math.inf))]
-        if raised and not self._warned_of_factor:
-            self._warned_of_factor = True
+        if raised:
             factor = float(raised[0]["lr"]) / float(raised[0]["initial_lr"])
-            warn_user(
+            self._warn_once(
+                "factor",
                 f"lr={float(raised[0]['lr']):g} is {factor:g} times what it was when its scheduler was made: for "
                 f"{type(self).__name__} that is a factor on the rate that finds itself, and above 1 it makes steps too "
-                "long. Leave out schedulers that go up, as OneCycleLR does; a warm-up there is already."
+                "long. Leave out schedulers that go up, as OneCycleLR does; a warm-up there is already.",
             )
         has_any = any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if not has_any and not self._warned_of_gradients:
-            self._warned_of_gradients = True
-            warn_user(
+        if not has_any:
+            self._warn_once(
+                "gradients",
                 f"{type(self).__name__}: no parameter has a gradient, so that nothing moves. Call loss.backward() "
-                "before step() and zero_grad() after it, with the model whose parameters are trained."
+                "before step() and zero_grad() after it, with the model whose parameters are trained.",
             )
 
     def _unscale(self) -> bool:
@@ -853,7 +855,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     def _looks_for_rounding(self) -> bool:
         """Whether it is time to look for steps that are lost in rounding."""
         due = self._steps % UPDATES_BETWEEN_LOOKS == FIRST_LOOK
-        return due and not self._warned_of_rounding and not self.param_groups[0]["stochastic_rounding"]
+        return due and "rounding" not in self._warned_of and not self.param_groups[0]["stochastic_rounding"]
 
     def _warn_of_rounding(self, params: Sequence[Tensor], directions: Sequence[Tensor], step_size: float) -> None:
         """Warn once, if it is time to look, where steps are too short for bfloat16 parameters to move.
@@ -867,13 +869,13 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def _warn_of_lost_steps(self, lost: float) -> None:
         """Warn once, if more than half of the numbers of a bfloat16 parameter stayed where they were."""
-        if lost > 0.5 and not self._warned_of_rounding:
-            self._warned_of_rounding = True
-            warn_user(
+        if lost > 0.5:
+            self._warn_once(
+                "rounding",
                 f"In a bfloat16 parameter {lost:.0%} of the numbers stay where they are, as a step of "
                 f"{type(self).__name__} is less than half of their precision. Pass stochastic_rounding=True "
                 "(--optim_args stochastic_rounding=true), or keep the weights in float32 (--bf16 computes in bfloat16 "
-                "all the same)."
+                "all the same).",
             )
 
     def _agreed(self, *values: float) -> Sequence[float]:

@@ -133,7 +133,6 @@ class ELRASpectral(DecidesOnDevice):
 
     scales_weight_decay = True
     stays_with_object = ("stochastic_rounding", "distribute", "polar_batch", "polar_dtype", "state_dtype", "on_device")
-    _warned_of_drift = False
     _kinds: dict[str, dict[int, bool]] = {}  # noqa: RUF012 - of a copy, whose parameters are others
     _adapters: dict[int, list[float]] = {}  # noqa: RUF012
 
@@ -281,18 +280,18 @@ class ELRASpectral(DecidesOnDevice):
     def _warn_of_drift(self) -> None:
         """Warn once, where the length of the run is not known, that the model will hardly move any more."""
         allowed = self.settings().get("max_drift")
-        if allowed is None or self._warned_of_drift:
+        if allowed is None:
             return
         numbers = self._numbers()
         rule = numbers["rule"]
         if self.total_updates is not None and numbers["updates"] <= self.total_updates:
             return
         if rule["walked"] > USED_UP * allowed * rule["began"] > 0:
-            self._warned_of_drift = True
-            warn_user(
+            self._warn_once(
+                "drift",
                 f"max_drift={allowed!r} is used up to {USED_UP:.0%} after {numbers['updates']} updates, so that from "
                 "now on the model hardly moves. Tell the length of the run before it begins, as a Trainer does: "
-                "optimizer.total_updates = epochs * len(loader); max_drift is spread over all of it then."
+                "optimizer.total_updates = epochs * len(loader); max_drift is spread over all of it then.",
             )
 
 

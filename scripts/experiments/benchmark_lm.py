@@ -154,6 +154,7 @@ def rows() -> dict[str, Row]:
             for name, settings in STRONG.items()
             for rate in STRONG_RATES
         },
+        "NadamW, cosine, rate 3e-4": Row(STRONG["NadamW, cosine"], _partner("NadamW, cosine", "3e-4")),
     }
 
 

@@ -453,7 +453,7 @@ class Lane:
         rows = self.order.index_select(0, self.counter)[0]
         rate, *corrections, weight = self.numbers.index_select(0, self.counter)[0].unbind()
         loss = self.task.losses(self.model, rows).mean()
-        gradients = list(torch.autograd.grad(loss, self.params))
+        gradients = list(torch.autograd.grad(loss, self.params, materialize_grads=True))
         with torch.no_grad():
             if self.adamw:
                 self._adamw(gradients, rate, *corrections)

@@ -1,13 +1,14 @@
 """hf_elra.optim.averaging: parameters and buffers that change on the way; means in a Trainer are in trainer/."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from hf_elra import ConfigurationError
-from hf_elra.optim.averaging import WeightAverage, at_the_mean, recompute_batch_norm
+from hf_elra.optim.averaging import WeightAverage, at_the_mean, power_at, recompute_batch_norm
 from tests.test_snapshot import Rotary
 
 
@@ -93,6 +94,27 @@ def test_what_is_frozen_later_stays_in_the_mean_and_what_is_gone_leaves_it(tmp_p
     stage.b = nn.Linear(5, 1, bias=False)
     with pytest.raises(ConfigurationError, match=r"b.weight has shape \(1, 5\), and \(1, 1\) in the mean"):
         WeightAverage(stage, power=0).load(str(tmp_path))
+
+
+def test_a_point_may_have_a_power_of_its_own():
+    model = two()
+    mean = WeightAverage(model, power=8)
+    go_to(model, 0.0, 0.0)
+    mean.add()
+    go_to(model, 4.0, 40.0)
+    mean.add(0)  # as many as there were before
+    with mean.in_place():
+        assert values(model) == (2.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("trained", "fresh", "powers"),
+    [(True, 3, [8, 8, 8, 2, 2]), (False, 3, [8] * 5), (None, 3, [8] * 5), (True, None, [8] * 5)],
+)
+def test_data_that_a_trained_model_sees_again_make_a_wider_mean(trained, fresh, powers):
+    optimizer = SimpleNamespace(looks_trained=trained, updates_per_epoch=fresh)
+    assert [power_at(update, optimizer) for update in range(1, 6)] == powers
+    assert power_at(5, torch.optim.SGD(two().parameters(), lr=1.0)) == 8
 
 
 def test_a_model_that_is_moved_takes_its_mean_with_it():

@@ -21,8 +21,28 @@ from hf_elra.optim.snapshot import unchanged
 from hf_elra.optim.tensors import local
 
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
+POWER, POWER_AGAIN = 8, 2
+"""The power of a point's number that weights the point in the mean of a whole run; the second where a trained model
+goes over its data again."""
 BATCH_NORM_SAMPLES = 4096
 """How many training samples the BatchNorm statistics of the mean are computed from."""
+
+
+def power_at(update: int, optimizer: Any) -> int:
+    """Return the power for the mean of a whole run, at an update.
+
+    While every batch is new a point is better than those before it, so that few of the last ones make the best mean.
+    When a trained model goes over its data again, it learns them by heart: what the last points have gained is in part
+    about these examples, and more points make a better mean (measured in docs/results/no_rate.md). A new model still
+    has far to go then.
+
+    Args:
+        update: which one the point comes after, from 1.
+        optimizer: what made it; only ``elra_spectral`` tells whether a model was trained before.
+    """
+    fresh = getattr(optimizer, "updates_per_epoch", None)
+    again = fresh is not None and update > fresh and getattr(optimizer, "looks_trained", None)
+    return POWER_AGAIN if again else POWER
 
 
 class WeightAverage:
@@ -91,8 +111,12 @@ class WeightAverage:
         return parted(mean.to(point.device, point.dtype), point)
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Add the present point to the mean; the first one after the end of a cycle begins a new mean."""
+    def add(self, power: int | None = None) -> None:
+        """Add the present point to the mean; the first one after the end of a cycle begins a new mean.
+
+        Args:
+            power (int, optional): for this point, in place of that of the mean; see :func:`power_at`.
+        """
         if self._cycle_is_over:
             self._forget_points()
         parameters = self._averaged()
@@ -110,7 +134,7 @@ class WeightAverage:
             means, points = lots.setdefault((mean.dtype, mean.device, count), ([], []))
             means.append(local(mean))
             points.append(local(point))
-        power = self.power or 0
+        power = (self.power or 0) if power is None else power
         for (_, _, count), (means, points) in lots.items():
             torch._foreach_lerp_(means, points, (power + 1) / (count + power + 1))
         self.count += 1

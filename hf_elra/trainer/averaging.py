@@ -21,14 +21,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_elra.errors import ConfigurationError
-from hf_elra.optim.averaging import BATCH_NORM_SAMPLES, WeightAverage, at_the_mean, recompute_batch_norm
+from hf_elra.optim.averaging import (
+    BATCH_NORM_SAMPLES,
+    POWER,
+    WeightAverage,
+    at_the_mean,
+    power_at,
+    recompute_batch_norm,
+)
 from hf_elra.optim.tensors import local
 from hf_elra.trainer.accounting import Accounting
 from hf_elra.trainer.batch_control import updates_per_cycle
 from hf_elra.trainer.update_size import UpdateSize
 
-POWER = 8
-"""The power of a point's number that weights the point in the mean of a whole run."""
 POINTS_PER_CYCLE = 50
 """How many points of a cycle are in the mean by default, if the length of a cycle is known."""
 
@@ -100,7 +105,7 @@ class Averaging:
         if self.mean is None:
             return
         if (cycle_is_over and self.mean.power is None) or update % self.every == 0:
-            self.mean.add()
+            self.mean.add(None if self.mean.power is None else power_at(update, self._trainer.elra_optimizer))
         if cycle_is_over:
             self.mean.end_cycle()
 

@@ -89,13 +89,29 @@ def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
     assert (again.count, again.mean["x"].item()) == (4, mean.mean["x"].item())
 
 
-@pytest.mark.parametrize("at", [5, 20])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at):
-    whole = spectral(tmp_path / "whole")
+@pytest.mark.parametrize(("begins", "again"), [("trained", 2), ("new", 8)])
+def test_where_a_trained_model_sees_its_data_again_more_points_are_in_the_mean(tmp_path, begins, again):
+    points = Points()
+    run = spectral(tmp_path, optim_args=f"weights={begins}", callbacks=[points])
+    run.train()
+    fresh = run.elra_optimizer.updates_per_epoch
+    assert 10 <= fresh <= 32
+    mean = points.points[0].double()
+    for count, point in enumerate(points.points[1:], 1):
+        power = again if count >= fresh else 8
+        mean += (point - mean) * (power + 1) / (count + power + 1)
+    assert run.weight_average.power == 8
+    torch.testing.assert_close(weights(run.model), mean.to(weights(run.model)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("at", "begins"), [(5, "auto"), (20, "auto"), (35, "trained")])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at, begins):
+    settings = {"optim_args": f"weights={begins}"}
+    whole = spectral(tmp_path / "whole", **settings)
     whole.train()
-    part = spectral(tmp_path / "part", callbacks=[StopAt(at)])
+    part = spectral(tmp_path / "part", callbacks=[StopAt(at)], **settings)
     part.train()
-    again = spectral(tmp_path / "part")
+    again = spectral(tmp_path / "part", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{at}"))
     assert torch.equal(weights(again.model), weights(whole.model))
     for name, tensor in whole.weight_average.mean.items():

@@ -47,6 +47,8 @@ class ELRASpectral(DecidesOnDevice):
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
     loop :class:`~hf_elra.optim.averaging.WeightAverage` with ``power=8`` is that mean.
+    Where a trained model goes over its data again more points are taken in
+    (:func:`~hf_elra.optim.averaging.power_at`).
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its

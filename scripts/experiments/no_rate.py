@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from hf_elra.optim.averaging import WeightAverage
+from hf_elra.optim.averaging import WeightAverage, power_at
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions.spectral import embeddings_of, outputs_of
 from hf_elra.optim.rules import Measurement
@@ -437,7 +437,7 @@ def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(loss=loss.detach())
-        average.add()
+        average.add(power_at(number, optimizer))
         rates.append(optimizer.alpha)
         if number in (trained.updates // 3, trained.updates):
             lane.mean = [average.mean[names[id(p)]] for p in params]

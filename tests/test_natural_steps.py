@@ -1,6 +1,7 @@
 """hf_elra.optim.natural_steps: what is new, what is trained, and how large a step suits it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -40,28 +41,75 @@ def trained(*shape, seed=0):
     return nn.Parameter(0.05 * noise)
 
 
+ENCODER = {name: size for name, size in SMALL.items() if name != "vocab_size"}
+PICTURES = {**ENCODER, "image_size": 32, "patch_size": 4}
+BOTH = {
+    "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+DECODER = {
+    f"decoder_{name}": ENCODER[name]
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+}
+STATE_SPACE = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+MODELS = {
+    "LlamaForCausalLM": SMALL,
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100},
+    "BloomForCausalLM": {"hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100},
+    "Qwen3ForCausalLM": {**SMALL, "num_key_value_heads": 2, "head_dim": 32},
+    "Gemma3ForCausalLM": {**SMALL, "num_key_value_heads": 2, "head_dim": 32},
+    "MixtralForCausalLM": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
+    "MambaForCausalLM": STATE_SPACE,
+    "Mamba2ForCausalLM": {**STATE_SPACE, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "RwkvForCausalLM": STATE_SPACE,
+    "T5ForConditionalGeneration": {
+        "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 100,
+    },
+    "BartForConditionalGeneration": BOTH,
+    "WhisperForConditionalGeneration": {**BOTH, "max_source_positions": 64, "max_target_positions": 32},
+    "Wav2Vec2ForCTC": {
+        **ENCODER, "vocab_size": 32, "conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3],
+        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+    },
+    "BertForSequenceClassification": SMALL,
+    "DebertaV2ForMaskedLM": SMALL,
+    "ViTForImageClassification": PICTURES,
+    "ViTMAEForPreTraining": {**PICTURES, **DECODER},
+    "SwinForImageClassification": {
+        "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 4, "window_size": 4,
+    },
+    "ConvNextForImageClassification": {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]},
+    "ResNetForImageClassification": {"hidden_sizes": [32, 64], "depths": [1, 1], "embedding_size": 16},
+}  # fmt: skip
+"""By their names in Transformers, with what makes them small."""
+
+
+def untrained(name):
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**MODELS[name]))
+
+
 @pytest.mark.parametrize(
-    "model",
+    "make",
     [
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
-        transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)),
-        transformers.ViTForImageClassification(
-            transformers.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"})
-        ),
-        transformers.T5ForConditionalGeneration(
-            transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=100)
-        ),
-        nn.TransformerEncoderLayer(64, 4),
-        nn.LSTM(64, 64),
-        nn.Conv2d(16, 32, 3),
+        *(pytest.param(partial(untrained, name), id=name) for name in MODELS),
+        pytest.param(lambda: nn.TransformerEncoderLayer(64, 4), id="TransformerEncoderLayer"),
+        pytest.param(lambda: nn.LSTM(64, 64), id="LSTM"),
+        pytest.param(lambda: nn.Conv2d(16, 32, 3), id="Conv2d"),
     ],
-    ids=lambda model: type(model).__name__,
 )
-def test_a_model_that_nobody_has_trained_is_new(model):
+def test_a_model_that_nobody_has_trained_is_new(make):
+    torch.manual_seed(0)
+    model = make()
     embeddings = {id(p) for p in embeddings_of(model)}
-    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    assert all(looks_new(p) is not False for p in matrices)
-    assert any(looks_new(p) for p in matrices)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in named.items() if p.dim() > 1 and id(p) not in embeddings}
+    # The decays of a Mamba begin with a pattern.
+    assert all(looks_new(p) is not False for name, p in matrices.items() if not name.endswith("A_log"))
+    assert any(looks_new(p) for p in matrices.values())
+    params = list(named.values())
+    assert not natural_steps([group(*params, embeddings=[id(p) in embeddings for p in params])]).is_trained
 
 
 def test_what_looks_new():
@@ -143,6 +191,15 @@ def test_a_matrix_that_was_trained_little_is_no_fresh_head():
     found = natural_steps([group(trained(96, 64, seed=1), little, last)])
     assert not any(found.new[0])
     assert found.shares == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize(("independent", "is_trained"), [(2, True), (4, False)])
+def test_a_quarter_of_trained_weights_tells_that_a_model_is_trained(independent, is_trained):
+    torch.manual_seed(0)
+    rest = [nn.Parameter(torch.randn(64, 64) / 8) for _ in range(independent)]
+    found = natural_steps([group(*rest, trained(64, 64))])
+    assert found.is_trained == is_trained
+    assert not any(found.new[0])
 
 
 class Linear(nn.Linear):

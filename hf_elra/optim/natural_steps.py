@@ -52,6 +52,10 @@ STRETCHED = 1.2
 """Largest singular value of a trained matrix, of that which independent weights have; the same holds for it."""
 POWER_ITERATIONS = 20
 """For the largest singular value of a matrix, which takes minutes over the matrices of a large model if it is exact."""
+TRAINED_SHARE = 0.25
+"""Of the weights in matrices that tell, the share that is in trained ones if a model is trained, at least. A new model
+has none, but where something begins with a pattern, as the decays of a Mamba; and what a training adds may be as good
+as independent, as in many matrices of narrow models."""
 FEWEST = 256
 """Numbers of a tensor below which its weights do not tell whether they are trained."""
 LEAST_SIZE = 1e-3
@@ -103,7 +107,8 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
     sizes = {True: 0, False: 0, None: 0}
     for place, verdict in verdicts.items():
         sizes[verdict] += params[place].numel()
-    is_trained = bool(adapters) or weights == "trained" or (weights == "auto" and sizes[False] > sizes[True])
+    looks_trained = sizes[False] > TRAINED_SHARE * (sizes[False] + sizes[True])
+    is_trained = bool(adapters) or weights == "trained" or (weights == "auto" and looks_trained)
     new = _new_ones(places, params, verdicts) if is_trained and weights == "auto" else set()
     trained = [place for place in unpaired if is_trained and place not in new]
     number = sum(params[place].numel() for place in trained)

@@ -5,9 +5,10 @@
 
 Tasks: a Llama of width 64 from scratch on stories (batches of 4, 16, 64); that Llama, trained for 1,024 updates on the
 first half of the stories, trained further on the same, on tinyshakespeare and on German captions, and with a fresh head
-on SST-2, whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scratch a BERT on
-SST-2, a ResNet-20 and a ViT on CIFAR-10, an MLP on MNIST, a CNN on Fashion-MNIST, an LSTM and a Mamba on stories, a CNN
-that takes the noise off pictures, a T5 that translates captions, and Llamas of other widths and depths.
+on SST-2, whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scratch a BERT on SST-2, a BERT
+and a ModernBERT that fill in masked tokens of stories, a ResNet-20 and a ViT on CIFAR-10, an MLP on MNIST, a CNN on
+Fashion-MNIST, an LSTM and a Mamba on stories, a CNN that takes the noise off pictures, a T5 that translates captions,
+and Llamas of other widths and depths.
 Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
 missing. The row "times" is elra_spectral at multiples of the rate that suits the weights, without corrections by
 slopes: whether that rate is the right one. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
@@ -142,6 +143,7 @@ TASKS = {
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
     "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
     "masked BERT": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW, model="masked"),
+    "masked ModernBERT": Trained("stories", 16, 512, constant=NEW, adamw=ADAMW, model="masked-modern"),
     "MNIST, MLP": Trained("mnist", 64, 600, constant=NEW, adamw=TUNING, model="mnist-mlp"),
     "Fashion-MNIST, CNN": Trained("fashion_mnist", 64, 300, constant=NEW, adamw=TUNING, model="fashion-cnn"),
     "LSTM": Trained("stories", 16, 256, constant=NEW, adamw=ADAMW, model="lstm"),
@@ -368,8 +370,8 @@ class Translation(Task):
 
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": Llama, "minilm": Sentiment, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
-    "masked": Masked, "pairs": SameCaption, "words": Capitals, "mnist-mlp": GreyPictures, "fashion-cnn": GreyPictures,
-    "lstm": Recurrent, "mamba": StateSpace, "denoising": Denoising,
+    "masked": Masked, "masked-modern": Masked, "pairs": SameCaption, "words": Capitals, "mnist-mlp": GreyPictures,
+    "fashion-cnn": GreyPictures, "lstm": Recurrent, "mamba": StateSpace, "denoising": Denoising,
 }  # fmt: skip
 """Who makes a model and its data."""
 

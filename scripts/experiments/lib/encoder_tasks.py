@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class Capitals(Captions):
 
 
 class Masked(Stories):
-    """A small BERT from scratch that fills in masked tokens of stories."""
+    """A small BERT or ModernBERT from scratch that fills in masked tokens of stories."""
 
     def __init__(self, trained: Any, given: Any, *_: Any) -> None:
         super().__init__(SETTINGS["llama-width64"], Path(given.bundle), given.device, tiny=False)
@@ -190,15 +190,23 @@ class Masked(Stories):
         return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < HIDDEN).to(self.device)
 
     def model(self, seed: int) -> nn.Module:
-        """Make a BERT, whose mask is one token more."""
+        """Make it; its mask is one token more."""
         torch.manual_seed(seed)
-        config = transformers.BertConfig(
-            vocab_size=self.pieces + 1, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=256, max_position_embeddings=self.positions, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        model: nn.Module = transformers.BertForMaskedLM(config)
-        return model.to(self.device).train()
+        size: dict[str, Any] = {
+            "vocab_size": self.pieces + 1, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": self.positions,
+        }  # fmt: skip
+        model: Any
+        if self.trained.model == "masked":
+            dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            model = transformers.BertForMaskedLM(transformers.BertConfig(**size, **dropout, intermediate_size=256))
+        else:
+            names = (f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
+            special: dict[str, Any] = dict.fromkeys(names, 0)
+            model = transformers.ModernBertForMaskedLM(
+                transformers.ModernBertConfig(**size, **special, intermediate_size=172)
+            )
+        return cast(nn.Module, model.to(self.device).train())
 
     def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Nats a masked token; the mask of a batch depends on its first row alone."""

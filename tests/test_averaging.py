@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_elra import ConfigurationError
-from hf_elra.optim.averaging import WeightAverage, at_the_mean, power_at, recompute_batch_norm
+from hf_elra.optim.averaging import WeightAverage, at_the_mean, power_after_first_pass, recompute_batch_norm
 from tests.test_snapshot import Rotary
 
 
@@ -107,14 +107,10 @@ def test_a_point_may_have_a_power_of_its_own():
         assert values(model) == (2.0, 20.0)
 
 
-@pytest.mark.parametrize(
-    ("trained", "fresh", "powers"),
-    [(True, 3, [8, 8, 8, 2, 2]), (False, 3, [8] * 5), (None, 3, [8] * 5), (True, None, [8] * 5)],
-)
-def test_data_that_a_trained_model_sees_again_make_a_wider_mean(trained, fresh, powers):
-    optimizer = SimpleNamespace(looks_trained=trained, updates_per_epoch=fresh)
-    assert [power_at(update, optimizer) for update in range(1, 6)] == powers
-    assert power_at(5, torch.optim.SGD(two().parameters(), lr=1.0)) == 8
+def test_a_fine_tuned_model_has_a_wider_mean_after_the_first_pass():
+    assert power_after_first_pass(SimpleNamespace(fine_tunes=True)) == 2
+    assert power_after_first_pass(SimpleNamespace(fine_tunes=False)) == 8
+    assert power_after_first_pass(torch.optim.SGD(two().parameters(), lr=1.0)) == 8
 
 
 def test_a_model_that_is_moved_takes_its_mean_with_it():

@@ -225,6 +225,7 @@ def test_no_number_is_read_and_none_is_sent_there(momentum, group, together, mon
         optimizer.param_groups[0]["lr"] *= 0.9
         with OnlyThere() if number else contextlib.nullcontext():  # the numbers that the host has are sent there
             optimizer.step(loss=loss if number % 3 else 1.0)
+            assert optimizer.looks_trained is False
     with pytest.raises(RuntimeError, match="meta"):
         optimizer.alpha  # noqa: B018 - this reads
     optimizer.param_groups[0]["on_device"] = False

@@ -920,3 +920,25 @@ def test_a_loss_of_terms_that_cancel_is_not_judged_by_its_rounding(kind, lr):
         loss.backward()
         optimizer.step(loss=loss.detach())
     assert optimizer.restarts == 0
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_model_is_fine_tuned_while_alpha_stays_near_what_suits_trained_weights(momentum):
+    optimizers = []
+    for weights in ("new", "trained"):
+        torch.manual_seed(0)
+        matrix = nn.Parameter(torch.randn(32, 32))
+        optimizer = ELRASpectral([matrix], weights=weights, momentum=momentum)
+        assert not optimizer.fine_tunes
+        for _ in range(30):
+            matrix.grad = torch.randn(32, 32)
+            optimizer.step(loss=1.0)
+        optimizers.append(optimizer)
+    new, trained = optimizers
+    assert not new.fine_tunes
+    assert trained.fine_tunes
+    for more, near in ((3.9, True), (4.2, False)):
+        numbers = trained._numbers_to_change()
+        natural = numbers["rule"]["natural"] / math.sqrt(50 + (30 if momentum else 50))
+        numbers["alpha"] = more * natural
+        assert trained.fine_tunes is near

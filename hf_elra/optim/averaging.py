@@ -21,28 +21,25 @@ from hf_elra.optim.snapshot import unchanged
 from hf_elra.optim.tensors import local
 
 BOOSTED, BOOSTING = "boosted.safetensors", "boosting.json"
-POWER, POWER_AGAIN = 8, 2
-"""The power of a point's number that weights the point in the mean of a whole run; the second where a trained model
-goes over its data again."""
+POWER = 8
+"""The power of a point's number that weights the point in the mean of a whole run: while every batch is new a point is
+better than those before it."""
+POWER_AGAIN = 2
+"""The same where a trained model goes over its data again. What the last points gain there is in part about examples
+that are learned by heart, and more points make a better mean (docs/results/no_rate.md)."""
 BATCH_NORM_SAMPLES = 4096
 """How many training samples the BatchNorm statistics of the mean are computed from."""
 
 
-def power_at(update: int, optimizer: Any) -> int:
-    """Return the power for the mean of a whole run, at an update.
+def power_after_first_pass(optimizer: Any) -> int:
+    """Return the power for the mean of a whole run from the second pass over the data on.
 
-    While every batch is new a point is better than those before it, so that few of the last ones make the best mean.
-    When a trained model goes over its data again, it learns them by heart: what the last points have gained is in part
-    about these examples, and more points make a better mean (measured in docs/results/no_rate.md). A new model still
-    has far to go then.
+    It waits for the device where updates are made there, and stays the same, so that it need be asked once.
 
     Args:
-        update: which one the point comes after, from 1.
-        optimizer: what made it; only ``elra_spectral`` tells whether a model was trained before.
+        optimizer: what trains; of this package ``elra_spectral`` tells whether it fine-tunes, others count as not.
     """
-    fresh = getattr(optimizer, "updates_per_epoch", None)
-    again = fresh is not None and update > fresh and getattr(optimizer, "looks_trained", None)
-    return POWER_AGAIN if again else POWER
+    return POWER_AGAIN if getattr(optimizer, "fine_tunes", False) else POWER
 
 
 class WeightAverage:
@@ -115,7 +112,7 @@ class WeightAverage:
         """Add the present point to the mean; the first one after the end of a cycle begins a new mean.
 
         Args:
-            power (int, optional): for this point, in place of that of the mean; see :func:`power_at`.
+            power (int, optional): for this point, in place of that of the mean; see :data:`POWER_AGAIN`.
         """
         if self._cycle_is_over:
             self._forget_points()

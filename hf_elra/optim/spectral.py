@@ -8,6 +8,7 @@ the device by ``on_device.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in, outputs_of
 from hf_elra.optim.guards import RestartGuard, StepGuards
-from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.natural_steps import OFFSET, adapters_of, natural_steps
 from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -48,7 +49,7 @@ class ELRASpectral(DecidesOnDevice):
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare
     loop :class:`~hf_elra.optim.averaging.WeightAverage` with ``power=8`` is that mean.
     Where a trained model goes over its data again more points are taken in
-    (:func:`~hf_elra.optim.averaging.power_at`).
+    (:data:`~hf_elra.optim.averaging.POWER_AGAIN`).
 
     Args:
         params (iterable of Tensor, or of dict): parameters, or groups of them. A group may set its own ``lr`` (its
@@ -265,7 +266,20 @@ class ELRASpectral(DecidesOnDevice):
     @property
     def looks_trained(self) -> bool | None:
         """Whether the weights were taken for trained ones; None before the first step."""
-        return bool(self.settings()["is_trained"]) if self._numbers()["moved"] else None
+        s = self.settings()
+        return bool(s["is_trained"]) if s["scalars"]["moved"] else None
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether a trained model is tuned near where it is: its weights look trained, and slopes have not brought α to
+        more than 4 times what suits them, as they do for a text in another language. If updates are made on the device,
+        reading this waits for it."""
+        if not self.looks_trained:
+            return False
+        numbers = self._numbers()
+        rule = numbers["rule"]
+        since = OFFSET + (rule["update"] if self.settings()["momentum"] > 0 else OFFSET)
+        return float(numbers["alpha"]) * math.sqrt(since) < EndSlopes.PLAIN * rule["natural"]
 
     @property
     def metrics(self) -> dict[str, float]:

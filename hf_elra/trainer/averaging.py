@@ -26,7 +26,7 @@ from hf_elra.optim.averaging import (
     POWER,
     WeightAverage,
     at_the_mean,
-    power_at,
+    power_after_first_pass,
     recompute_batch_norm,
 )
 from hf_elra.optim.tensors import local
@@ -76,6 +76,7 @@ class Averaging:
         self._at_the_mean = False  # the model holds the mean, or what was chosen in its place at the end of training
         self._last_point: dict[str, Tensor] | None = None  # the last point, beside a model that was left at the mean
         self._updates_per_cycle: float | None = None  # at the first batch
+        self._power_later: int | None = None  # after the first pass over the data, once that is over
 
     def prepare(self, over: str) -> None:
         """Set which points are averaged: ``"cycle"``, ``"run"`` or ``"off"``.
@@ -96,7 +97,7 @@ class Averaging:
         if self.over == "off":
             return
         self.mean = WeightAverage(self._trainer.model, POWER if self.over == "run" else None)
-        self._updates_per_cycle = updates_per_cycle(self._trainer)
+        self._updates_per_cycle, self._power_later = updates_per_cycle(self._trainer), None
         if resume_from_checkpoint is not None:
             self.mean.load(resume_from_checkpoint)
 
@@ -105,9 +106,19 @@ class Averaging:
         if self.mean is None:
             return
         if (cycle_is_over and self.mean.power is None) or update % self.every == 0:
-            self.mean.add(None if self.mean.power is None else power_at(update, self._trainer.elra_optimizer))
+            self.mean.add(None if self.mean.power is None else self._power(update))
         if cycle_is_over:
             self.mean.end_cycle()
+
+    def _power(self, update: int) -> int:
+        """Return the power of the next point, that after an update, in the mean of the run."""
+        optimizer = self._trainer.elra_optimizer
+        fresh = getattr(optimizer, "updates_per_epoch", None)
+        if fresh is None or update <= fresh:
+            return POWER
+        if self._power_later is None:
+            self._power_later = power_after_first_pass(optimizer)
+        return self._power_later
 
     @property
     def every(self) -> int:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from hf_elra.optim.averaging import WeightAverage, power_at
+from hf_elra.optim.averaging import POWER, WeightAverage, power_after_first_pass
 from hf_elra.optim.base import Parts
 from hf_elra.optim.directions.spectral import embeddings_of, outputs_of
 from hf_elra.optim.rules import Measurement
@@ -143,7 +143,7 @@ TASKS = {
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),
     "T5": Trained("captions", 32, 400, constant=NEW, adamw=ADAMW, model="t5"),
     "masked BERT": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW, model="masked"),
-    "masked ModernBERT": Trained("stories", 16, 512, constant=NEW, adamw=ADAMW, model="masked-modern"),
+    "masked ModernBERT": Trained("stories", 16, 512, constant=NEW, adamw=(3e-4, *ADAMW), model="masked-modern"),
     "MNIST, MLP": Trained("mnist", 64, 600, constant=NEW, adamw=TUNING, model="mnist-mlp"),
     "Fashion-MNIST, CNN": Trained("fashion_mnist", 64, 300, constant=NEW, adamw=TUNING, model="fashion-cnn"),
     "LSTM": Trained("stories", 16, 256, constant=NEW, adamw=ADAMW, model="lstm"),
@@ -432,14 +432,16 @@ def with_ours(task: Any, seed: int, multiple: float | None = None) -> dict[str, 
     optimizer = our_optimizer(task, model, multiple)
     params = [p for p in model.parameters() if p.requires_grad]
     lane = Lane(task, model, trained.batch, trained.updates)  # for its evaluation
-    average, found, rates = WeightAverage(model, power=8), {}, []
+    average, found, rates, power = WeightAverage(model, POWER), {}, [], POWER
     names = {id(p): name for name, p in model.named_parameters()}
     for number, rows in enumerate(order(task.size, trained.batch, trained.updates, seed).to(task.device), start=1):
         loss = task.losses(model, rows).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(loss=loss.detach())
-        average.add(power_at(number, optimizer))
+        if number - 1 == optimizer.updates_per_epoch:
+            power = power_after_first_pass(optimizer)
+        average.add(power)
         rates.append(optimizer.alpha)
         if number in (trained.updates // 3, trained.updates):
             lane.mean = [average.mean[names[id(p)]] for p in params]

@@ -89,13 +89,18 @@ def test_mean_of_the_run_weights_points_by_a_power_of_their_number(tmp_path):
     assert (again.count, again.mean["x"].item()) == (4, mean.mean["x"].item())
 
 
-@pytest.mark.parametrize(("begins", "again"), [("trained", 2), ("new", 8)])
-def test_where_a_trained_model_sees_its_data_again_more_points_are_in_the_mean(tmp_path, begins, again):
-    points = Points()
+@pytest.mark.parametrize(
+    ("begins", "again"),
+    [("trained,max_correction=4", 2), ("trained", 8), ("new", 8)],  # the second is far from its goal
+)
+def test_where_a_trained_model_sees_its_data_again_more_points_are_in_the_mean(tmp_path, begins, again, monkeypatch):
+    points, asked, fine_tunes = Points(), [], ELRASpectral.fine_tunes
+    monkeypatch.setattr(ELRASpectral, "fine_tunes", property(lambda self: asked.append(self) or fine_tunes.fget(self)))
     run = spectral(tmp_path, optim_args=f"weights={begins}", callbacks=[points])
     run.train()
     fresh = run.elra_optimizer.updates_per_epoch
     assert 10 <= fresh <= 32
+    assert len(asked) == 1  # on a GPU it waits
     mean = points.points[0].double()
     for count, point in enumerate(points.points[1:], 1):
         power = again if count >= fresh else 8
@@ -104,7 +109,7 @@ def test_where_a_trained_model_sees_its_data_again_more_points_are_in_the_mean(t
     torch.testing.assert_close(weights(run.model), mean.to(weights(run.model)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("at", "begins"), [(5, "auto"), (20, "auto"), (35, "trained")])
+@pytest.mark.parametrize(("at", "begins"), [(5, "auto"), (20, "auto"), (35, "trained,max_correction=4")])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, at, begins):
     settings = {"optim_args": f"weights={begins}"}
     whole = spectral(tmp_path / "whole", **settings)

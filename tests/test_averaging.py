@@ -105,6 +105,10 @@ def test_a_point_may_have_a_power_of_its_own():
     mean.add(0)  # as many as there were before
     with mean.in_place():
         assert values(model) == (2.0, 20.0)
+    for wrong in (-1, 0.5, True):
+        with pytest.raises(ConfigurationError, match=f"power={wrong} must be a whole number >= 0"):
+            mean.add(wrong)
+    assert mean.count == 2
 
 
 def test_a_fine_tuned_model_has_a_wider_mean_after_the_first_pass():

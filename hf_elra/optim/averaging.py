@@ -72,8 +72,7 @@ class WeightAverage:
         if not is_model and (not is_dict or not parameters):
             what = "an empty dict" if is_dict else type(parameters).__name__
             raise ConfigurationError(f"parameters must be a model, or a dict of its parameters by name, not {what}.")
-        if power is not None and (isinstance(power, bool) or not isinstance(power, int) or power < 0):
-            raise ConfigurationError(f"power={power!r} must be a whole number >= 0, e.g. 8, or None for cycles.")
+        self._check(power, "None for cycles")
         self._of = parameters
         self.power = power
         self.mean: dict[str, Tensor] = {}
@@ -85,6 +84,11 @@ class WeightAverage:
                 "parameters: nothing of this model is trained, so that there is nothing to average; set "
                 "requires_grad=True on some of its parameters."
             )
+
+    @staticmethod
+    def _check(power: Any, otherwise: str) -> None:
+        if power is not None and (isinstance(power, bool) or not isinstance(power, int) or power < 0):
+            raise ConfigurationError(f"power={power!r} must be a whole number >= 0, e.g. 8, or {otherwise}.")
 
     def _averaged(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are averaged now."""
@@ -113,7 +117,11 @@ class WeightAverage:
 
         Args:
             power (int, optional): for this point, in place of that of the mean; see :data:`POWER_AGAIN`.
+
+        Raises:
+            ConfigurationError: ``power`` is no whole number >= 0.
         """
+        self._check(power, "None for that of the mean")
         if self._cycle_is_over:
             self._forget_points()
         parameters = self._averaged()

@@ -64,6 +64,7 @@ class WeightAverage:
     Attributes:
         count: how many points are in the mean.
         mean: the mean itself, by the names of the parameters; empty before the first point.
+        last_power: that of the last point; None before there is one.
     """
 
     def __init__(self, parameters: nn.Module | dict[str, nn.Parameter], power: int | None = None) -> None:
@@ -77,6 +78,7 @@ class WeightAverage:
         self.power = power
         self.mean: dict[str, Tensor] = {}
         self.count = 0
+        self.last_power: int | None = None
         self._joined: dict[str, int] = {}  # the count when a parameter came, if it came later than the first point
         self._cycle_is_over = False
         if not self._averaged():
@@ -139,7 +141,7 @@ class WeightAverage:
             means, points = lots.setdefault((mean.dtype, mean.device, count), ([], []))
             means.append(local(mean))
             points.append(local(point))
-        power = (self.power or 0) if power is None else power
+        self.last_power = power = (self.power or 0) if power is None else power
         for (_, _, count), (means, points) in lots.items():
             torch._foreach_lerp_(means, points, (power + 1) / (count + power + 1))
         self.count += 1
@@ -198,6 +200,7 @@ class WeightAverage:
             else f"the mean of {self.count} points of the run, the t-th with weight t^{self.power}",
             "count": self.count,
             "power": self.power,
+            "last_power": self.last_power,
             "joined": self._joined,
             "cycle_is_over": self._cycle_is_over,
         }
@@ -213,6 +216,7 @@ class WeightAverage:
         """
         self._forget_points()
         self.mean.clear()
+        self.last_power = None
         if not Path(folder, BOOSTED).is_file():
             return False
         from safetensors.torch import load_file
@@ -236,6 +240,7 @@ class WeightAverage:
         if not self.mean:
             raise ConfigurationError(f"{folder} has the mean of another model, with no parameter of this one.")
         self.count, self._cycle_is_over = content["count"], content["cycle_is_over"]
+        self.last_power = content.get("last_power")
         self._joined = dict(content.get("joined", {}))
         return True
 

@@ -112,12 +112,14 @@ class Averaging:
 
     def _power(self, update: int) -> int:
         """Return the power of the next point, that after an update, in the mean of the run."""
+        assert self.mean is not None
         optimizer = self._trainer.elra_optimizer
         fresh = getattr(optimizer, "updates_per_epoch", None)
         if fresh is None or update <= fresh:
             return POWER
         if self._power_later is None:
-            self._power_later = power_after_first_pass(optimizer)
+            known = self.mean.last_power if update - self.every > fresh else None  # of a training that was interrupted
+            self._power_later = power_after_first_pass(optimizer) if known is None else known
         return self._power_later
 
     @property

@@ -330,7 +330,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} looks along the line before it steps, and needs to know how: call "
                 "step(loss=loss, evaluate=function), where function() returns the loss of the same batch."
             )
-        self._warn_of_misuse()
+        self._warn_of_misuse(observed)
         self._steps += 1
         if self._unscale():
             agreed = None if observed is None else self._agreed(float(observed))[0]
@@ -348,7 +348,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             self._warned_of |= {of}
             warn_user(message)
 
-    def _warn_of_misuse(self) -> None:
+    def _warn_of_misuse(self, observed: Tensor | float | None) -> None:
         """Warn once of a scheduler that makes steps longer, and of an update that nothing can come of."""
         raised = [g for g in self.param_groups if float(g["lr"]) > 1.0001 * float(g.get("initial_lr", math.inf))]
         if raised:
@@ -360,7 +360,8 @@ class LossAwareOptimizer(torch.optim.Optimizer):
                 "long. Leave out schedulers that go up, as OneCycleLR does; a warm-up there is already.",
             )
         has_any = any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if not has_any:
+        can_do_without = observed is not None and self.asks_before_backward  # a loss alone may take the last step back
+        if not has_any and not (can_do_without and self.takes_back(float(cast(float, observed)))):
             self._warn_once(
                 "gradients",
                 f"{type(self).__name__}: no parameter has a gradient, so that nothing moves. Call loss.backward() "

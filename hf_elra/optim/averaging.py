@@ -34,7 +34,7 @@ BATCH_NORM_SAMPLES = 4096
 def power_after_first_pass(optimizer: Any) -> int:
     """Return the power for the mean of a whole run from the second pass over the data on.
 
-    It waits for the device where updates are made there, and stays the same, so that it need be asked once.
+    To be asked once, when the first pass is over: it waits for the device where updates are made there.
 
     Args:
         optimizer: what trains; of this package ``elra_spectral`` tells whether it fine-tunes, others count as not.

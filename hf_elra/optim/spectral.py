@@ -8,7 +8,6 @@ the device by ``on_device.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in, outputs_of
 from hf_elra.optim.guards import RestartGuard, StepGuards
-from hf_elra.optim.natural_steps import OFFSET, adapters_of, natural_steps
+from hf_elra.optim.natural_steps import adapters_of, natural_steps
 from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -276,10 +275,8 @@ class ELRASpectral(DecidesOnDevice):
         reading this waits for it."""
         if not self.looks_trained:
             return False
-        numbers = self._numbers()
-        rule = numbers["rule"]
-        since = OFFSET + (rule["update"] if self.settings()["momentum"] > 0 else OFFSET)
-        return float(numbers["alpha"]) * math.sqrt(since) < EndSlopes.PLAIN * rule["natural"]
+        alpha, rule = self.alpha, self._current_parts().rule  # in this order: the first may read from the device
+        return isinstance(rule, EndSlopes) and rule.is_near(alpha)
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -99,8 +99,12 @@ class EndSlopes(Rule):
         alpha *= math.sqrt((OFFSET + before) / (OFFSET + update)) if self.falls else 1.0
         if self.warmup > 0 and self.fresh is not None and before <= self.fresh < update:
             natural = self._natural(update)
-            alpha = min(alpha, natural) if alpha < self.PLAIN * natural else alpha
+            alpha = min(alpha, natural) if self.is_near(alpha) else alpha
         return self._corrected(alpha, measured) if measured.was_full else alpha
+
+    def is_near(self, alpha: float) -> bool:
+        """Whether α, that of the last update, is not so far above what suits the weights as to outlast a pass."""
+        return alpha < self.PLAIN * self._natural(self.state["update"])
 
     def _natural(self, update: int) -> float:
         return float(self.state["natural"]) / math.sqrt(OFFSET + (update if self.falls else OFFSET))

@@ -183,6 +183,19 @@ def walk_on_both_paths(arguments, sequence, noise, epoch, seed):
     assert device.made.unread_updates == 0
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_steps_that_all_climb_up_again_leave_the_rate_that_suits_the_weights(on_device):
+    """As without noise, where they go to and fro."""
+    torch.manual_seed(0)
+    weights, there = nn.Parameter(0.1 * torch.randn(24, 24)), torch.randn(24, 24)
+    optimizer, rates = ELRASpectral([weights], on_device=on_device), []
+    for update in range(60):
+        weights.grad = there * (-1) ** update
+        optimizer.step(loss=1.0)
+        rates.append(optimizer.alpha * math.sqrt(update + 51))
+    assert rates[-1] == pytest.approx(rates[12])
+
+
 # ---- nothing waits ----
 
 

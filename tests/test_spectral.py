@@ -335,13 +335,28 @@ def test_after_the_first_pass_alpha_goes_back_to_what_suits_the_weights(ratio, m
     assert later == pytest.approx(1 if goes_back else before)
 
 
-@pytest.mark.parametrize("fresh", [None, 12])
-def test_slopes_far_below_zero_make_it_smaller(fresh):
+@pytest.mark.parametrize("fresh", [None, 24])
+def test_slopes_far_below_zero_take_back_what_others_added_and_no_more(fresh):
+    """Also after the first pass over the data."""
     rule, alpha = begun(fresh=fresh)
-    before = alpha
-    for update in range(12, 16):
+    for update in range(12, 24):
+        alpha = rule.propose(measured(update, 0.9 + 0.01 * (update % 2)), alpha)
+    before = alpha * math.sqrt(73)
+    assert before > 4.04  # else it would go back after the first pass by itself
+    for update in range(24, 28):
         alpha = rule.propose(measured(update, -0.9 + 0.01 * (update % 2)), alpha)
-    assert alpha < before / 2
+    assert 1 < alpha * math.sqrt(77) < before / 2
+    for update in range(28, 60):
+        alpha = rule.propose(measured(update, -0.9 + 0.01 * (update % 2)), alpha)
+    assert alpha == pytest.approx(109**-0.5)
+
+
+def test_slopes_far_below_zero_leave_a_first_rate_that_is_trusted_and_small():
+    rule, alpha = begun(warmup=0)
+    before = alpha * math.sqrt(51)
+    for update in range(3, 40):
+        alpha = rule.propose(measured(update, -0.9 + 0.01 * (update % 2)), alpha)
+    assert alpha * math.sqrt(89) == pytest.approx(before)
 
 
 @pytest.mark.parametrize("mean", [-0.3, 0.0])

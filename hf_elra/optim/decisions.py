@@ -318,6 +318,8 @@ def _proposed(
     if settings.fresh is not None:
         raised = torch.where(update > settings.fresh, fallen, raised)
     corrected = torch.where(corrected > fallen, raised, corrected)
+    lowered = torch.maximum(corrected, torch.minimum(fallen, natural))  # for a corrected that is less than fallen
+    corrected = torch.where(corrected < fallen, lowered, corrected)
     proposal = torch.where(corrects, corrected, fallen)
     taken = torch.stack(
         [torch.where(takes_in, new, kept) for new, kept in zip((count, mean, squares), old, strict=True)]

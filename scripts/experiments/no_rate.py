@@ -7,8 +7,8 @@ Tasks: a Llama of width 64 from scratch on stories (batches of 4, 16, 64); that 
 first half of the stories, trained further on the same, on tinyshakespeare and on German captions, and with a fresh head
 on SST-2, whole and by LoRA; MiniLM on SST-2, whole and by LoRA, and on captions; from scratch a BERT on SST-2, a BERT
 and a ModernBERT that fill in masked tokens of stories, a ResNet-20 and a ViT on CIFAR-10, an MLP on MNIST, a CNN on
-Fashion-MNIST, an LSTM and a Mamba on stories, a CNN that takes the noise off pictures, a T5 that translates captions,
-and Llamas of other widths and depths.
+Fashion-MNIST, an LSTM and a Mamba on stories, a CNN that takes the noise off pictures, a network that learns a picture
+from coordinates, a T5 that translates captions, and Llamas of other widths and depths.
 Partners are those of ``lib/partners.py``. Every run is one line, written at once; the same command makes what is
 missing. The row "times" is elra_spectral at multiples of the rate that suits the weights, without corrections by
 slopes: whether that rate is the right one. ``--bundle``: see ``rate_scan_bundle.py``; ``--data``: a folder with
@@ -50,7 +50,7 @@ from hf_elra.optim.spectral import ELRASpectral
 from hf_elra.recipes import text_data
 from hf_elra.report.environment import environment
 from lib.encoder_tasks import Capitals, Masked, SameCaption, Sentiment
-from lib.other_tasks import Denoising, GreyPictures, Recurrent, StateSpace
+from lib.other_tasks import Coordinates, Denoising, GreyPictures, Recurrent, StateSpace
 from lib.partners import PARTNERS, Training
 from rate_scan import LORA_ALPHA, SETTINGS, Lane, LoRALinear, Pictures, Sentences, Stories, Task, evaluated, order
 
@@ -105,6 +105,8 @@ TASKS = {
     "scratch, batch 16": Trained("stories", 16, 384, constant=NEW, adamw=ADAMW),
     "scratch, batch 64": Trained("stories", 64, 96, constant=NEW, adamw=ADAMW),
     "scratch, batch 256": Trained("stories", 256, 48),
+    "batch 64, 384 updates": Trained("stories", 64, 384, times=(0.5, 1.0, 2.0)),
+    "batch 256, 192 updates": Trained("stories", 256, 192, times=(0.5, 1.0, 2.0)),
     "sequences of 1,024": Trained("stories", 2, 384, length=1024),
     "width 128": Trained("stories", 16, 384, shape="llama-width128"),
     "width 256": Trained("stories", 16, 384, shape="llama-width256"),
@@ -148,7 +150,8 @@ TASKS = {
     "Fashion-MNIST, CNN": Trained("fashion_mnist", 64, 300, constant=NEW, adamw=TUNING, model="fashion-cnn"),
     "LSTM": Trained("stories", 16, 256, constant=NEW, adamw=ADAMW, model="lstm"),
     "Mamba (held out)": Trained("stories", 16, 128, constant=NEW, adamw=ADAMW, model="mamba"),
-    "noise off pictures (held out)": Trained("fashion_mnist", 64, 400, constant=NEW, adamw=ADAMW, model="denoising"),
+    "noise off pictures": Trained("fashion_mnist", 64, 400, constant=NEW, adamw=ADAMW, model="denoising"),
+    "picture of coordinates (held out)": Trained("fashion_mnist", 512, 400, adamw=ADAMW, model="coordinates"),
     "MiniLM, pairs": Trained("captions", 32, 64, "trained", constant=GENTLE, adamw=ENCODER, model="pairs"),
     "MiniLM, words": Trained("captions", 16, 96, "trained", constant=GENTLE, adamw=ENCODER, model="words"),
 }
@@ -372,6 +375,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "llama": Llama, "minilm": Sentiment, "bert": Encoder, "resnet20": Images, "vit": Images, "t5": Translation,
     "masked": Masked, "masked-modern": Masked, "pairs": SameCaption, "words": Capitals, "mnist-mlp": GreyPictures,
     "fashion-cnn": GreyPictures, "lstm": Recurrent, "mamba": StateSpace, "denoising": Denoising,
+    "coordinates": Coordinates,
 }  # fmt: skip
 """Who makes a model and its data."""
 
@@ -488,11 +492,12 @@ def wanted(given: argparse.Namespace, lines: list[str]) -> Iterator[dict[str, An
     """Yield what is to be run, the first seed of everything first."""
     for seed, name, row in itertools.product(given.seeds, given.only, given.rows):
         has_rate = row == "adamw" or (row in PARTNERS and PARTNERS[row].has_rate)
-        grid: Sequence[float | None] = TASKS[name].times if row == "times" else (None,)
+        grid: Sequence[float | None] = given.rates or TASKS[name].times if row == "times" else (None,)
         if row == "constant" or has_rate:
             grid = TASKS[name].constant if row == "constant" else TASKS[name].adamw
             if row == "Muon, cosine" and TASKS[name].model != "minilm":
                 grid = (*grid, BEYOND * max(grid))
+            grid = given.rates or grid
             if given.best:
                 known = {
                     rate: ends for (task, kind, rate), ends in runs_of(lines).items() if (task, kind) == (name, row)
@@ -548,14 +553,27 @@ def best_rate(found: dict[float | None, list[dict[str, float]]]) -> float | None
     return min(alike, key=lambda rate: statistics.mean(end["loss"] for end in found[rate]))
 
 
+ONE_SETTING = ("NadamW, cosine", (1e-3, 3e-3))
+"""A partner at these rates, each for all tasks: the control of arXiv 2505.24005."""
+
+
 def tables(lines: list[str]) -> str:
-    """Return two tables: beside what most people take, and beside what needs no rate or no schedule."""
+    """Return three tables: beside what most people take, beside what needs no rate or no schedule, and beside one
+    setting for all tasks."""
     others = [name for name in PARTNERS if name.startswith(("schedule-free", "Prodigy", "Momo", "Mechanic"))]
     runs = runs_of(lines)
     has_others = {task for task, row, _ in runs if row in others}
     first = {key: ends for key, ends in runs.items() if key[1] not in others}
     second = {key: ends for key, ends in runs.items() if key[0] in has_others and key[1] in ("ours", *others)}
-    return f"{table(first)}\n\n{table(second)}"
+    partner, rates = ONE_SETTING
+    third = {
+        (task, row if rate is None else f"NadamW at {rate:g}", None): ends
+        for (task, row, rate), ends in runs.items()
+        if row == "ours" or (row == partner and rate in rates)
+    }
+    has_both = {task for task, row, _ in third if row != "ours"} & {task for task, row, _ in third if row == "ours"}
+    third = {key: ends for key, ends in third.items() if key[0] in has_both}
+    return "\n\n".join(map(table, (first, second, third)))
 
 
 def table(runs: Runs) -> str:
@@ -563,7 +581,8 @@ def table(runs: Runs) -> str:
 
     A constant rate and a partner have the best rate of the grid, which is named.
     """
-    kinds = [row for row in ROWS if any(row == kind for _, kind, _ in runs)]
+    there = dict.fromkeys(kind for _, kind, _ in runs)
+    kinds = [kind for kind in dict.fromkeys([*ROWS, *there]) if kind in there]
     rows = ["| task | " + " | ".join(TITLES.get(kind, kind) for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for task in (task for task in TASKS if any(task == name for name, _, _ in runs)):
         cells = []
@@ -576,7 +595,8 @@ def table(runs: Runs) -> str:
 
 
 def _cell(ends: list[dict[str, float]], rate: float | None) -> str:
-    text = f"{statistics.mean(end['loss'] for end in ends):.3f}"
+    loss = statistics.mean(end["loss"] for end in ends)
+    text = f"{loss:.3f}" if loss > 0.05 else f"{loss:.4f}"
     if "accuracy" in ends[0]:
         text += f", {statistics.mean(end['accuracy'] for end in ends):.1%}"
     if bleus := [end["bleu"] for end in ends if "bleu" in end]:
@@ -601,6 +621,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "times"])
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of every grid")
     parser.add_argument("--best", action="store_true", help="of the rates only the best of those that were run")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes, each of one thread")

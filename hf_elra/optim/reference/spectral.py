@@ -206,7 +206,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.ratios = []
         corrected = alpha * math.exp(min(max(5 * beyond, -1), 0.4))
         if beyond < 0:
-            return corrected
+            return max(corrected, min(alpha, suits))
         if epoch is not None and self.updates > epoch:
             return alpha
         most = self.max_correction if mean > 0.5 else min(4.0, self.max_correction)

@@ -29,7 +29,9 @@ class EndSlopes(Rule):
     slope that a step leaves at more than half of what it was says that the lowest point is at least as far again, as
     when a model learns another language: α may go to ``max_correction`` times the guess. Less than that is also what
     losses show that can always be lowered by longer weights, as those of preferences: then :data:`USUALLY` times are
-    the most.
+    the most. Downwards corrections take back what others added, and end at the guess. Where there is little noise every
+    step climbs up again behind the lowest point of its line, whatever its length, and still the mean of the run gets on
+    best with the guess or more; a step that really does harm is taken back for its loss.
 
     This is hypergradient descent (A. Baydin et al., "Online learning rate adaptation with hypergradient descent",
     2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
@@ -130,6 +132,8 @@ class EndSlopes(Rule):
             return alpha
         state["ratios"] = [0, 0.0, 0.0]
         corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.DOWN), self.UP))
+        if corrected < alpha:
+            corrected = max(corrected, min(alpha, self._natural(measured.update)))
         if corrected > alpha:
             if self.fresh is not None and measured.update > self.fresh:
                 return alpha

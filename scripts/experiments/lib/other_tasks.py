@@ -1,8 +1,9 @@
 """Tasks of ``no_rate.py`` for networks that are no Transformers: small pictures, and language models of other kinds.
 
 The MLP and the CNN of the recipes learn MNIST and Fashion-MNIST. An LSTM goes on with stories; the rate of embeddings
-was chosen with it. Two tasks are held out, of kinds on which no constant of ``elra_spectral`` was chosen or tried: a
-state-space model (Mamba) on stories, and a network that takes the noise off pictures, by squared errors.
+was chosen with it. A network takes the noise off pictures, by squared errors; where corrections downwards end was
+chosen with it. Two tasks are held out, of kinds on which nothing of ``elra_spectral`` was chosen or tried: a
+state-space model (Mamba) on stories, and a network that learns one picture as a function of coordinates.
 """
 
 from __future__ import annotations
@@ -87,6 +88,59 @@ class Denoising(GreyPictures):
         """Mean squared error."""
         found = torch.cat([model(part) for part in self.noisy["test"].split(1000)])
         return {"loss": (found - self.parts["test"][0]).square().mean().item()}
+
+
+class Waves(nn.Module):
+    """Sines and cosines of coordinates at random frequencies, which are not trained."""
+
+    def __init__(self, number: int, deviation: float) -> None:
+        super().__init__()
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", deviation * torch.randn(2, number))
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Features of places between 0 and 1."""
+        angles = 2 * torch.pi * places @ self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class Coordinates(GreyPictures):
+    """Grey values of 64 pictures side by side from coordinates: half of the pixels, by squared errors.
+
+    The other half is for validation.
+    """
+
+    SIDE, PICTURES = 28, 8
+    FREQUENCIES, DEVIATION = 64, 12.0
+
+    def __init__(self, trained: Any, given: Any, *_: Any) -> None:
+        super().__init__(trained, given)
+        images = self.parts["train"][0][: self.PICTURES**2]
+        clean = (images - images.min()) / (images.max() - images.min())
+        rows = clean.view(self.PICTURES, self.PICTURES, self.SIDE, self.SIDE).transpose(1, 2)
+        number = self.PICTURES * self.SIDE
+        values, steps = rows.reshape(number * number, 1), torch.arange(number, device=self.device) / number
+        places = torch.cartesian_prod(steps, steps)
+        chosen = torch.randperm(number * number, generator=torch.Generator().manual_seed(0)).to(self.device)
+        halves = chosen.chunk(2)
+        self.parts = {name: (places[half], values[half]) for name, half in zip(("train", "test"), halves, strict=True)}
+        self.size = len(halves[0])
+
+    def model(self, seed: int) -> nn.Module:
+        """Make it: three layers on top of waves."""
+        torch.manual_seed(seed)
+        layers = [nn.Linear(2 * self.FREQUENCIES, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1)]
+        return nn.Sequential(Waves(self.FREQUENCIES, self.DEVIATION), *layers).to(self.device).train()
+
+    def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """Squared errors of pixels."""
+        places, values = (part.index_select(0, rows) for part in self.parts["train"])
+        return (model(places) - values).square().mean(1)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error."""
+        places, values = self.parts["test"]
+        return {"loss": (model(places) - values).square().mean().item()}
 
 
 class LanguageLSTM(nn.Module):

@@ -317,9 +317,8 @@ def _proposed(
     raised = torch.maximum(fallen, torch.minimum(corrected, torch.where(mean > settings.FAR_TOO_SHORT, most, usually)))
     if settings.fresh is not None:
         raised = torch.where(update > settings.fresh, fallen, raised)
-    corrected = torch.where(corrected > fallen, raised, corrected)
-    lowered = torch.maximum(corrected, torch.minimum(fallen, natural))  # for a corrected that is less than fallen
-    corrected = torch.where(corrected < fallen, lowered, corrected)
+    lowered = torch.maximum(corrected, torch.minimum(fallen, natural))
+    corrected = torch.where(corrected > fallen, raised, lowered)
     proposal = torch.where(corrects, corrected, fallen)
     taken = torch.stack(
         [torch.where(takes_in, new, kept) for new, kept in zip((count, mean, squares), old, strict=True)]

@@ -221,15 +221,14 @@ def best_of(folder: str, kind: str) -> tuple[str, list[float]]:
     return f"{rate} of {len(grid)}", grid[rate]
 
 
-def best_other(folder: str) -> str:
-    """Of :data:`OTHERS` the one with the least mean loss at its best rate, as a cell."""
+def best_other(folder: str) -> tuple[str, str, list[float]] | None:
+    """Of :data:`OTHERS` the one with the least mean loss at its best rate: name, rate and losses; None without runs."""
     were_run = {file.name.split("__rate_")[0] for file in (LANGUAGE / folder).glob("*__rate_*")}
     found = {name: best_of(folder, kind) for kind, name in OTHERS.items() if kind in were_run}
     if not found:
-        return "not run"
+        return None
     name = min(found, key=lambda name: statistics.fmean(found[name][1]))
-    rate, best = found[name]
-    return f"{name} {cell(best)} ({rate})"
+    return name, *found[name]
 
 
 def accuracies(name: str) -> list[float]:
@@ -256,6 +255,17 @@ def fine_tuned(row: str) -> tuple[str, list[float]]:
     return f"{best:g} of {len(runs)}", runs[best]
 
 
+def compared(
+    title: str, ours: list[float], adamw: tuple[str, list[float]], other: tuple[str, str, list[float]] | None
+) -> str:
+    """Return a line of README's table, the least of its mean losses in bold."""
+    runs = [ours, adamw[1], *([other[2]] if other else [])]
+    least = min(map(statistics.fmean, runs))
+    cells = [f"**{cell(values)}**" if statistics.fmean(values) == least else cell(values) for values in runs]
+    last = f"{other[0]} {cells[2]} ({other[1]})" if other else "not run"
+    return f"| {title} | `elra_spectral` {cells[0]} | {cells[1]} ({adamw[0]}) | {last} |"
+
+
 def table() -> str:
     """Return README's table."""
     lines = [
@@ -269,19 +279,11 @@ def table() -> str:
         (rate, best), default = best_of(folder, "AdamW__cosine"), losses(folder, "AdamW__torch_s_defaults")
         if statistics.fmean(default) < statistics.fmean(best):  # a schedule may do harm in a short run
             rate, best = "1e-3, constant", default
-        ours = cell(losses(folder, "elra_spectral"))
-        lines.append(f"| {title} | `elra_spectral` **{ours}** | {cell(best)} ({rate}) | {best_other(folder)} |")
-    of_ours, (rate, best) = fine_tuned("ours")[1], fine_tuned("adamw")
-    others = {name.split(",")[0]: fine_tuned(name) for name in ("Muon, cosine", "NadamW, cosine", "SOAP, cosine")}
-    name = min(others, key=lambda name: statistics.fmean(others[name][1]))
-    of_other, other = others[name]
-    ours, last = cell(of_ours), cell(other)
-    if statistics.fmean(of_ours) < statistics.fmean(other):
-        ours = f"**{ours}**"
-    else:
-        last = f"**{last}**"
+        lines.append(compared(title, losses(folder, "elra_spectral"), (rate, best), best_other(folder)))
+    others = [(name.split(",")[0], *fine_tuned(name)) for name in ("Muon, cosine", "NadamW, cosine", "SOAP, cosine")]
+    other = min(others, key=lambda found: statistics.fmean(found[2]))
     title = "The same plays, fine-tuned, 0.4 M tokens: loss"
-    lines.append(f"| {title} | `elra_spectral` {ours} | {cell(best)} ({rate}) | {name} {last} ({of_other}) |")
+    lines.append(compared(title, fine_tuned("ours")[1], fine_tuned("adamw"), other))
     lines.append(
         f"| MNIST, 784-10-10, 100 epochs: accuracy, % | `elra` **{cell(accuracies('elra'), 2)}** | "
         f"Adam {cell(accuracies('adam'), 2)} (not searched) | not run |"

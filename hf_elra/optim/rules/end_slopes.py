@@ -132,14 +132,13 @@ class EndSlopes(Rule):
             return alpha
         state["ratios"] = [0, 0.0, 0.0]
         corrected = alpha * math.exp(min(max(self.GAIN * beyond, -self.DOWN), self.UP))
-        if corrected < alpha:
-            corrected = max(corrected, min(alpha, self._natural(measured.update)))
-        if corrected > alpha:
-            if self.fresh is not None and measured.update > self.fresh:
-                return alpha
-            most = self.max_correction if ratios.mean > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
-            corrected = max(alpha, min(corrected, most * self._natural(measured.update)))
-        return corrected
+        natural = self._natural(measured.update)
+        if corrected <= alpha:
+            return max(corrected, min(alpha, natural))
+        if self.fresh is not None and measured.update > self.fresh:
+            return alpha
+        most = self.max_correction if ratios.mean > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
+        return max(alpha, min(corrected, most * natural))
 
     def reduced(self) -> None:
         """Steps failed: α does not warm up any further, and what ratios said before is of another α."""

@@ -10,15 +10,20 @@ from torch import nn
 
 from hf_elra import ELRASpectral, embeddings_of
 from hf_elra.optim.natural_steps import (
+    ADAPTER,
     EMBEDDING,
+    HARDLY,
     HEAD,
     NEW,
     OFFSET,
     OUTPUT,
+    STRETCHED,
+    TRAINED,
     TRAINED_EMBEDDING,
     adapters_of,
     looks_new,
     natural_steps,
+    stands_out,
 )
 from tests.conftest import llama
 
@@ -193,6 +198,80 @@ def test_a_matrix_that_was_trained_little_is_no_fresh_head():
     assert found.shares == [[1.0, 1.0, 1.0]]
 
 
+def hardly_trained(*shape, seed=0):
+    """A matrix as a short training leaves it: its rows differ in size, and no singular value stands out."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(0.6, 1.4, shape[0])[:, None]
+    return nn.Parameter(0.05 * sizes * torch.randn(*shape, generator=generator))
+
+
+@pytest.mark.parametrize("behind", ["a scale", "a scale in a group of its own", "a scale and a shift"])
+def test_what_looks_new_before_a_scale_that_was_trained_is_no_fresh_head(behind):
+    """As the last layer of a model that was trained for a short time."""
+    torch.manual_seed(0)
+    body, last = trained(64, 96), nn.Parameter(0.05 * torch.randn(64, 96))
+    scale, shift = nn.Parameter(1 + 0.1 * torch.randn(64)), nn.Parameter(0.1 * torch.randn(64))
+    head, bias = nn.Parameter(0.02 * torch.randn(64, 64)), nn.Parameter(torch.zeros(64))
+    vectors = [scale, shift] if behind == "a scale and a shift" else [scale]
+
+    def new(*more):
+        groups = [group(body, last, *vectors, *more)]
+        if behind == "a scale in a group of its own":
+            groups = [
+                group(body, last, *(p for p in more if p.dim() > 1)),
+                group(scale, *(p for p in more if p.dim() == 1)),
+            ]
+        found = natural_steps(groups)
+        assert found.is_trained
+        return [p for parts, flags in zip(groups, found.new, strict=True)
+                for p, flag in zip(parts["params"], flags, strict=True) if flag]  # fmt: skip
+
+    assert new() == []
+    assert [id(p) for p in new(head, bias)] == [id(head), id(bias)]
+
+
+@pytest.mark.parametrize("kind", [trained, hardly_trained])
+def test_a_fresh_head_lets_a_model_that_is_hardly_trained_go_further(kind):
+    torch.manual_seed(0)
+    body, table = kind(64, 96), nn.Parameter(torch.randn(100, 64))
+    head = nn.Parameter(torch.randn(4, 64) / 8)
+    flags = {"embeddings": [True, False, False]}
+    times = HARDLY if kind is hardly_trained else 1
+    rms, size = (float(p.detach().square().mean().sqrt()) for p in (body, table))
+    found = natural_steps([group(table, body, head, **flags)])
+    assert found.is_trained
+    assert found.is_hardly_trained == (kind is hardly_trained)
+    assert found.new == [[False, False, True]]
+    assert [found.rate * share for share in found.shares[0]] == pytest.approx(
+        [times * TRAINED_EMBEDDING * size, times * TRAINED * rms, HEAD / 8]
+    )
+    without = natural_steps([group(table, body, embeddings=flags["embeddings"][:2])])
+    assert without.rate == pytest.approx(TRAINED * rms)
+    assert without.is_hardly_trained == found.is_hardly_trained
+    told = natural_steps([group(table, body, head, **flags)], "trained")
+    assert not told.is_hardly_trained
+
+
+def test_a_model_is_hardly_trained_if_that_holds_for_most_of_its_weights():
+    torch.manual_seed(0)
+    for wide, expected in ((40, False), (80, True)):
+        body = [trained(64, 60), hardly_trained(64, wide)]
+        assert natural_steps([group(*body)]).is_hardly_trained == expected
+    assert not natural_steps([group(nn.Parameter(torch.randn(64, 64)))]).is_hardly_trained  # it is not at all
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (200, 70)])
+@pytest.mark.parametrize("times", [0.7, 0.95, 1.05, 3.0])
+def test_a_singular_value_stands_out_where_it_is_larger_than_those_of_independent_weights(shape, times):
+    torch.manual_seed(0)
+    left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    for _ in range(20):  # as its size is a part of what is compared with it
+        by_chance = float(values.norm()) * sum(n**-0.5 for n in shape)
+        values[0] = times * STRETCHED * by_chance
+    assert stands_out(left @ values.diag() @ right) == (times > 1)
+    assert not stands_out(torch.zeros(shape))
+
+
 @pytest.mark.parametrize(("independent", "is_trained"), [(2, True), (4, False)])
 def test_a_quarter_of_trained_weights_tells_that_a_model_is_trained(independent, is_trained):
     torch.manual_seed(0)
@@ -220,13 +299,29 @@ def test_the_first_step_of_a_pair_changes_the_product_by_the_same_whatever_rank_
     torch.manual_seed(0)
     layer = Linear(rank, scaling)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert adapters_of(nn.Sequential(layer)) == [(a, b, scaling)]
+    assert adapters_of(nn.Sequential(layer)) == [(a, b, scaling, None)]
     optimizer = ELRASpectral([a, b], adapters=adapters_of(layer), lr=1.0)
     torch.manual_seed(1)
     a.grad, b.grad = torch.zeros_like(a), torch.randn_like(b)
     optimizer.step(loss=1.0)
     change = scaling * torch.linalg.matrix_norm(b.detach() @ a.detach(), 2).item()
     assert 0.02 / math.sqrt(OFFSET) < change < 0.08 / math.sqrt(OFFSET)
+
+
+@pytest.mark.parametrize(
+    ("beside", "times"),
+    [(hardly_trained, HARDLY), (trained, 1), (None, 1)],
+    ids=["hardly trained", "trained", "quantised"],
+)
+@pytest.mark.parametrize("has_head", [True, False])
+def test_pairs_go_further_beside_weights_that_are_hardly_trained_where_a_head_is_fresh(beside, times, has_head):
+    torch.manual_seed(0)
+    a, b, head = (nn.Parameter(torch.randn(*shape)) for shape in [(4, 64), (96, 4), (40, 64)])
+    pair = (a, b, 0.5, beside(96, 64) if beside else None)
+    natural = natural_steps(ELRASpectral([a, b, head] if has_head else [a, b], adapters=[pair]).param_groups)
+    norm = max(float(torch.linalg.matrix_norm(p.detach(), 2)) for p in (a, b))
+    assert natural.rate == pytest.approx((times if has_head else 1) * ADAPTER / (math.sqrt(96) * 0.5 * norm))
+    assert natural.is_hardly_trained == (beside is hardly_trained)
 
 
 def test_the_way_is_the_same_for_any_factor_of_the_product():

@@ -30,7 +30,7 @@ arguments = st.fixed_dictionaries(
         "lr": st.sampled_from([1e-7, 1e-3, 0.1]),
         "momentum": st.sampled_from([0.0, 0.9]),
         "warmup": st.sampled_from([0, 3]),
-        "max_correction": st.sampled_from([1.0, 4.0, 16.0]),
+        "max_correction": st.sampled_from([1.0, 4.0, None]),
         "max_drift": st.sampled_from([None, 0.3, 0.02]),
         "max_relative_step": st.sampled_from([0.5, 0.01]),
         "weight_decay": st.sampled_from([0.0, 0.1]),

@@ -313,7 +313,7 @@ def _proposed(
     corrects = takes_in & (count >= settings.FEWEST) & (too_short | (mean + error < settings.TOO_LONG))
     beyond = torch.where(too_short, mean, mean - settings.TOO_LONG)
     corrected = fallen * (settings.GAIN * beyond).clamp(-settings.DOWN, settings.UP).exp()
-    most, usually = settings.max_correction * natural, min(settings.USUALLY, settings.max_correction) * natural
+    most, usually = settings.max_correction * natural, settings.usually * natural
     raised = torch.maximum(fallen, torch.minimum(corrected, torch.where(mean > settings.FAR_TOO_SHORT, most, usually)))
     if settings.fresh is not None:
         raised = torch.where(update > settings.fresh, fallen, raised)

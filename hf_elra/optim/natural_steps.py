@@ -43,6 +43,9 @@ the root of t + :data:`OFFSET`."""
 TRAINED_EMBEDDING = 0.004
 """As :data:`TRAINED`, for trained embeddings and output layers. All rows step by one length, also those of tokens that
 are not in the data, of which a trained model knows something."""
+HARDLY = 2.0
+"""Rates of trained tensors, and of pairs beside them, where a model that is hardly trained got a fresh head: so many
+times those above. What it knows is little, and is to serve for something else."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -71,12 +74,15 @@ class NaturalSteps:
         shares: of every parameter, its own rate over ``rate``.
         new: of every parameter, whether it is new in a model that is trained otherwise.
         is_trained: whether the model is trained, but for these.
+        is_hardly_trained: whether it has little to lose: most of its weights are in matrices, trained ones or beside
+            pairs of LoRA, of which no singular value stands out.
     """
 
     rate: float
     shares: list[list[float]]
     new: list[list[bool]]
     is_trained: bool
+    is_hardly_trained: bool
 
 
 def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> NaturalSteps:
@@ -87,9 +93,9 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
 
     Args:
         groups: the optimizer's parameter groups, with flags for embeddings, for those that are ``outputs`` and for
-            experts, and of ``adapters`` the number of each pair and what changes of it are multiplied by in its
-            product. Parameters may be split over processes, all of which have to ask then, and get the same numbers as
-            one process does.
+            experts, and of ``adapters`` the number of each pair, what changes of it are multiplied by in its product,
+            how many weights stand beside it and whether no singular value of these stands out. Parameters may be split
+            over processes, all of which have to ask then, and get the same numbers as one process does.
         weights: ``"new"`` or ``"trained"`` for what all of them are, a head at the end too; ``"auto"`` to see for
             oneself.
     """
@@ -100,10 +106,11 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
     ]
     adapters = {(g, i): groups[g]["adapters"][i] for g, i in matrices if groups[g]["adapters"][i]}
     unpaired = [place for place in matrices if place not in adapters]
-    verdicts, squares = {}, {}
+    verdicts, squares, plain = {}, {}, {}
     for place in unpaired:  # one after another, as all of a matrix that is split over processes is fetched
         values = whole(params[place].detach()).flatten(1).float()
         verdicts[place], squares[place] = looks_new(values), float(vector_norm(values)) ** 2
+        plain[place] = verdicts[place] is True or not stands_out(values)
     sizes = {True: 0, False: 0, None: 0}
     for place, verdict in verdicts.items():
         sizes[verdict] += params[place].numel()
@@ -113,7 +120,11 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
     trained = [place for place in unpaired if is_trained and place not in new]
     number = sum(params[place].numel() for place in trained)
     root_mean_square = math.sqrt(sum(squares[place] for place in trained) / max(number, 1))
-    of_trained = TRAINED * max(root_mean_square, LEAST_SIZE)
+    looked_at = [(params[place].numel(), plain[place]) for place in trained]
+    looked_at += {pair: (size, is_plain) for pair, _, size, is_plain in adapters.values()}.values()
+    is_hardly_trained = weights == "auto" and _is_hardly_trained(looked_at)
+    further = HARDLY if is_hardly_trained and any(params[place].dim() > 1 for place in new) else 1.0
+    of_trained = TRAINED * further * max(root_mean_square, LEAST_SIZE)
     of_new = HEAD if is_trained else NEW
     rates = {
         (g, i): of_trained
@@ -121,7 +132,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         else of_new / math.sqrt(_longer_side(params[g, i], is_expert=groups[g]["experts"][i]))
         for g, i in unpaired
     }
-    rates |= _rates_of_adapters(params, adapters)
+    rates |= {place: further * rate for place, rate in _rates_of_adapters(params, adapters).items()}
     counted = [*adapters, *trained] or unpaired
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
     for g, i in places:
@@ -130,7 +141,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
             norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
             size = norm / math.sqrt(params[g, i].numel())
             if is_trained:
-                rates[g, i] = TRAINED_EMBEDDING * max(size, LEAST_SIZE)
+                rates[g, i] = TRAINED_EMBEDDING * further * max(size, LEAST_SIZE)
             else:
                 rates[g, i] = max(rate, OUTPUT * size if groups[g]["outputs"][i] else EMBEDDING)
     for bias in (place for place in new if params[place].dim() == 1):
@@ -140,6 +151,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         is_trained,
+        is_hardly_trained,
     )
 
 
@@ -161,49 +173,99 @@ def looks_new(matrix: Tensor) -> bool | None:
         excess = float((means - mean).square().sum()) * squares.shape[1 - side] / spread - len(means)
         if excess > SURE * math.sqrt(2 * len(means)):
             return False
-    rows, columns = wide.shape
-    by_chance = math.sqrt(mean) * (math.sqrt(rows) + math.sqrt(columns))
-    return _largest_singular_value(wide) < STRETCHED * by_chance
+    return not stands_out(wide)
+
+
+def stands_out(matrix: Tensor) -> bool:
+    """Whether a singular value of a matrix, two-dimensional and in float32, is larger than independent weights have it.
+
+    By power iteration from the longest row, which comes near from below and ends as soon as it is clear: a value that
+    stands out is found in a few iterations; the ones of independent weights need not be told apart.
+    """
+    rows, columns = matrix.shape
+    by_chance = float(vector_norm(matrix)) * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
+    vector = matrix[matrix.square().sum(1).argmax()]
+    vector = vector / vector_norm(vector).clamp_min(1e-30)
+    for _ in range(POWER_ITERATIONS):
+        product = matrix @ vector
+        if float(vector_norm(product)) >= STRETCHED * by_chance > 0:
+            return True
+        vector = matrix.mT @ product
+        vector = vector / vector_norm(vector).clamp_min(1e-30)
+    return float(vector_norm(matrix @ vector)) >= STRETCHED * by_chance > 0
+
+
+def _is_hardly_trained(looked_at: Sequence[tuple[int, bool]]) -> bool:
+    """Whether most weights of a trained model are in matrices without a singular value that stands out.
+
+    So it is after a short training, or one along polar factors, which adds the same to all directions.
+
+    Args:
+        looked_at: of every matrix its size, and whether no singular value stands out.
+    """
+    return 2 * sum(size for size, is_plain in looked_at if is_plain) > sum(size for size, _ in looked_at)
 
 
 def _new_ones(places: Sequence[Any], params: dict[Any, Tensor], verdicts: dict[Any, bool | None]) -> set[Any]:
     """Of a trained model the matrices at its end that look new, as those of a fresh head, and their biases.
 
-    Elsewhere a matrix that looks new is one that was trained little.
+    What looks new elsewhere was trained little: before a matrix that does not look new, or before the scale of a
+    normalisation that was trained. In groups of their own vectors come in the order of the matrices, but nobody knows
+    whether one is behind a matrix or before it; then those that fit a matrix are behind it.
     """
     new: set[Any] = set()
-    vectors = [place for place in places if params[place].dim() == 1]
+    vectors = [place for place in places if params[place].dim() == 1 and params[place].numel() > 0]
     for place in reversed(verdicts):
         if verdicts[place] is False:
             break
+        fits = bool(vectors) and len(params[vectors[-1]]) == len(params[place])
+        if fits and vectors[-1][0] == place[0] and vectors[-1] < place:
+            fits = False
+        behind = [v for v in vectors if v[0] == place[0] and v > place] + vectors[-1:] * fits
+        if any(_is_trained_scale(params[v]) for v in behind):
+            break
         new.add(place)
-        if vectors and len(params[vectors[-1]]) == len(params[place]):
+        if fits:
             new.add(vectors.pop())
     return new
 
 
-def adapters_of(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
-    """Return the pairs of LoRA in a model, as PEFT makes them: A, B, and the factor that their product has."""
+def _is_trained_scale(vector: Tensor) -> bool:
+    """Whether numbers differ, as trained ones do, around a mean that is not zero, as that of a new bias is."""
+    values = whole(vector.detach()).float()
+    mean, spread = float(values.mean()), float(values.std(correction=0))
+    return len(values) >= 16 and spread > 1e-6 * abs(mean) and abs(mean) * math.sqrt(len(values)) > SURE * spread
+
+
+Pair = tuple[nn.Parameter, nn.Parameter, float, "Tensor | None"]
+"""Of LoRA: A, B, the factor of their product, and the weights that stand beside it; None where these are quantised."""
+
+
+def adapters_of(model: nn.Module) -> list[Pair]:
+    """Return the pairs of LoRA in a model, as PEFT makes them: A, B, the factor that their product has, and the weights
+    that they change, or None where these cannot be read."""
     need_model("adapters_of", model)
     return [pair for module in model.modules() for pair in adapters_of_layer(module)]
 
 
-def adapters_of_layer(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
+def adapters_of_layer(module: nn.Module) -> list[Pair]:
     """Return the pairs that a module itself holds, without those inside of it."""
     scaling, pairs = getattr(module, "scaling", None), []
+    base = getattr(getattr(module, "base_layer", None), "weight", None)
+    beside = base if isinstance(base, Tensor) and base.is_floating_point() else None
     for kind in ("lora_", "lora_embedding_") if isinstance(scaling, dict) else ():
         first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
         for name in first:
             pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
             if all(isinstance(p, nn.Parameter) for p in pair):
-                pairs.append((pair[0], pair[1], float(scaling[name])))  # type: ignore[index]
+                pairs.append((pair[0], pair[1], float(scaling[name]), beside))  # type: ignore[index]
     return pairs
 
 
 def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> dict[Any, float]:
     """Return the rates of pairs, whose product changes by as much as suits it."""
     pairs: dict[float, list[Any]] = {}
-    for place, (pair, _) in adapters.items():
+    for place, (pair, *_) in adapters.items():
         pairs.setdefault(pair, []).append(place)
     rates = {}
     for members in pairs.values():
@@ -217,15 +279,3 @@ def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> d
 def _longer_side(matrix: Tensor, *, is_expert: bool = False) -> int:
     """Of the matrix that a tensor is, output channels by the rest; of stacked experts, of each of them."""
     return max(matrix[0].flatten(1).shape if is_expert else matrix.flatten(1).shape)
-
-
-def _largest_singular_value(matrix: Tensor) -> float:
-    """Approximately, from below: by power iteration from the longest row.
-
-    A value that stands out is found in a few iterations; the ones of independent weights need not be told apart.
-    """
-    vector = matrix[matrix.square().sum(1).argmax()]
-    for _ in range(POWER_ITERATIONS):
-        vector = matrix.mT @ (matrix @ vector)
-        vector = vector / vector_norm(vector).clamp_min(1e-30)
-    return float(vector_norm(matrix @ vector))

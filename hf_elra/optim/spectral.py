@@ -21,7 +21,7 @@ from hf_elra.optim.base import Parts
 from hf_elra.optim.directions import Direction
 from hf_elra.optim.directions.spectral import KINDS, POLAR_BATCH, Spectral, kept_in, outputs_of
 from hf_elra.optim.guards import RestartGuard, StepGuards
-from hf_elra.optim.natural_steps import adapters_of, natural_steps
+from hf_elra.optim.natural_steps import Pair, adapters_of, natural_steps, stands_out
 from hf_elra.optim.on_device import DecidesOnDevice
 from hf_elra.optim.rules import Measurement
 from hf_elra.optim.rules.end_slopes import EndSlopes
@@ -64,16 +64,19 @@ class ELRASpectral(DecidesOnDevice):
         outputs (iterable of Tensor): those of ``embeddings`` that are an output layer, also if they are embeddings
             beside that: their steps depend on the size that they begin with, T5's being 50 times as large as a
             Llama's. See :func:`~hf_elra.optim.directions.outputs_of`. Default: none.
-        adapters (iterable of (Tensor, Tensor, float)): pairs A, B of LoRA, each with the factor of their product; see
+        adapters (iterable of (Tensor, Tensor, float, Tensor)): pairs A, B of LoRA, each with the factor of their
+            product and the weights beside it, which may be left out; see
             :func:`~hf_elra.optim.natural_steps.adapters_of`. Default: none.
         weights (str): ``"auto"`` to see from the weights, before the first step, whether they are trained; ``"new"`` or
             ``"trained"`` to say so of all of them, as of a model 48 wide or less, whose trained weights may look like
-            chance. With ``"trained"`` no matrix counts as a fresh head. Default: ``"auto"``.
+            chance. With ``"trained"`` no matrix counts as a fresh head, and the model not as one that is hardly
+            trained, which may go further. Default: ``"auto"``.
         warmup (int): updates in which α goes from ``lr`` to what suits the weights; 0 to trust ``lr``. Default: 10.
-        max_correction (float): corrections make α at most so many times what suits the weights, more than 4 times only
-            where a step leaves more than half of the slope; and only in the first pass over the data, after which up to
-            4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
-            len(loader)``. A trained model that shall not forget needs less. Default: 16.
+        max_correction (float, optional): corrections make α at most so many times what suits the weights, more than 4
+            times only where a step leaves more than half of the slope; and only in the first pass over the data, after
+            which up to 4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
+            len(loader)``. A trained model that shall not forget needs less. Of a hardly trained model both bounds are
+            eight times as far. Default: None, for 16.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         max_drift (float, optional): how far matrices may go from where they began, as a share of their root mean square
             then: all α together are at most that, below ``lr_bounds`` if need be. It is spread over the run, whose
@@ -147,10 +150,10 @@ class ELRASpectral(DecidesOnDevice):
         embeddings: Iterable[Tensor] = (),
         experts: Iterable[Tensor] = (),
         outputs: Iterable[Tensor] = (),
-        adapters: Iterable[tuple[Tensor, Tensor, float]] = (),
+        adapters: Iterable[tuple[Tensor, Tensor, float] | Pair] = (),
         weights: str = "auto",
         warmup: int = 10,
-        max_correction: float = 16.0,
+        max_correction: float | None = None,
         max_relative_step: float = 0.5,
         max_drift: float | None = None,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
@@ -197,7 +200,13 @@ class ELRASpectral(DecidesOnDevice):
         """Polar factors, a rate from the weights that slopes correct, and α below a share of the matrices' size."""
         s = self.param_groups[0]
         fresh, falls = self.updates_per_epoch, s["momentum"] > 0
-        rule = EndSlopes(s["warmup"], max_correction=s["max_correction"], fresh=fresh, falls=falls)
+        rule = EndSlopes(
+            s["warmup"],
+            max_correction=s["max_correction"],
+            is_hardly_trained=s.get("is_hardly_trained", False),
+            fresh=fresh,
+            falls=falls,
+        )
         return Parts(
             self.direction(float(s["momentum"])),
             rule,
@@ -231,7 +240,7 @@ class ELRASpectral(DecidesOnDevice):
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
         group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
-        group["is_trained"] = False  # read of the first group
+        group["is_trained"] = group["is_hardly_trained"] = False  # read of the first group
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but that the state keeps the type that ``state_dtype`` says, not that of the parameters.
@@ -259,7 +268,7 @@ class ELRASpectral(DecidesOnDevice):
             )
         for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
             group["shares"], group["new"] = shares, new
-        self.param_groups[0]["is_trained"] = found.is_trained
+        self.param_groups[0].update(is_trained=found.is_trained, is_hardly_trained=found.is_hardly_trained)
         return found.rate
 
     @property
@@ -320,18 +329,22 @@ def _identities(name: str, given: Any) -> dict[int, bool]:
 
 def _pairs(given: list[Any]) -> dict[int, list[float]]:
     """Of every parameter of a pair its number, from 1, and what a change of it is multiplied by in the product: that is
-    the factor times the norm of A, as B is zero at first. Raise a ConfigurationError for what is no pair."""
+    the factor times the norm of A, as B is zero at first; how many weights stand beside the pair, and whether no
+    singular value of them stands out. Raise a ConfigurationError for what is no pair."""
     found = {}
     for number, pair in enumerate(given, 1):
-        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(p, Tensor) for p in pair[:2])
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) in (3, 4)
+        is_pair = is_pair and all(isinstance(p, Tensor) for p in (*pair[:2], *(p for p in pair[3:] if p is not None)))
         if not is_pair:
             raise ConfigurationError(
-                f"adapters must be a list of (A, B, factor), not of {type(pair).__name__}; pass "
-                "adapters=adapters_of(model)."
+                f"adapters must be a list of (A, B, factor) or (A, B, factor, weights), not of {type(pair).__name__}; "
+                "pass adapters=adapters_of(model)."
             )
         norm = max(float(matrix_norm(whole(p.detach()).flatten(1).float(), 2)) for p in pair[:2])
+        beside = [whole(p.detach()).flatten(1).float() for p in pair[3:] if p is not None and p.dim() > 1]
+        size, is_plain = sum(p.numel() for p in beside), all(not stands_out(p) for p in beside)
         for p in pair[:2]:
-            found[id(p)] = [float(number), abs(float(pair[2])) * norm]
+            found[id(p)] = [float(number), abs(float(pair[2])) * norm, float(size), float(is_plain)]
     return found
 
 
@@ -340,7 +353,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     need = partial(need_number, settings)
     need("momentum", lambda v: 0 <= v < 1, "a number in [0, 1), e.g. 0.9")
     need("warmup", lambda v: isinstance(v, int) and v >= 0, "a whole number of updates >= 0, 0 to trust lr (10)")
-    need("max_correction", lambda v: v >= 1, "a number >= 1 (16)")
+    if settings["max_correction"] is not None:
+        need("max_correction", lambda v: v >= 1, "a number >= 1, or None for what suits the model")
     need("max_relative_step", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.5)")
     if settings["max_drift"] is not None:
         need("max_drift", lambda v: v > 0, "a number > 0, a share of the weights' root mean square (0.2), or None")

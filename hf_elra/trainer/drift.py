@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_elra.optim.natural_steps import adapters_of, adapters_of_layer
+from hf_elra.optim.natural_steps import adapters_of
 
 SAMPLE = 2048
 """Numbers that are kept of a matrix, so that its distance is right within about 2 %."""
@@ -63,12 +63,10 @@ class Drift:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[Tensor, tuple[nn.Parameter, nn.Parameter, float]]]:
-    """The pairs of LoRA that are trained, each with the matrix beside it."""
-    for module in model.modules():
-        base = getattr(getattr(module, "base_layer", None), "weight", None)
-        for pair in adapters_of_layer(module):
-            if isinstance(base, Tensor) and base.is_floating_point() and pair[0].dim() == 2 and pair[0].requires_grad:
-                yield base, pair
+    """The pairs of LoRA that are trained, each with the matrix beside it: the matrix; A, B and their factor."""
+    for first, second, factor, base in adapters_of(model):
+        if base is not None and first.dim() == 2 and first.requires_grad:
+            yield base, (first, second, factor)
 
 
 def _sum(numbers: Sequence[Tensor]) -> float:

@@ -35,6 +35,8 @@ OTHERS = {
     "NadamW__cosine": "NadamW",
 }  # fmt: skip
 """Files of the strong partners beside AdamW, and what README calls them."""
+OF_NO_RATE = ("Muon, cosine", "NadamW, cosine", "SOAP, cosine", "schedule-free AdamW", "schedule-free RAdam")
+"""The same of ``no_rate.py``."""
 COLOURS = {
     "light": {"ink": "#1f2328", "grid": "#d1d9e0", "ours": "#0550ae", "AdamW": "#9a6700"},
     "dark": {"ink": "#e6edf3", "grid": "#3d444d", "ours": "#6cb6ff", "AdamW": "#d4a72c"},
@@ -280,7 +282,7 @@ def table() -> str:
         if statistics.fmean(default) < statistics.fmean(best):  # a schedule may do harm in a short run
             rate, best = "1e-3, constant", default
         lines.append(compared(title, losses(folder, "elra_spectral"), (rate, best), best_other(folder)))
-    others = [(name.split(",")[0], *fine_tuned(name)) for name in ("Muon, cosine", "NadamW, cosine", "SOAP, cosine")]
+    others = [(name.split(",")[0], *fine_tuned(name)) for name in OF_NO_RATE]
     other = min(others, key=lambda found: statistics.fmean(found[2]))
     title = "The same plays, fine-tuned, 0.4 M tokens: loss"
     lines.append(compared(title, fine_tuned("ours")[1], fine_tuned("adamw"), other))

@@ -420,7 +420,7 @@ class Multiple(ELRASpectral):
 def our_optimizer(task: Any, model: nn.Module, multiple: float | None = None) -> ELRASpectral:
     """Make elra_spectral as a user gets it, or at a multiple of the rate that suits the weights."""
     params = [p for p in model.parameters() if p.requires_grad]
-    pairs = [(m.A, m.B, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
+    pairs = [(m.A, m.B, m.scale, m.base.weight) for m in model.modules() if isinstance(m, LoRALinear)]
     tables, outputs = ([p for p in find(model) if p.requires_grad] for find in (embeddings_of, outputs_of))
     kind = ELRASpectral if multiple is None else Multiple
     optimizer = kind(params, embeddings=tables, outputs=outputs, adapters=pairs)

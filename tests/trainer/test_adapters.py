@@ -40,7 +40,7 @@ def test_every_kind_is_found_and_trained(tmp_path, kind, is_tied):
     model = with_adapters(llama(tie_word_embeddings=is_tied), **KINDS[kind])
     pairs = adapters_of(model)
     assert len(pairs) == (5 if kind == "embeddings by LoRA" else 4)
-    assert all(factor == (4 if kind == "rsLoRA" else 2) for *_, factor in pairs)
+    assert all(factor == (4 if kind == "rsLoRA" else 2) for _, _, factor, _ in pairs)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = trainer(tmp_path, model=model, optim="elra_spectral", max_steps=30, elra_boost_mean="off")
     run.train()

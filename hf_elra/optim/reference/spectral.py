@@ -55,7 +55,7 @@ class ReferenceSpectral(ReferenceRestarts):
         *,
         momentum: float = 0.9,
         warmup: int = 10,
-        max_correction: float = 16.0,
+        max_correction: float | None = None,
         max_relative_step: float = 0.5,
         max_drift: float | None = None,
         lr_bounds: tuple[float, float] = (1e-9, 1.0),
@@ -82,6 +82,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.natural = 0.0
         self.max_drift, self.walked, self.began, self.total_updates = max_drift, 0.0, 0.0, total_updates
         self.shares, self.new = [1.0] * len(points), [False] * len(points)
+        self.is_hardly_trained = False
         self.warms_up = warmup > 0
         self.first = 0.0
         self.ratios: list[float] = []  # since α was corrected
@@ -170,6 +171,7 @@ class ReferenceSpectral(ReferenceRestarts):
         group = {"params": self.x, "embeddings": embeddings, "experts": none, "outputs": none, "adapters": none}
         found = natural_steps([group])
         self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
+        self.is_hardly_trained = found.is_hardly_trained
         if found.is_trained:
             self.initial_restart_ratio = None
 
@@ -209,7 +211,9 @@ class ReferenceSpectral(ReferenceRestarts):
             return max(corrected, min(alpha, suits))
         if epoch is not None and self.updates > epoch:
             return alpha
-        most = self.max_correction if mean > 0.5 else min(4.0, self.max_correction)
+        freer = 8.0 if self.is_hardly_trained else 1.0
+        bound = 16 * freer if self.max_correction is None else self.max_correction
+        most = bound if mean > 0.5 else min(4 * freer, bound)
         return max(alpha, min(corrected, most * suits))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -28,10 +28,10 @@ class EndSlopes(Rule):
     What suits the weights is a guess, and how far corrections may lead away from it depends on how plain they are. A
     slope that a step leaves at more than half of what it was says that the lowest point is at least as far again, as
     when a model learns another language: α may go to ``max_correction`` times the guess. Less than that is also what
-    losses show that can always be lowered by longer weights, as those of preferences: then :data:`USUALLY` times are
-    the most. Downwards corrections take back what others added, and end at the guess. Where there is little noise every
-    step climbs up again behind the lowest point of its line, whatever its length, and still the mean of the run gets on
-    best with the guess or more; a step that really does harm is taken back for its loss.
+    losses show that can always be lowered by longer weights, as those of preferences: then fewer are the most.
+    Downwards corrections take back what others added, and end at the guess. Where there is little noise every step
+    climbs up again behind the lowest point of its line, whatever its length, and still the mean of the run gets on best
+    with the guess or more; a step that really does harm is taken back for its loss.
 
     This is hypergradient descent (A. Baydin et al., "Online learning rate adaptation with hypergradient descent",
     2018, whose dα is in proportion to ⟨G_t, u_{t-1}⟩), with a sequential test in place of a second learning rate.
@@ -40,15 +40,18 @@ class EndSlopes(Rule):
         warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it, so that
             α does not go back to what suits the weights either.
         max_correction: corrections make α at most so many times what suits the weights; beyond :data:`USUALLY` times
-            only while the mean ratio is above :data:`FAR_TOO_SHORT`.
+            only while the mean ratio is above :data:`FAR_TOO_SHORT`. None: :data:`MOST`.
+        is_hardly_trained: whether the model has little to lose, so that the bounds are :data:`FREER` times as far.
         fresh: in so many updates the data are new; None: in all.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
 
     TOO_LONG = -0.5
     """Mean ratio below which steps are too long."""
-    FAR_TOO_SHORT, USUALLY = 0.5, 4.0
-    """Mean ratio above which α may be more than so many times what suits the weights."""
+    FAR_TOO_SHORT = 0.5
+    """Mean ratio above which α may go to the second of these bounds."""
+    USUALLY, MOST, FREER = 4.0, 16.0, 8.0
+    """Times what suits the weights: two bounds of α, and how much further both are where a model is hardly trained."""
     PLAIN = 1.01 * USUALLY
     """An α of so many times what suits the weights outlasts the first pass; what is over 4 is for rounding."""
     FEWEST, SIGNIFICANCE = 3, 3.0
@@ -59,9 +62,19 @@ class EndSlopes(Rule):
     third downwards: a step that is too long does harm, one that is too short is corrected again soon."""
 
     def __init__(
-        self, warmup: int = 10, *, max_correction: float = 16.0, fresh: int | None = None, falls: bool = True
+        self,
+        warmup: int = 10,
+        *,
+        max_correction: float | None = None,
+        is_hardly_trained: bool = False,
+        fresh: int | None = None,
+        falls: bool = True,
     ) -> None:
-        self.warmup, self.max_correction, self.fresh, self.falls = warmup, max_correction, fresh, falls
+        freer = self.FREER if is_hardly_trained else 1.0
+        self.max_correction = freer * self.MOST if max_correction is None else max_correction
+        self.usually = min(freer * self.USUALLY, self.max_correction)
+        self.warmup = warmup
+        self.fresh, self.falls = fresh, falls
         super().__init__()
 
     def new_state(self) -> dict[str, Any]:
@@ -137,7 +150,7 @@ class EndSlopes(Rule):
             return max(corrected, min(alpha, natural))
         if self.fresh is not None and measured.update > self.fresh:
             return alpha
-        most = self.max_correction if ratios.mean > self.FAR_TOO_SHORT else min(self.USUALLY, self.max_correction)
+        most = self.max_correction if ratios.mean > self.FAR_TOO_SHORT else self.usually
         return max(alpha, min(corrected, most * natural))
 
     def reduced(self) -> None:

@@ -154,7 +154,8 @@ def _muon(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optim
 def _soap(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:
     from pytorch_optimizer import SOAP
 
-    return [SOAP(_groups(_trained(model), 0.1), lr=rate)]
+    # A side of a table as long as a vocabulary is left alone, as in its paper: decomposing it takes minutes an update.
+    return [SOAP(_groups(_trained(model), 0.1), lr=rate, max_precondition_dim=4096)]
 
 
 def _schedule_free(model: nn.Module, rate: float, updates: int) -> list[torch.optim.Optimizer]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -165,7 +166,9 @@ def draw_rates(file: Path, colours: dict[str, str]) -> None:
             axis.plot(list(losses), above, color=colour, linewidth=1.4, label=label)
             axis.plot([multiple], [ours - least], marker="o", markersize=7, color=colour, linestyle="none", zorder=3)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+        farthest = max(8, *(multiple for _, multiple, _ in of_axis.values()))
+        ticks = {0.25: "¼", 0.5: "½"} | {2**power: str(2**power) for power in range(round(math.log2(farthest)) + 1)}
+        axis.set_xticks(list(ticks), list(ticks.values()))
         axis.set_ylim(-0.02, 0.5)
         axis.set_title(title, color=colours["ink"], fontsize=10)
         axis.set_xlabel("multiple of the rate from the weights", color=colours["ink"])

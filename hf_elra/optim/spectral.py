@@ -341,7 +341,9 @@ def _pairs(given: list[Any]) -> dict[int, list[float]]:
                 "pass adapters=adapters_of(model)."
             )
         norm = max(float(matrix_norm(whole(p.detach()).flatten(1).float(), 2)) for p in pair[:2])
-        beside = [whole(p.detach()).flatten(1).float() for p in pair[3:] if p is not None and p.dim() > 1]
+        beside = [
+            whole(p.detach()).flatten(1).float() for p in pair[3:] if p is not None and p.dim() > 1 and p.numel() > 0
+        ]
         size, is_plain = sum(p.numel() for p in beside), all(not stands_out(p) for p in beside)
         for p in pair[:2]:
             found[id(p)] = [float(number), abs(float(pair[2])) * norm, float(size), float(is_plain)]

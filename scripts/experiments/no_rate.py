@@ -137,9 +137,12 @@ TASKS = {
         )
         for examples, batch, passes in ((500, 16, 3), (4000, 8, 1), (4000, 16, 1), (4000, 64, 2), (67_349, 64, 1))
     },
-    "MiniLM, LoRA": Trained(
-        "sst2", 16, 250, "trained", rank=8, constant=GENTLE, adamw=(5e-4, 1e-3, 2e-3, 4e-3), model="minilm"
-    ),
+    **{
+        "MiniLM, LoRA" + f" rank {rank}" * (rank != 8): Trained(
+            "sst2", 16, 250, "trained", rank=rank, constant=GENTLE, adamw=(5e-4, 1e-3, 2e-3, 4e-3), model="minilm"
+        )
+        for rank in (2, 8, 32, 64)
+    },
     "BERT, scratch": Trained("sst2", 32, 250, constant=NEW, adamw=TUNING, model="bert"),
     "ResNet-20": Trained("cifar", 64, 312, constant=NEW, adamw=ADAMW, model="resnet20"),
     "ViT": Trained("cifar", 64, 312, constant=NEW, adamw=TUNING, model="vit"),

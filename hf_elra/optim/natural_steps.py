@@ -30,8 +30,9 @@ NEW = 0.2
 """Rate of a new matrix at update t: this over the root of its longer side and of t + :data:`OFFSET`."""
 TRAINED = 0.008
 """Rate of trained matrices: this share of their root mean square over the root of t + :data:`OFFSET`."""
-ADAPTER = 0.06
-"""As :data:`NEW`, for the product of a pair of LoRA."""
+ADAPTER, OF_RANK = 0.06, 8
+"""As :data:`NEW`, for the product of a pair of LoRA of this rank. It falls with the root of the rank, so that steps of
+all ranks have one Frobenius norm: what is beside a pair is trained, and steps by a share of its root mean square."""
 HEAD = 0.05
 """As :data:`NEW`, for a new matrix at the end of a trained model: a head that runs ahead spoils what is below it."""
 EMBEDDING = 0.04
@@ -271,9 +272,14 @@ def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> d
     for members in pairs.values():
         multiplied = max(adapters[members[0]][1], LEAST_SIZE)
         side = max(_longer_side(params[place]) for place in members)
+        rank = min(_shorter_side(params[place]) for place in members)
         for place in members:
-            rates[place] = ADAPTER / (math.sqrt(side) * multiplied)
+            rates[place] = ADAPTER * math.sqrt(OF_RANK / rank) / (math.sqrt(side) * multiplied)
     return rates
+
+
+def _shorter_side(matrix: Tensor) -> int:
+    return min(matrix.flatten(1).shape)
 
 
 def _longer_side(matrix: Tensor, *, is_expert: bool = False) -> int:

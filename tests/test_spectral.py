@@ -330,11 +330,14 @@ def test_a_model_that_is_hardly_trained_may_go_further(rows, left, given, times,
         matrix += torch.outer(torch.randn(40), torch.randn(64)) / 4
     weights = nn.Parameter(matrix.double())
     optimizer = ELRASpectral([weights], on_device=on_device, restart_sigma=1e9, **given)
+    twin = ReferenceSpectral([weights.detach().clone()], [False], restart_sigma=1e9, **given)
     direction, alphas = torch.randn(40, 64, dtype=torch.float64), []
     for update in range(60):
         weights.grad = direction * left**update
         optimizer.step(loss=1.0)
+        twin.step(1.0, [weights.grad])
         alphas.append(optimizer.alpha)
+        assert optimizer.alpha == pytest.approx(twin.alpha, rel=1e-6)
     natural = 0.008 * float(matrix.square().mean().sqrt())
     assert max(a * math.sqrt(50 + t) for t, a in enumerate(alphas, 1)) == pytest.approx(times * natural, rel=0.02)
 

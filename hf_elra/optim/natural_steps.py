@@ -124,7 +124,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
     looked_at = [(params[place].numel(), plain[place]) for place in trained]
     looked_at += {pair: (size, is_plain) for pair, _, size, is_plain in adapters.values()}.values()
     is_hardly_trained = weights == "auto" and _is_hardly_trained(looked_at)
-    further = HARDLY if is_hardly_trained and any(params[place].dim() > 1 for place in new) else 1.0
+    further = HARDLY if is_hardly_trained and new else 1.0
     of_trained = TRAINED * further * max(root_mean_square, LEAST_SIZE)
     of_new = HEAD if is_trained else NEW
     rates = {
@@ -246,20 +246,16 @@ def adapters_of(model: nn.Module) -> list[Pair]:
     """Return the pairs of LoRA in a model, as PEFT makes them: A, B, the factor that their product has, and the weights
     that they change, or None where these cannot be read."""
     need_model("adapters_of", model)
-    return [pair for module in model.modules() for pair in adapters_of_layer(module)]
-
-
-def adapters_of_layer(module: nn.Module) -> list[Pair]:
-    """Return the pairs that a module itself holds, without those inside of it."""
-    scaling, pairs = getattr(module, "scaling", None), []
-    base = getattr(getattr(module, "base_layer", None), "weight", None)
-    beside = base if isinstance(base, Tensor) and base.is_floating_point() else None
-    for kind in ("lora_", "lora_embedding_") if isinstance(scaling, dict) else ():
-        first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
-        for name in first:
-            pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
-            if all(isinstance(p, nn.Parameter) for p in pair):
-                pairs.append((pair[0], pair[1], float(scaling[name]), beside))  # type: ignore[index]
+    pairs: list[Pair] = []
+    for module in model.modules():
+        scaling, base = getattr(module, "scaling", None), getattr(getattr(module, "base_layer", None), "weight", None)
+        beside = base if isinstance(base, Tensor) and base.is_floating_point() else None
+        for kind in ("lora_", "lora_embedding_") if isinstance(scaling, dict) else ():
+            first, second = (getattr(module, f"{kind}{letter}", {}) for letter in "AB")
+            for name in first:
+                pair = [getattr(part[name], "weight", part[name]) for part in (first, second)]
+                if all(isinstance(p, nn.Parameter) for p in pair):
+                    pairs.append((pair[0], pair[1], float(scaling[name]), beside))  # type: ignore[index]
     return pairs
 
 
@@ -272,14 +268,10 @@ def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> d
     for members in pairs.values():
         multiplied = max(adapters[members[0]][1], LEAST_SIZE)
         side = max(_longer_side(params[place]) for place in members)
-        rank = min(_shorter_side(params[place]) for place in members)
+        rank = min(min(params[place].flatten(1).shape) for place in members)
         for place in members:
             rates[place] = ADAPTER * math.sqrt(OF_RANK / rank) / (math.sqrt(side) * multiplied)
     return rates
-
-
-def _shorter_side(matrix: Tensor) -> int:
-    return min(matrix.flatten(1).shape)
 
 
 def _longer_side(matrix: Tensor, *, is_expert: bool = False) -> int:

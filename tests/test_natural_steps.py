@@ -12,8 +12,10 @@ from hf_elra import ELRASpectral, embeddings_of
 from hf_elra.optim.natural_steps import (
     ADAPTER,
     EMBEDDING,
+    FREER,
     HARDLY,
     HEAD,
+    NEARER,
     NEW,
     OFFSET,
     OUTPUT,
@@ -240,24 +242,23 @@ def test_a_fresh_head_lets_a_model_that_is_hardly_trained_go_further(kind):
     rms, size = (float(p.detach().square().mean().sqrt()) for p in (body, table))
     found = natural_steps([group(table, body, head, **flags)])
     assert found.is_trained
-    assert found.is_hardly_trained == (kind is hardly_trained)
+    assert found.room == (FREER if kind is hardly_trained else 1)
     assert found.new == [[False, False, True]]
     assert [found.rate * share for share in found.shares[0]] == pytest.approx(
         [times * TRAINED_EMBEDDING * size, times * TRAINED * rms, HEAD / 8]
     )
     without = natural_steps([group(table, body, embeddings=flags["embeddings"][:2])])
     assert without.rate == pytest.approx(TRAINED * rms)
-    assert without.is_hardly_trained == found.is_hardly_trained
-    told = natural_steps([group(table, body, head, **flags)], "trained")
-    assert not told.is_hardly_trained
+    assert without.room == found.room
+    assert natural_steps([group(table, body, head, **flags)], "trained").room == 1
 
 
 def test_a_model_is_hardly_trained_if_that_holds_for_most_of_its_weights():
     torch.manual_seed(0)
-    for wide, expected in ((40, False), (80, True)):
+    for wide, expected in ((40, 1), (80, FREER)):
         body = [trained(64, 60), hardly_trained(64, wide)]
-        assert natural_steps([group(*body)]).is_hardly_trained == expected
-    assert not natural_steps([group(nn.Parameter(torch.randn(64, 64)))]).is_hardly_trained  # it is not at all
+        assert natural_steps([group(*body)]).room == expected
+    assert natural_steps([group(nn.Parameter(torch.randn(64, 64)))]).room == 1  # it is not at all
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (200, 70)])
@@ -323,7 +324,7 @@ def test_pairs_go_further_beside_weights_that_are_hardly_trained_where_a_head_is
     assert natural.rate == pytest.approx(
         (times if has_head else 1) * ADAPTER * math.sqrt(8 / 4) / (math.sqrt(96) * 0.5 * norm)
     )
-    assert natural.is_hardly_trained == (beside is hardly_trained)
+    assert natural.room == (FREER if beside is hardly_trained else NEARER)
 
 
 def test_the_way_is_the_same_for_any_factor_of_the_product():

@@ -47,6 +47,9 @@ are not in the data, of which a trained model knows something."""
 HARDLY = 2.0
 """Rates of trained tensors, and of pairs beside them, where a model that is hardly trained got a fresh head: so many
 times those above. What it knows is little, and is to serve for something else."""
+FREER, NEARER = 8.0, 0.5
+"""Corrections by slopes may lead so many times as far as usual: the first where a model is hardly trained, the second
+for pairs beside weights that are trained well, whose losses show room where others do not."""
 OFFSET = 50
 """Updates, over which a rate hardly falls at first."""
 SURE = 6.0
@@ -75,15 +78,14 @@ class NaturalSteps:
         shares: of every parameter, its own rate over ``rate``.
         new: of every parameter, whether it is new in a model that is trained otherwise.
         is_trained: whether the model is trained, but for these.
-        is_hardly_trained: whether it has little to lose: most of its weights are in matrices, trained ones or beside
-            pairs of LoRA, of which no singular value stands out.
+        room: how many times as far as usual corrections may lead.
     """
 
     rate: float
     shares: list[list[float]]
     new: list[list[bool]]
     is_trained: bool
-    is_hardly_trained: bool
+    room: float
 
 
 def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> NaturalSteps:
@@ -152,7 +154,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         is_trained,
-        is_hardly_trained,
+        FREER if is_hardly_trained else NEARER if adapters else 1.0,
     )
 
 
@@ -197,7 +199,8 @@ def stands_out(matrix: Tensor) -> bool:
 
 
 def _is_hardly_trained(looked_at: Sequence[tuple[int, bool]]) -> bool:
-    """Whether most weights of a trained model are in matrices without a singular value that stands out.
+    """Whether a model has little to lose: most of its weights are in matrices, trained ones or beside pairs of LoRA, of
+    which no singular value stands out.
 
     So it is after a short training, or one along polar factors, which adds the same to all directions.
 

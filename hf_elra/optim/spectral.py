@@ -203,7 +203,7 @@ class ELRASpectral(DecidesOnDevice):
         rule = EndSlopes(
             s["warmup"],
             max_correction=s["max_correction"],
-            is_hardly_trained=s.get("is_hardly_trained", False),
+            room=s.get("room", 1.0),
             fresh=fresh,
             falls=falls,
         )
@@ -240,7 +240,7 @@ class ELRASpectral(DecidesOnDevice):
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
         group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
-        group["is_trained"] = group["is_hardly_trained"] = False  # read of the first group
+        group["is_trained"], group["room"] = False, 1.0  # read of the first group
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but that the state keeps the type that ``state_dtype`` says, not that of the parameters.
@@ -268,7 +268,7 @@ class ELRASpectral(DecidesOnDevice):
             )
         for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
             group["shares"], group["new"] = shares, new
-        self.param_groups[0].update(is_trained=found.is_trained, is_hardly_trained=found.is_hardly_trained)
+        self.param_groups[0].update(is_trained=found.is_trained, room=found.room)
         return found.rate
 
     @property

@@ -82,7 +82,7 @@ class ReferenceSpectral(ReferenceRestarts):
         self.natural = 0.0
         self.max_drift, self.walked, self.began, self.total_updates = max_drift, 0.0, 0.0, total_updates
         self.shares, self.new = [1.0] * len(points), [False] * len(points)
-        self.is_hardly_trained = False
+        self.room = 1.0
         self.warms_up = warmup > 0
         self.first = 0.0
         self.ratios: list[float] = []  # since α was corrected
@@ -171,7 +171,7 @@ class ReferenceSpectral(ReferenceRestarts):
         group = {"params": self.x, "embeddings": embeddings, "experts": none, "outputs": none, "adapters": none}
         found = natural_steps([group])
         self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
-        self.is_hardly_trained = found.is_hardly_trained
+        self.room = found.room
         if found.is_trained:
             self.initial_restart_ratio = None
 
@@ -211,9 +211,8 @@ class ReferenceSpectral(ReferenceRestarts):
             return max(corrected, min(alpha, suits))
         if epoch is not None and self.updates > epoch:
             return alpha
-        freer = 8.0 if self.is_hardly_trained else 1.0
-        bound = 16 * freer if self.max_correction is None else self.max_correction
-        most = bound if mean > 0.5 else min(4 * freer, bound)
+        bound = 16 * self.room if self.max_correction is None else self.max_correction
+        most = bound if mean > 0.5 else min(4 * self.room, bound)
         return max(alpha, min(corrected, most * suits))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -40,8 +40,8 @@ class EndSlopes(Rule):
         warmup: updates over which α goes from α_0 to what suits the weights; 0 to begin with α_0 and trust it, so that
             α does not go back to what suits the weights either.
         max_correction: corrections make α at most so many times what suits the weights; beyond :data:`USUALLY` times
-            only while the mean ratio is above :data:`FAR_TOO_SHORT`. None: :data:`MOST`.
-        is_hardly_trained: whether the model has little to lose, so that the bounds are :data:`FREER` times as far.
+            only while the mean ratio is above :data:`FAR_TOO_SHORT`. None: :data:`MOST`, times ``room``.
+        room: how many times as far both bounds are, as suits the model.
         fresh: in so many updates the data are new; None: in all.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
@@ -50,8 +50,8 @@ class EndSlopes(Rule):
     """Mean ratio below which steps are too long."""
     FAR_TOO_SHORT = 0.5
     """Mean ratio above which α may go to the second of these bounds."""
-    USUALLY, MOST, FREER = 4.0, 16.0, 8.0
-    """Times what suits the weights: two bounds of α, and how much further both are where a model is hardly trained."""
+    USUALLY, MOST = 4.0, 16.0
+    """Times what suits the weights: two bounds of α."""
     PLAIN = 1.01 * USUALLY
     """An α of so many times what suits the weights outlasts the first pass; what is over 4 is for rounding."""
     FEWEST, SIGNIFICANCE = 3, 3.0
@@ -66,13 +66,12 @@ class EndSlopes(Rule):
         warmup: int = 10,
         *,
         max_correction: float | None = None,
-        is_hardly_trained: bool = False,
+        room: float = 1.0,
         fresh: int | None = None,
         falls: bool = True,
     ) -> None:
-        freer = self.FREER if is_hardly_trained else 1.0
-        self.max_correction = freer * self.MOST if max_correction is None else max_correction
-        self.usually = min(freer * self.USUALLY, self.max_correction)
+        self.max_correction = room * self.MOST if max_correction is None else max_correction
+        self.usually = min(room * self.USUALLY, self.max_correction)
         self.warmup = warmup
         self.fresh, self.falls = fresh, falls
         super().__init__()

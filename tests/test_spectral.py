@@ -199,6 +199,50 @@ def test_every_direction_has_a_mean_square_of_one():
         spectral_direction([torch.zeros(s) for s in shapes], tables), shapes, strict=True))  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [4, 60])
+def test_rows_of_a_whitened_table_are_half_by_themselves_and_half_as_the_polar_factor_has_them(monkeypatch, rows):
+    """Also in pieces, and with a row that has no gradient."""
+    torch.manual_seed(0)
+    gradient = torch.randn(rows, 6, dtype=torch.float64) + 3 * torch.randn(6, dtype=torch.float64)
+    gradient[1] = 0
+    unit = nn.functional.normalize
+    by_itself = unit(gradient)
+    factor = polar_factor(by_itself[None].mT)[0].mT if rows > 6 else polar_factor(by_itself[None])[0]
+    expected = 6**0.5 * unit(by_itself + unit(factor))
+    for piece in (2**20, 12):
+        monkeypatch.setattr("hf_elra.optim.directions.spectral.PIECE", piece)
+        (found,) = spectral_direction([gradient], [True], whitened=[True])
+        torch.testing.assert_close(found, expected)
+    assert torch.linalg.svdvals(found)[0] < 0.9 * torch.linalg.svdvals(by_itself)[0] * 6**0.5
+    (plain,) = spectral_direction([gradient], [True], whitened=[False])
+    torch.testing.assert_close(plain, 6**0.5 * by_itself)
+
+
+@pytest.mark.parametrize(("weights", "expected"), [("new", True), ("trained", False)])
+def test_tables_of_new_models_are_whitened_and_those_of_trained_ones_not(weights, expected):
+    """What was saved before there was that goes on as it began."""
+    torch.manual_seed(0)
+    table, matrix = (nn.Parameter(torch.randn(*shape)) for shape in [(30, 8), (8, 8)])
+    optimizer = ELRASpectral([matrix, table], embeddings=[table], weights=weights, momentum=0.0)
+    before = table.detach().clone()
+    gradient = torch.randn(30, 8) + 2
+    matrix.grad, table.grad = torch.randn(8, 8), gradient.clone()
+    optimizer.step(loss=1.0)
+    assert optimizer.param_groups[0]["whitened"] == [False, expected]
+    along = (before - table.detach()) / (before - table.detach()).norm(dim=1, keepdim=True)
+    is_plain = torch.allclose(along, gradient / gradient.norm(dim=1, keepdim=True), atol=0.01)
+    assert is_plain != expected
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["whitened"]
+    again = ELRASpectral([matrix, table], embeddings=[table], weights=weights, momentum=0.0)
+    again.load_state_dict(saved)
+    before = table.detach().clone()
+    again.step(loss=1.0)
+    along = (before - table.detach()) / (before - table.detach()).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(along, gradient / gradient.norm(dim=1, keepdim=True), atol=0.01, rtol=0.0)
+
+
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-24, 1e-10, 1.0, 1e15])
 def test_the_size_of_a_gradient_does_not_matter(size):
     """Down to where squares vanish in float32."""

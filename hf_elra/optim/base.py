@@ -150,7 +150,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         # ``base_lr`` remembers α_0 beside ``lr``, which schedulers rewrite.
         super().__init__(params, {**settings, "base_lr": lr, "alpha": lr, **OF_THE_LAST_STEP})
         scalars: dict[str, Any] = {
-            "alpha": float(lr), "step_size": 0.0, "previous_slope": None, "previous_slope_of_new": 0.0,
+            "alpha": float(lr), "step_size": 0.0, "previous_slope": None, "previous_uncounted": 0.0,
             "previous_loss": None, "gradient_norm": None,
             "direction_norm": None, "step_norm": 0.0, "cosine": None, "weight_square": None, "moved": False,
             "updates": 0, **new_setbacks(), "loss_statistics": new_loss_statistics(settings["restart_window"]),
@@ -451,7 +451,7 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             step_size=scalars["step_size"],
         )
         measured.was_full = max(group["step_factor"] for group in self.param_groups) >= 1
-        norm_squared = of_new = 0.0
+        norm_squared = uncounted = 0.0
         for weight, group, group_params, group_gradients in zip(
             shares(factors), self.param_groups, params, gradients, strict=True
         ):
@@ -460,20 +460,20 @@ class LossAwareOptimizer(torch.optim.Optimizer):
             if measured.step_size > 0:
                 share = group["step_size"] / measured.step_size
                 measured.current_slope += share * product
-                for p, g in self._new_ones(group, group_params, group_gradients):
-                    of_new += share * self._memory.products(self._part(group, [p]), [g])[1]
+                for p, g in self._uncounted(group, group_params, group_gradients):
+                    uncounted += share * self._memory.products(self._part(group, [p]), [g])[1]
             measured.slope += weight * square
             norm_squared += weight * weight * square
         if parts.step_guards.need_size(is_first=not scalars["moved"]):
             measured.size, measured.number = self._size(parts, params), self._number_sized(parts, params)
         losses = [] if loss is None else [loss]
-        square, measured.current_slope, of_new, measured.slope, norm_squared, measured.size, *losses = self._agreed(
-            measured.gradient_norm_squared, measured.current_slope, of_new, measured.slope, norm_squared, measured.size,
-            *losses,
+        square, measured.current_slope, uncounted, measured.slope, norm_squared, measured.size, *losses = self._agreed(
+            measured.gradient_norm_squared, measured.current_slope, uncounted, measured.slope, norm_squared,
+            measured.size, *losses,
         )  # fmt: skip
-        measured.current_slope_counted = measured.current_slope - of_new
+        measured.current_slope_counted = measured.current_slope - uncounted
         if measured.previous_slope is not None:
-            measured.previous_slope_counted = measured.previous_slope - scalars["previous_slope_of_new"]
+            measured.previous_slope_counted = measured.previous_slope - scalars.get("previous_uncounted", 0.0)
         measured.gradient_norm_squared, measured.loss = square, losses[0] if losses else None
         measured.direction_norm = math.sqrt(norm_squared)
         scalars["gradient_norm"] = math.sqrt(square)
@@ -514,17 +514,17 @@ class LossAwareOptimizer(torch.optim.Optimizer):
         """Return u_t, group by group; its slope and norm, as the step will be made of it, are noted."""
         directions = parts.direction.apply(self.param_groups, params, gradients, self.state)
         if not parts.direction.is_gradient:
-            slope = norm_squared = of_new = 0.0
+            slope = norm_squared = uncounted = 0.0
             for group, group_params, weight, group_directions, group_gradients in zip(
                 self.param_groups, params, shares(factors), directions, gradients, strict=True
             ):
                 square, product = squares_and_products(group_directions, group_gradients)
                 slope += weight * product
                 norm_squared += weight * weight * square
-                new = self._new_ones(group, group_params, zip(group_directions, group_gradients, strict=True))
-                of_new += weight * sum(dot([u], [g]) for _, (u, g) in new)
-            measured.slope, norm_squared, of_new = self._agreed(slope, norm_squared, of_new)
-            self._numbers_to_change()["previous_slope_of_new"] = of_new
+                out = self._uncounted(group, group_params, zip(group_directions, group_gradients, strict=True))
+                uncounted += weight * sum(dot([u], [g]) for _, (u, g) in out)
+            measured.slope, norm_squared, uncounted = self._agreed(slope, norm_squared, uncounted)
+            self._numbers_to_change()["previous_uncounted"] = uncounted
             measured.direction_norm = math.sqrt(norm_squared)
         return directions
 
@@ -689,15 +689,18 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     # ---- what the update is made of ----
 
-    def _new_ones(
+    def _uncounted(
         self, group: dict[str, Any], params: Sequence[Tensor], things: Iterable[Any]
     ) -> list[tuple[Any, Any]]:
-        """Of some parameters of a group those that are new in a trained model, each with its thing."""
-        flags = group.get("new", ())
-        if not any(flags):
-            return []
-        new = {p for p, is_new in zip(group["params"], flags, strict=True) if is_new}
-        return [(p, thing) for p, thing in zip(params, things, strict=True) if p in new]
+        """Of some parameters of a group those whose slopes say nothing of the others' rate, each with its thing: what
+        is new in a trained model, and tables that are whitened, whose steps go where their gradients are small."""
+        out = {
+            p
+            for name in ("new", "whitened")
+            for p, is_so in zip(group["params"], group.get(name, ()), strict=False)  # other optimizers have no flags
+            if is_so
+        }
+        return [(p, thing) for p, thing in zip(params, things, strict=True) if p in out] if out else []
 
     def _current_parts(self) -> Parts:
         """The parts, with the rule's state."""

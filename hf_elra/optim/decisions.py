@@ -24,7 +24,7 @@ from hf_elra.optim.natural_steps import OFFSET
 OF_RATIOS = ("ratios_count", "ratios_mean", "ratios_squares")
 OF_RULE = ("warms_up", "first", "natural", "rule_update", "began", "walked", *OF_RATIOS)
 """What the rule remembers; see ``EndSlopes.new_state``."""
-NAMES = (*Numbers.names, "previous_slope_of_new", *OF_RULE)
+NAMES = (*Numbers.names, "previous_uncounted", *OF_RULE)
 
 
 class Measured(NamedTuple):
@@ -33,7 +33,7 @@ class Measured(NamedTuple):
     Attributes:
         square: ‖G_t‖².
         current: ⟨G_t, u_{t-1}⟩.
-        of_new: the part of ``current`` that belongs to tensors that are new in a trained model.
+        uncounted: the part of ``current`` of tensors whose slopes say nothing of the others' rate.
         size: sum of the squares of the weights whose size limits a step.
         loss: f_t; None where it was not told.
         was_full: whether the factor of a scheduler was 1 in the last step.
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
     square: Tensor
     current: Tensor
-    of_new: Tensor
+    uncounted: Tensor
     size: Tensor
     loss: Tensor | None
     was_full: Tensor
@@ -146,7 +146,7 @@ def decide(
 
     Returns:
         The numbers after the update, but those of its direction: if the last step stands, ``previous_slope``,
-        ``previous_slope_of_new``, ``direction_norm`` and ``step_norm`` are to follow.
+        ``previous_uncounted``, ``direction_norm`` and ``step_norm`` are to follow.
     """
     square, loss, guard = measured.square, measured.loss, parts.restart_guard
     zero, nan = torch.zeros_like(square), torch.full_like(square, math.nan)
@@ -301,9 +301,9 @@ def _proposed(
         fallen = torch.where(ends, torch.minimum(fallen, natural), fallen)
 
     # Ratios are taken in, and may be significant (EndSlopes._corrected).
-    slope = numbers["previous_slope"] - numbers["previous_slope_of_new"]
+    slope = numbers["previous_slope"] - numbers["previous_uncounted"]
     takes_in = measured.was_full & (slope > 0)
-    ratio = ((measured.current - measured.of_new) / slope).clamp(-1.0, 1.0)
+    ratio = ((measured.current - measured.uncounted) / slope).clamp(-1.0, 1.0)
     old = [rule[name] for name in OF_RATIOS]
     count, mean, squares = _added(old[0], old[1], old[2], ratio)
     freedom = (count - 1).clamp(min=1.0)

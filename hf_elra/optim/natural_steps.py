@@ -77,6 +77,8 @@ class NaturalSteps:
         rate: α·sqrt(t + OFFSET) of the tensors that count: all, or those that are not new in a trained model.
         shares: of every parameter, its own rate over ``rate``.
         new: of every parameter, whether it is new in a model that is trained otherwise.
+        whitened: of every parameter, whether it is a table of a new model, beside matrices: its rows, which mostly go
+            the same way at first, then share their directions out (``directions/spectral.py``).
         is_trained: whether the model is trained, but for these.
         room: how many times as far as usual corrections may lead.
     """
@@ -84,6 +86,7 @@ class NaturalSteps:
     rate: float
     shares: list[list[float]]
     new: list[list[bool]]
+    whitened: list[list[bool]]
     is_trained: bool
     room: float
 
@@ -153,6 +156,7 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         rate,
         [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
+        [[flag and not is_trained and bool(unpaired) for flag in group["embeddings"]] for group in groups],
         is_trained,
         FREER if is_hardly_trained else NEARER if adapters else 1.0,
     )

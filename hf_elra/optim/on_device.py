@@ -75,13 +75,18 @@ class DeviceUpdate(Numbers):
         rule = scalars["rule"]
         plain = {name: rule[name] for name in ("warms_up", "first", "natural", "began", "walked")}
         of_rule = {**plain, **dict(zip(OF_RATIOS, rule["ratios"], strict=True))}
-        of_new = scalars["previous_slope_of_new"]
-        return {**super().read(scalars), "previous_slope_of_new": of_new, **of_rule, "rule_update": rule["update"]}
+        uncounted = scalars.get("previous_uncounted", 0.0)
+        return {
+            **super().read(scalars),
+            "previous_uncounted": uncounted,
+            **of_rule,
+            "rule_update": rule["update"],
+        }
 
     def write(self, scalars: dict[str, Any], found: dict[str, Any]) -> None:
         """Put numbers by name in their place on the host."""
         super().write(scalars, found)
-        scalars["previous_slope_of_new"] = found["previous_slope_of_new"]
+        scalars["previous_uncounted"] = found["previous_uncounted"]
         scalars["rule"].update(
             warms_up=int(found["warms_up"]),
             first=found["first"],
@@ -320,22 +325,22 @@ class DecidesOnDevice(NumbersOnDevice):
         pairs = [
             pair
             for group, of_group in zip(self.param_groups, kept, strict=True)
-            for pair in self._by_age(group, of_group)
+            for pair in self._by_count(group, of_group)
         ]
         square, size, *of_pairs = _sums([squares, sized, *pairs], beside=one)
         whole = torch.where(named["step_size"] > 0, named["step_size"], math.inf)  # nothing is learnt from no step
-        current, of_new = _weighted([of_group[0] / whole for of_group in of_groups], of_pairs)
-        told = [square, current, of_new, size]
-        told += [named[name] for name in ("previous_slope", "previous_slope_of_new", "direction_norm")]
+        current, uncounted = _weighted([of_group[0] / whole for of_group in of_groups], of_pairs)
+        told = [square, current, uncounted, size]
+        told += [named[name] for name in ("previous_slope", "previous_uncounted", "direction_norm")]
         if loss is not None:
             told.append(_on(loss, one))
         if self.process_group is not None:
             told = list(mean_over_processes(torch.stack(told), self.process_group).unbind())
-        for name, value in zip(("previous_slope", "previous_slope_of_new", "direction_norm"), told[4:], strict=False):
+        for name, value in zip(("previous_slope", "previous_uncounted", "direction_norm"), told[4:], strict=False):
             named[name] = value
         was_full = of_groups[:, 1].amax() >= 1
-        square, current, of_new, size = told[:4]
-        return Measured(square, current, of_new, size, None if loss is None else told[7], was_full)
+        square, current, uncounted, size = told[:4]
+        return Measured(square, current, uncounted, size, None if loss is None else told[7], was_full)
 
     def _directions_there(
         self, parts: Parts, verdict: Verdict, params: list[list[Tensor]], gradients: list[list[Tensor]]
@@ -361,32 +366,32 @@ class DecidesOnDevice(NumbersOnDevice):
         """Note slope and norm of u_t, as the step will be made of it."""
         lots: list[list[tuple[Tensor, Tensor]]] = []
         for group, *of_group in zip(self.param_groups, params, gradients, directions, strict=True):
-            lots += self._by_age(group, [(p, (u, g)) for p, g, u in zip(*of_group, strict=True)])
+            lots += self._by_count(group, [(p, (u, g)) for p, g, u in zip(*of_group, strict=True)])
             lots.append([(u, u) for u in of_group[2]])
         sums = _sums(lots, beside=after["alpha"])
         weights = shares(factors)
-        slope, of_new = _weighted(weights, [product for i, product in enumerate(sums) if i % 3 != 2])
+        slope, uncounted = _weighted(weights, [product for i, product in enumerate(sums) if i % 3 != 2])
         norm = torch.stack([w * w * square for w, square in zip(weights, sums[2::3], strict=True)]).sum().sqrt()
         # A frozen update goes nowhere: there is nothing to take back and nothing to learn from it.
         noted = {
             "previous_slope": slope if max(factors) > 0 else torch.full_like(slope, math.nan),
-            "previous_slope_of_new": of_new,
+            "previous_uncounted": uncounted,
             "direction_norm": norm,
             "step_norm": after["step_size"] * norm,
         }
         for name, value in noted.items():
             after[name] = torch.where(verdict.stands, value, after[name])
 
-    def _by_age(self, group: dict[str, Any], things: list[tuple[Tensor, Any]]) -> tuple[list[Any], list[Any]]:
-        """Return what belongs to parameters of a group in two lists, of those that were there and of new ones.
+    def _by_count(self, group: dict[str, Any], things: list[tuple[Tensor, Any]]) -> tuple[list[Any], list[Any]]:
+        """Return what belongs to parameters of a group in two lists, of those whose slopes count and of others.
 
         Args:
             group: the group.
             things: parameters of it, each with its thing.
         """
         params = [p for p, _ in things]
-        new = {p for p, _ in self._new_ones(group, params, params)}
-        return [thing for p, thing in things if p not in new], [thing for p, thing in things if p in new]
+        out = {p for p, _ in self._uncounted(group, params, params)}
+        return [thing for p, thing in things if p not in out], [thing for p, thing in things if p in out]
 
     def _keep_there(self, verdict: Verdict, params: list[list[Tensor]], directions: list[list[Tensor]]) -> None:
         """Keep u_t where the last step stands; what has no gradient does not move then."""
@@ -480,7 +485,7 @@ def _weighted(weights: Sequence[Tensor | float], sums: Sequence[Tensor]) -> tupl
 
     Args:
         weights: one a group.
-        sums: of every group two, see :meth:`DecidesOnDevice._by_age`.
+        sums: of every group two, see :meth:`DecidesOnDevice._by_count`.
     """
     old = torch.stack([weight * of_group for weight, of_group in zip(weights, sums[::2], strict=True)]).sum()
     new = torch.stack([weight * of_group for weight, of_group in zip(weights, sums[1::2], strict=True)]).sum()

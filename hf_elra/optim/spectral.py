@@ -37,8 +37,8 @@ class ELRASpectral(DecidesOnDevice):
     r"""A learning rate that finds itself, over polar factors of averaged gradients.
 
     x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
-    averaged gradient (as in Muon), rows of embeddings and vectors along their own. There is one α, and every tensor has
-    a share s in it that does not change. Both come from the weights: a new matrix makes steps of one size in the
+    averaged gradient (as in Muon), rows of embeddings and vectors along their own, and rows of a new model's embeddings
+    half along the polar factor of all rows. There is one α, and every tensor has a share s in it that does not change. Both come from the weights: a new matrix makes steps of one size in the
     spectral norm, whatever its width; a trained one steps in proportion to the size of trained weights, and a fresh
     head on top of it as a new matrix does, but shorter; the pairs of LoRA step so that their product does. α falls as
     1/sqrt(t + 50), and slopes at the ends of steps correct it where they are significant. A step after which the loss
@@ -76,7 +76,7 @@ class ELRASpectral(DecidesOnDevice):
             times only where a step leaves more than half of the slope; and only in the first pass over the data, after
             which up to 4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
             len(loader)``. A trained model that shall not forget needs less. Of a hardly trained model both bounds are
-            eight times as far. Default: None, for 16.
+            eight times as far, with pairs of LoRA half as far otherwise. Default: None, for these bounds.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         max_drift (float, optional): how far matrices may go from where they began, as a share of their root mean square
             then: all α together are at most that, below ``lr_bounds`` if need be. It is spread over the run, whose
@@ -239,7 +239,8 @@ class ELRASpectral(DecidesOnDevice):
         for kind in (*KINDS, "outputs"):
             group[kind] = [id(p) in self._kinds.get(kind, ()) for p in group["params"]]
         group["adapters"] = [self._adapters.get(id(p), 0) for p in group["params"]]
-        group["shares"], group["new"] = [1.0] * len(group["params"]), [False] * len(group["params"])
+        group["shares"] = [1.0] * len(group["params"])
+        group["new"], group["whitened"] = ([False] * len(group["params"]) for _ in range(2))
         group["is_trained"], group["room"] = False, 1.0  # read of the first group
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -266,8 +267,8 @@ class ELRASpectral(DecidesOnDevice):
                 "with is hardly worth keeping, and tables go further than matrices. If they are trained, pass "
                 "weights='trained'; if not, leave max_drift out."
             )
-        for group, shares, new in zip(self.param_groups, found.shares, found.new, strict=True):
-            group["shares"], group["new"] = shares, new
+        for group, *of_params in zip(self.param_groups, found.shares, found.new, found.whitened, strict=True):
+            group["shares"], group["new"], group["whitened"] = of_params
         self.param_groups[0].update(is_trained=found.is_trained, room=found.room)
         return found.rate
 

@@ -1,6 +1,6 @@
 """Polar factors U·Vᵀ of matrices U·S·Vᵀ, by a Newton-Schulz iteration.
 
-Of which matrices they are taken is in ``spectral.py``.
+Of which matrices they are taken, and what is whitened, is in ``spectral.py``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,23 @@ def polar_factor(matrices: Tensor, dtype: str = "auto") -> Tensor:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.to(wide)
+
+
+def whitening(gram: Tensor) -> Tensor:
+    """Return a matrix Q with which X·Q is approximately, but for its size, the polar factor of X.
+
+    It is the same iteration, of which XᵀX alone is needed: X may be as high as it likes, or be in pieces.
+
+    Args:
+        gram (Tensor, shape (columns, columns), float32 or float64): XᵀX. Of zero Q means nothing.
+    """
+    a, b, c = QUINTIC
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    square, found = gram / gram.trace().clamp_min(1e-30), one
+    for _ in range(STEPS):
+        factor = a * one + b * square + c * (square @ square)
+        found, square = found @ factor, factor @ square @ factor
+    return found
 
 
 def iterates_in(matrices: Tensor, asked: str) -> torch.dtype:

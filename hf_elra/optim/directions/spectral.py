@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.linalg import vector_norm
 from torch.nn.modules.conv import _ConvNd
 
 from hf_elra.optim import many_tensors
 from hf_elra.optim.arguments import need_model
 from hf_elra.optim.directions import Direction, Groups
-from hf_elra.optim.directions.polar import near_one, polar_factor
+from hf_elra.optim.directions.polar import near_one, polar_factor, whitening
 from hf_elra.optim.exchange import each_once
 from hf_elra.optim.shards import Rows, like, pieces_of, put_together, reduced
 from hf_elra.optim.tensors import PIECE, in_pieces, local, wide
@@ -34,8 +34,8 @@ POLAR_BATCH = 2**24
 class Spectral(Direction):
     """Polar factors of averaged gradients; rows of embeddings and vectors along their own averages.
 
-    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter, and of ``shares``, by which directions
-    are multiplied.
+    Groups have a list of flags for each of :data:`KINDS`, one flag a parameter, of flags ``whitened``, which of the
+    embeddings are, and of ``shares``, by which directions are multiplied.
 
     Args:
         momentum: share of the averaged gradient that is kept at an update (Nesterov's form). With 0 there is no
@@ -74,15 +74,17 @@ class Spectral(Direction):
         Directions have the type that state is kept in, so that the step is taken along the very numbers that are kept.
         """
         flags: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-        averages, shares = [], []
+        averages, shares, whitened = [], [], []
         for group, group_params, group_gradients in zip(groups, params, gradients, strict=True):
             places = {p: index for index, p in enumerate(group["params"])}
             for kind in KINDS:
                 flags[kind] += [group[kind][places[p]] for p in group_params]
             shares += [group["shares"][places[p]] for p in group_params]
+            flagged = group.get("whitened", [False] * len(places))  # checkpoints of before have no such flags
+            whitened += [flagged[places[p]] for p in group_params]
             averages += self.averaged(group_params, group_gradients, state)
         directions = spectral_direction(
-            averages, **flags, batch=self.batch, group=self.group, polar_dtype=self.polar_dtype
+            averages, **flags, whitened=whitened, batch=self.batch, group=self.group, polar_dtype=self.polar_dtype
         )
         if self.momentum > 0:
             flat = [g for of_group in gradients for g in of_group]
@@ -136,6 +138,7 @@ def spectral_direction(
     embeddings: Sequence[bool],
     experts: Sequence[bool] | None = None,
     *,
+    whitened: Sequence[bool] | None = None,
     batch: int = POLAR_BATCH,
     group: dist.ProcessGroup | None = None,
     polar_dtype: str = "auto",
@@ -144,13 +147,14 @@ def spectral_direction(
 
     For a matrix it is the polar factor U·Vᵀ of its gradient, so that a rotation of the inputs or outputs of a layer
     rotates the direction. A convolution counts as a matrix of output channels by the rest. For an embedding every row
-    is taken by itself, and for a vector it is the gradient. If a gradient, or a row of an embedding, is zero, so is
-    the direction.
+    is taken by itself, or half by itself and half as the polar factor of all rows has it (:func:`_whitened`), and for a
+    vector it is the gradient. If a gradient, or a row of an embedding, is zero, so is the direction.
 
     Args:
         gradients: floating point tensors of any shapes, which may be split over processes (DTensor).
         embeddings: for each, whether it is an embedding.
         experts: for each, whether it is several matrices in one, along its first dimension.
+        whitened: for each, whether it is an embedding whose rows share their directions out among them.
         batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
         group: processes that have the same gradients, where these are no DTensors, and share the work.
         polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
@@ -160,7 +164,8 @@ def spectral_direction(
     by_rows = [i for i, gradient in enumerate(gradients) if gradient.dim() < 2 or embeddings[i]]
     found = _unit_rows([gradients[i] for i in by_rows], [embeddings[i] and gradients[i].dim() > 1 for i in by_rows])
     for index, direction in zip(by_rows, found, strict=True):
-        directions[index] = direction
+        is_whitened = bool(whitened and whitened[index]) and direction.dim() == 2 and direction.numel() > 0
+        directions[index] = _whitened(direction) if is_whitened else direction
     matrices = [i for i, direction in enumerate(directions) if direction is None]
     pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]
     compute = partial(_unit_polar_factors, polar_dtype=polar_dtype)
@@ -169,6 +174,32 @@ def spectral_direction(
         parts = [next(results) for _ in of_one]
         directions[index] = put_together(parts, gradients[index], stacked=experts[index])
     return directions
+
+
+def _whitened(table: Tensor) -> Tensor:
+    """Return a table of unit rows with each half way, as unit rows, to the polar factor of all of them.
+
+    Gradients of most rows look the same way, as those of an output layer do, whose rare tokens all become less likely.
+    Along these alone a table would go in few dimensions; in the polar factor all dimensions count the same.
+
+    Args:
+        table (Tensor, shape (rows, columns)): rows with a mean square of one, or zero.
+    """
+    if Rows.of(table, apart=True).within:  # columns are split: rows are needed as a whole
+        rows_apart = [Shard(0) if p.is_shard() else p for p in table.placements]  # type: ignore[attr-defined]
+        return _whitened(table.redistribute(placements=rows_apart)).redistribute(placements=table.placements)  # type: ignore[attr-defined]
+    rows, units = Rows.of(table, apart=True), local(table)
+    gram = torch.zeros(units.shape[1], units.shape[1], dtype=wide(units.dtype), device=units.device)
+    for (some,) in _some_rows(units, elsewhere=POLAR_BATCH):
+        gram += _wide(some).mT @ _wide(some)
+    (gram,) = reduced([gram], [rows.between], dist.ReduceOp.SUM)
+    matrix, found = whitening(gram), torch.empty_like(units)
+    for target, some in _some_rows(found, units, elsewhere=POLAR_BATCH):
+        further = _wide(some) @ matrix
+        further *= 1 / further.square().mean(1, keepdim=True).sqrt_().clamp_min(1e-30)
+        further += some
+        target.copy_(further.mul_(1 / further.square().mean(1, keepdim=True).sqrt_().clamp_min(1e-30)))
+    return like(found, table)
 
 
 def kept_in(param: Tensor, asked: str) -> torch.dtype:
@@ -364,10 +395,12 @@ def _unit_rows_apart(tensors: Sequence[Tensor], apart: Sequence[bool]) -> list[T
     return result
 
 
-def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield rows of tensors that have as many: as many at once as :data:`PIECE` numbers, on a CPU, else all."""
+def _some_rows(*tensors: Tensor, elsewhere: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of tensors that have as many: as many at once as :data:`PIECE` numbers on a CPU, as so many elsewhere,
+    or else all."""
     first = tensors[0]
-    number = max(1, PIECE // max(1, first[:1].numel())) if first.device.type == "cpu" else max(1, len(first))
+    most = PIECE if first.device.type == "cpu" else elsewhere
+    number = max(1, len(first) if most is None else most // max(1, first[:1].numel()))
     yield from zip(*(t.split(number) for t in tensors), strict=True)
 
 

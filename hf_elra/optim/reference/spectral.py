@@ -81,7 +81,8 @@ class ReferenceSpectral(ReferenceRestarts):
         self.updates, self.last_set = 0, 0  # the second: the update that set α last
         self.natural = 0.0
         self.max_drift, self.walked, self.began, self.total_updates = max_drift, 0.0, 0.0, total_updates
-        self.shares, self.new = [1.0] * len(points), [False] * len(points)
+        self.shares = [1.0] * len(points)
+        self.new, self.whitened = ([False] * len(points) for _ in range(2))
         self.room = 1.0
         self.warms_up = warmup > 0
         self.first = 0.0
@@ -160,9 +161,9 @@ class ReferenceSpectral(ReferenceRestarts):
         return 1 / max(2 * (math.sqrt(last + 0.5) - math.sqrt(first - 0.5)) * math.sqrt(first), 1)
 
     def slope(self, gradients: list[Tensor], directions: list[Tensor], *, counted: bool = False) -> float:
-        """⟨G, u⟩; ``counted``: without tensors that are new in a trained model."""
-        triples = zip(gradients, directions, self.new, strict=True)
-        return sum(float((g * u).sum()) for g, u, new in triples if not (counted and new))
+        """⟨G, u⟩; ``counted``: without tensors that are new in a trained model, and without whitened tables."""
+        out = [counted and (new or whitened) for new, whitened in zip(self.new, self.whitened, strict=True)]
+        return sum(float((g * u).sum()) for g, u, is_out in zip(gradients, directions, out, strict=True) if not is_out)
 
     def look_at_weights(self) -> None:
         """What suits the weights is not written down a second time."""
@@ -171,7 +172,7 @@ class ReferenceSpectral(ReferenceRestarts):
         group = {"params": self.x, "embeddings": embeddings, "experts": none, "outputs": none, "adapters": none}
         found = natural_steps([group])
         self.natural, (self.shares,), (self.new,) = found.rate, found.shares, found.new
-        self.room = found.room
+        (self.whitened,), self.room = found.whitened, found.room
         if found.is_trained:
             self.initial_restart_ratio = None
 
@@ -223,11 +224,14 @@ class ReferenceSpectral(ReferenceRestarts):
             self.averages = [kept * a + added * g for a, g in zip(self.averages, gradients, strict=True)]
             along = [kept * a + added * g for a, g in zip(self.averages, gradients, strict=True)]
         found = []
-        for average, is_embedding, share in zip(along, self.embeddings, self.shares, strict=True):
+        flags = self.embeddings, self.whitened
+        for average, is_embedding, whitened, share in zip(along, *flags, self.shares, strict=True):
             if average.dim() < 2:
                 found.append(share * unit(average))
             elif is_embedding:
-                found.append(share * torch.stack([unit(row) for row in average]))
+                rows = torch.stack([unit(row) for row in average])
+                further = torch.stack([unit(row) for row in polar(rows)]) if whitened else torch.zeros_like(rows)
+                found.append(share * torch.stack([unit(row) for row in rows + further]))
             else:
                 found.append(share * polar(average))
         return found

@@ -22,8 +22,8 @@ class Measurement:
         previous_slope: ⟨G_{t-1}, u_{t-1}⟩ at the beginning of the last step; None without a step to learn from.
         current_slope: ⟨G_t, u_{t-1}⟩ at its end.
         previous_norm: ‖u_{t-1}‖.
-        previous_slope_counted, current_slope_counted: the same without tensors that are new in a trained model, whose
-            slopes say nothing of the rate of the others.
+        previous_slope_counted, current_slope_counted: the same without tensors whose slopes say nothing of the rate
+            of the others: what is new in a trained model, and tables that are whitened.
         step_size: how far along u_{t-1} it went: α_{t-1} times the largest factor of a scheduler.
         was_full: whether this factor was 1.
         natural_rate: what suits the weights, see ``natural_steps.py``; known at the first update only.

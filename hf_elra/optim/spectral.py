@@ -38,11 +38,12 @@ class ELRASpectral(DecidesOnDevice):
 
     x_{t+1} = x_t - α_t·s·u_t, where every tensor's u_t has a mean square of one: hidden matrices go along U·Vᵀ of their
     averaged gradient (as in Muon), rows of embeddings and vectors along their own, and rows of a new model's embeddings
-    half along the polar factor of all rows. There is one α, and every tensor has a share s in it that does not change. Both come from the weights: a new matrix makes steps of one size in the
-    spectral norm, whatever its width; a trained one steps in proportion to the size of trained weights, and a fresh
-    head on top of it as a new matrix does, but shorter; the pairs of LoRA step so that their product does. α falls as
-    1/sqrt(t + 50), and slopes at the ends of steps correct it where they are significant. A step after which the loss
-    is too high is taken back (ELRA's soft restart).
+    half along the polar factor of all rows. There is one α, and every tensor has a share s in it that does not change.
+    Both come from the weights: a new matrix makes steps of one size in the spectral norm, whatever its width; a trained
+    one steps in proportion to the size of trained weights, and a fresh head on top of it as a new matrix does, but
+    shorter; the pairs of LoRA step so that their product does. α falls as 1/sqrt(t + 50), and slopes at the ends of
+    steps correct it where they are significant. A step after which the loss is too high is taken back (ELRA's soft
+    restart).
 
     The loss has to be told, as to :class:`~hf_elra.optim.ELRA`. Evaluate the mean of the points, weighted towards the
     last ones: with no schedule to bring α down, it stands in for one. In a Trainer that is on by default; in a bare

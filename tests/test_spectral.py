@@ -386,6 +386,21 @@ def test_a_model_that_is_hardly_trained_may_go_further(rows, left, given, times,
     assert max(a * math.sqrt(50 + t) for t, a in enumerate(alphas, 1)) == pytest.approx(times * natural, rel=0.02)
 
 
+@pytest.mark.parametrize(("left", "given", "times"), [(0.33, {}, 2), (0.9, {}, 8), (0.33, {"max_correction": 4.0}, 4)])
+def test_pairs_of_lora_beside_a_trained_matrix_may_go_half_as_far(left, given, times):
+    torch.manual_seed(0)
+    beside = torch.randn(40, 64) / 8 + torch.outer(torch.randn(40), torch.randn(64)) / 4
+    a, b = (nn.Parameter(torch.randn(*shape).double()) for shape in [(4, 64), (40, 4)])
+    optimizer = ELRASpectral([a, b], adapters=[(a, b, 1.0, beside)], restart_sigma=1e9, **given)
+    directions, alphas = [torch.randn_like(p) for p in (a, b)], []
+    for update in range(60):
+        a.grad, b.grad = (u * left**update for u in directions)
+        optimizer.step(loss=1.0)
+        alphas.append(optimizer.alpha * math.sqrt(50 + update + 1))
+    natural = alphas[10]  # right after the warm-up
+    assert max(alphas) == pytest.approx(times * natural, rel=0.02)
+
+
 def test_slopes_of_examples_that_were_trained_on_make_it_no_larger():
     rule, alpha = begun(max_correction=100.0, fresh=20)
     for update in range(12, 40):

@@ -77,7 +77,7 @@ class ELRASpectral(DecidesOnDevice):
             times only where a step leaves more than half of the slope; and only in the first pass over the data, after
             which up to 4 times are taken back. How long a pass is a bare loop tells as ``optimizer.updates_per_epoch =
             len(loader)``. A trained model that shall not forget needs less. Of a hardly trained model both bounds are
-            eight times as far, with pairs of LoRA half as far otherwise. Default: None, for these bounds.
+            eight times as far, with pairs of LoRA half as far otherwise, if this is None. Default: None.
         max_relative_step (float): α is at most this share of the root mean square of all matrices. Default: 0.5.
         max_drift (float, optional): how far matrices may go from where they began, as a share of their root mean square
             then: all α together are at most that, below ``lr_bounds`` if need be. It is spread over the run, whose

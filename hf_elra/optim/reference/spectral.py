@@ -212,8 +212,9 @@ class ReferenceSpectral(ReferenceRestarts):
             return max(corrected, min(alpha, suits))
         if epoch is not None and self.updates > epoch:
             return alpha
-        bound = 16 * self.room if self.max_correction is None else self.max_correction
-        most = bound if mean > 0.5 else min(4 * self.room, bound)
+        room = self.room if self.max_correction is None else max(self.room, 1)
+        bound = 16 * room if self.max_correction is None else self.max_correction
+        most = bound if mean > 0.5 else min(4 * room, bound)
         return max(alpha, min(corrected, most * suits))
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -41,7 +41,7 @@ class EndSlopes(Rule):
             α does not go back to what suits the weights either.
         max_correction: corrections make α at most so many times what suits the weights; beyond :data:`USUALLY` times
             only while the mean ratio is above :data:`FAR_TOO_SHORT`. None: :data:`MOST`, times ``room``.
-        room: how many times as far both bounds are, as suits the model.
+        room: how many times as far both bounds are, as suits the model; 1 at least if ``max_correction`` is given.
         fresh: in so many updates the data are new; None: in all.
         falls: whether α falls with the number of updates; if not, it stays where a falling one is after 50 of them.
     """
@@ -70,6 +70,8 @@ class EndSlopes(Rule):
         fresh: int | None = None,
         falls: bool = True,
     ) -> None:
+        if max_correction is not None:
+            room = max(room, 1.0)
         self.max_correction = room * self.MOST if max_correction is None else max_correction
         self.usually = min(room * self.USUALLY, self.max_correction)
         self.warmup = warmup

@@ -223,19 +223,21 @@ def test_tables_of_new_models_are_whitened_and_those_of_trained_ones_not(weights
     """What was saved before there was that goes on as it began."""
     torch.manual_seed(0)
     table, matrix = (nn.Parameter(torch.randn(*shape)) for shape in [(30, 8), (8, 8)])
-    optimizer = ELRASpectral([matrix, table], embeddings=[table], weights=weights, momentum=0.0)
+    params, tables = [matrix, table, nn.Parameter(torch.randn(4, 3, 2))], [table]
+    tables.append(params[-1])  # of three dimensions, whose rows are taken by themselves
+    optimizer = ELRASpectral(params, embeddings=tables, weights=weights, momentum=0.0)
     before = table.detach().clone()
     gradient = torch.randn(30, 8) + 2
     matrix.grad, table.grad = torch.randn(8, 8), gradient.clone()
     optimizer.step(loss=1.0)
-    assert optimizer.param_groups[0]["whitened"] == [False, expected]
+    assert optimizer.param_groups[0]["whitened"] == [False, expected, False]
     along = (before - table.detach()) / (before - table.detach()).norm(dim=1, keepdim=True)
     is_plain = torch.allclose(along, gradient / gradient.norm(dim=1, keepdim=True), atol=0.01)
     assert is_plain != expected
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["whitened"]
-    again = ELRASpectral([matrix, table], embeddings=[table], weights=weights, momentum=0.0)
+    again = ELRASpectral(params, embeddings=tables, weights=weights, momentum=0.0)
     again.load_state_dict(saved)
     before = table.detach().clone()
     again.step(loss=1.0)

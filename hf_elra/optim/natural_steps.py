@@ -156,7 +156,13 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         rate,
         [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
         [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
-        [[flag and not is_trained and bool(unpaired) for flag in group["embeddings"]] for group in groups],
+        [
+            [
+                flag and p.dim() == 2 and bool(unpaired) and not is_trained
+                for p, flag in zip(group["params"], group["embeddings"], strict=True)
+            ]
+            for group in groups
+        ],
         is_trained,
         FREER if is_hardly_trained else NEARER if adapters else 1.0,
     )

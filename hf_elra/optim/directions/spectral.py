@@ -154,7 +154,7 @@ def spectral_direction(
         gradients: floating point tensors of any shapes, which may be split over processes (DTensor).
         embeddings: for each, whether it is an embedding.
         experts: for each, whether it is several matrices in one, along its first dimension.
-        whitened: for each, whether it is an embedding whose rows share their directions out among them.
+        whitened: for each, whether it is an embedding, of two dimensions, whose rows share their directions out.
         batch: how many numbers matrices have at most whose factors are taken together, if not of one alone.
         group: processes that have the same gradients, where these are no DTensors, and share the work.
         polar_dtype: what polar factors are computed in, as for ``polar.iterates_in``.
@@ -164,7 +164,7 @@ def spectral_direction(
     by_rows = [i for i, gradient in enumerate(gradients) if gradient.dim() < 2 or embeddings[i]]
     found = _unit_rows([gradients[i] for i in by_rows], [embeddings[i] and gradients[i].dim() > 1 for i in by_rows])
     for index, direction in zip(by_rows, found, strict=True):
-        is_whitened = bool(whitened and whitened[index]) and direction.dim() == 2 and direction.numel() > 0
+        is_whitened = bool(whitened and whitened[index]) and direction.numel() > 0
         directions[index] = _whitened(direction) if is_whitened else direction
     matrices = [i for i, direction in enumerate(directions) if direction is None]
     pieces = [pieces_of(gradients[i], stacked=experts[i], group=group) for i in matrices]

@@ -50,7 +50,7 @@ def whitening(gram: Tensor) -> Tensor:
         gram (Tensor, shape (columns, columns), float32 or float64): XᵀX. Of zero Q means nothing.
     """
     a, b, c = QUINTIC
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    one = torch.zeros_like(gram).fill_diagonal_(1)
     square, found = gram / gram.trace().clamp_min(1e-30), one
     for _ in range(STEPS):
         factor = a * one + b * square + c * (square @ square)

@@ -189,7 +189,7 @@ def _whitened(table: Tensor) -> Tensor:
         rows_apart = [Shard(0) if p.is_shard() else p for p in table.placements]  # type: ignore[attr-defined]
         return _whitened(table.redistribute(placements=rows_apart)).redistribute(placements=table.placements)  # type: ignore[attr-defined]
     rows, units = Rows.of(table, apart=True), local(table)
-    gram = torch.zeros(units.shape[1], units.shape[1], dtype=wide(units.dtype), device=units.device)
+    gram = units.new_zeros(units.shape[1], units.shape[1], dtype=wide(units.dtype))
     for (some,) in _some_rows(units, elsewhere=POLAR_BATCH):
         gram += _wide(some).mT @ _wide(some)
     (gram,) = reduced([gram], [rows.between], dist.ReduceOp.SUM)

@@ -77,8 +77,8 @@ class NaturalSteps:
         rate: α·sqrt(t + OFFSET) of the tensors that count: all, or those that are not new in a trained model.
         shares: of every parameter, its own rate over ``rate``.
         new: of every parameter, whether it is new in a model that is trained otherwise.
-        whitened: of every parameter, whether it is a table of a new model, beside matrices: its rows, which mostly go
-            the same way at first, then share their directions out (``directions/spectral.py``).
+        whitened: of every parameter, whether it is a table of a new model, beside matrices, whose rows share their
+            directions out (``directions/spectral.py``).
         is_trained: whether the model is trained, but for these.
         room: how many times as far as usual corrections may lead.
     """

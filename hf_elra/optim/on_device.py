@@ -76,12 +76,7 @@ class DeviceUpdate(Numbers):
         plain = {name: rule[name] for name in ("warms_up", "first", "natural", "began", "walked")}
         of_rule = {**plain, **dict(zip(OF_RATIOS, rule["ratios"], strict=True))}
         uncounted = scalars.get("previous_uncounted", 0.0)
-        return {
-            **super().read(scalars),
-            "previous_uncounted": uncounted,
-            **of_rule,
-            "rule_update": rule["update"],
-        }
+        return {**super().read(scalars), "previous_uncounted": uncounted, **of_rule, "rule_update": rule["update"]}
 
     def write(self, scalars: dict[str, Any], found: dict[str, Any]) -> None:
         """Put numbers by name in their place on the host."""

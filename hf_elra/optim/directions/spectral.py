@@ -179,8 +179,8 @@ def spectral_direction(
 def _whitened(table: Tensor) -> Tensor:
     """Return a table of unit rows with each half way, as unit rows, to the polar factor of all of them.
 
-    Gradients of most rows look the same way, as those of an output layer do, whose rare tokens all become less likely.
-    Along these alone a table would go in few dimensions; in the polar factor all dimensions count the same.
+    In the polar factor all dimensions count the same. Half of each is what served most trials
+    (docs/results/no_rate.md).
 
     Args:
         table (Tensor, shape (rows, columns)): rows with a mean square of one, or zero.

@@ -357,6 +357,21 @@ def test_slopes_that_stay_above_zero_make_alpha_larger_and_only_so_far(ratio, mo
     assert alpha == pytest.approx(times * 99**-0.5)
 
 
+@pytest.mark.parametrize("spread", [0.05, 0.15, 0.4])
+def test_noise_alone_seldom_makes_a_correction(spread):
+    """In 3 of 100 runs of 100 updates, whatever the spread of the ratios; a mean of twice the spread is soon found."""
+    generator = torch.Generator().manual_seed(0)
+
+    def corrected(mean, updates):
+        rule, alpha = begun(max_correction=4.0)
+        for update in range(12, 12 + updates):
+            alpha = rule.propose(measured(update, mean + spread * torch.randn((), generator=generator).item()), alpha)
+        return alpha > 1.01 * (50 + 11 + updates) ** -0.5
+
+    assert 0 < sum(corrected(0.0, 100) for _ in range(200)) <= 16
+    assert sum(corrected(2 * spread, 20) for _ in range(20)) == 20
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
     ("rows", "left", "given", "times"),

@@ -222,3 +222,9 @@ def test_settings_that_a_loaded_state_replaces_are_told(recwarn):
     made(max_drift=0.2).load_state_dict(first.state_dict())
     (told,) = recwarn.list
     assert "which replace momentum=0.9 by 0.5, max_drift=0.2 by None. To change them" in str(told.message)
+    recwarn.clear()
+    trusted = made(momentum=0.5, lr=1e-3, warmup=0)
+    trusted.step(loss=1.0)
+    made(momentum=0.5, lr=2e-3, warmup=0).load_state_dict(trusted.state_dict())
+    (told,) = recwarn.list
+    assert "which replace lr=0.002 by 0.001. To change them" in str(told.message)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -11,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_elra import ConfigurationError
 from hf_elra.recipes import babyllama, image_classifier
 from hf_elra.recipes.image_data import load_images
+from hf_elra.report import environment
 from hf_elra.report.environment import versions
 from hf_elra.report.model_card import MADE_BY, build_model_card
 from hf_elra.report.table import training_table
@@ -142,6 +145,25 @@ def test_card_of_a_run_whose_loss_is_too_high_for_a_perplexity(tmp_path):
 def test_the_version_is_that_of_the_code_whatever_is_installed(monkeypatch):
     monkeypatch.setattr("hf_elra.__version__", "9.9")
     assert versions()["hf_elra"] == "9.9"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_a_checkout_and_marked_where_it_was_changed(tmp_path, monkeypatch):
+    package = tmp_path / "hf_elra"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr("hf_elra.__file__", str(package / "__init__.py"))
+    assert "commit" not in versions()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    environment._commit.cache_clear()
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    commit = versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{10}", commit)
+    (package / "__init__.py").write_text("changed = True")
+    environment._commit.cache_clear()
+    assert versions()["commit"] == commit + "+"
+    environment._commit.cache_clear()
 
 
 def test_card_escapes_what_it_quotes(tmp_path):

@@ -816,9 +816,14 @@ class LossAwareOptimizer(torch.optim.Optimizer):
 
     def _settings_of_groups(self) -> dict[str, list[Any]]:
         """Arguments that a state brings along, by name: the values of all groups."""
-        left_out = {"lr", "base_lr", "alpha", *OF_THE_LAST_STEP, *self.stays_with_object}
+        # ``lr`` is ``base_lr`` times what a scheduler says. That matters where it is trusted, and not found anew.
+        left_out = {"lr", "alpha", *OF_THE_LAST_STEP, *self.stays_with_object}
+        if self.defaults.get("warmup") != 0:
+            left_out.add("base_lr")
         return {
-            name: [tuple(v) if isinstance(v := group.get(name), list) else v for group in self.param_groups]
+            "lr" if name == "base_lr" else name: [
+                tuple(v) if isinstance(v := group.get(name), list) else v for group in self.param_groups
+            ]
             for name in self.defaults
             if name not in left_out
         }

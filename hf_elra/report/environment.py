@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,33 @@ def machine(device: Any = "cpu") -> str:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter, and of ``more``; missing ones are left out."""
+    """Return the versions of Python and of the packages that matter, and of ``more``; missing ones are left out.
+
+    If this package runs from a git checkout, its commit too, with a ``+`` where files of the package differ from it.
+    """
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {**found, "hf_elra": hf_elra.__version__}  # of the code that runs: a checkout's metadata may be older
+    found["hf_elra"] = hf_elra.__version__  # of the code that runs: a checkout's metadata may be older
+    return {**found, **({"commit": commit} if (commit := _commit(Path(hf_elra.__file__).parent)) else {})}
+
+
+@functools.cache
+def _commit(package: Path) -> str | None:
+    """The commit of the checkout that a package lies in; None without one, or without git."""
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True, timeout=10).stdout
+            for words in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", "."])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0].strip() + ("+" if said[1] else "")
 
 
 def environment(device: Any = "cpu", *more: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 import types
 import typing
@@ -422,10 +423,11 @@ def replaced_defaults(args: TrainingArguments, *, ours: str = "ELRA") -> dict[st
         if args.max_grad_norm and args.max_grad_norm > 0 and "max_grad_norm" not in replaced:
             logger.warning(
                 "max_grad_norm=%g clips gradients, which changes the scalar products that the learning rate is made "
-                "of. Use 0; %s crops the step instead (%s).",
+                "of. Use 0; %s.",
                 args.max_grad_norm,
-                ours,
-                "max_step_norm" if ours == "ELRA" else "max_relative_step",
+                "a step of elra_spectral does not grow with the gradient"
+                if ours == "elra_spectral"
+                else f"{ours} crops the step instead ({'max_step_norm' if ours == 'ELRA' else 'max_relative_step'})",
             )
         if args.lr_scheduler_type != SchedulerType.CONSTANT and "lr_scheduler_type" not in replaced:
             logger.warning(
@@ -489,9 +491,11 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
         arguments["soft_restart"] = settings.elra_soft_restart
     if settings.elra_max_step_norm is not None:
         if "max_step_norm" not in inspect.signature(optimizer_class).parameters:
+            instead = "pass --optim_args max_relative_step=0.03, a share of the norm of the parameters."
+            if optimizer_class is ELRASpectral:
+                instead = "leave it out, as the size of the weights bounds its steps (max_drift bounds the whole way)."
             raise ConfigurationError(
-                f"elra_max_step_norm={settings.elra_max_step_norm:g} cannot be used with optim={name}; pass "
-                "--optim_args max_relative_step=0.03, a share of the norm of the parameters."
+                f"elra_max_step_norm={settings.elra_max_step_norm:g} cannot be used with optim={name}; {instead}"
             )
         arguments["max_step_norm"] = settings.elra_max_step_norm
     arguments.update(parse_optim_args(args.optim_args, optimizer_class))
@@ -499,6 +503,10 @@ def optimizer_arguments(args: TrainingArguments, model: Any) -> dict[str, Any]:
     constructor: Any = optimizer_class
     constructor([torch.nn.Parameter(torch.zeros(1))], **arguments, weight_decay=args.weight_decay)
     return arguments
+
+
+NOT_OPTIM_ARGS = ("params", "lr", "weight_decay", *OF_A_MODEL)
+"""Arguments of optimizers that the Trainer has under names of its own, or finds in the model."""
 
 
 def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -510,7 +518,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
         raise ConfigurationError(f'optim_args={text!r} must be text, "name=value,name=value".')
     hints = typing.get_type_hints(optimizer_class.__init__)
     parameters = inspect.signature(optimizer_class).parameters
-    valid = [name for name in parameters if name not in ("params", "weight_decay", *OF_A_MODEL)]
+    valid = [name for name in parameters if name not in NOT_OPTIM_ARGS]
     values: dict[str, Any] = {}
     for item in (part.strip() for part in text.split(",")) if text else ():
         name, equals, value = (part.strip() for part in item.partition("="))
@@ -525,10 +533,24 @@ def parse_optim_args(text: str | None, optimizer_class: type[torch.optim.Optimiz
                 f"optim_args: weight_decay={value} belongs to the Trainer, which sets it per parameter group; "
                 f"pass --weight_decay {value}."
             )
-        if name not in valid:
+        if name == "lr":
             raise ConfigurationError(
-                f"optim_args: {name!r} is not an argument of {optimizer_class.__name__}.{nearest(name, valid)} "
+                f"optim_args: lr={value} is the Trainer's learning_rate; pass --learning_rate {value}."
+            )
+        if name not in valid:
+            others = [other for other, known in OPTIMIZERS.items() if name in inspect.signature(known).parameters]
+            hint = nearest(name, valid)
+            if others and name not in NOT_OPTIM_ARGS:
+                hint = f" It is one of --optim {' and '.join(others[:2])}{' and others' if others[2:] else ''}."
+            raise ConfigurationError(
+                f"optim_args: {name!r} is not an argument of {optimizer_class.__name__}.{hint} "
                 f"Valid names: {', '.join(valid)}."
+            )
+        with_commas = re.sub(r"\s+(?=\w+\s*=)", ",", value)
+        if with_commas != value:
+            raise ConfigurationError(
+                f"optim_args: {name}={value!r} holds a second argument; commas stand between them, as in "
+                f'"{name}={with_commas}".'
             )
         values[name] = _convert(name, value, hints[name])
     return values

@@ -143,8 +143,13 @@ def check_script(target: str) -> str:
         command = shutil.which(target)
         if command is not None and _is_python(Path(command)):
             return command
-        hint = "" if target.endswith(".py") else f" For a module write: hf-elra run -m {target}"
-        raise ConfigurationError(f"script {target!r} does not exist.{hint}")
+        if target.endswith(".py") or os.sep in target:
+            raise ConfigurationError(f"script {target!r} does not exist.")
+        if "." in target:
+            instead = f"for a module write: hf-elra run -m {target}"
+        else:
+            instead = f"nor does a command of that name; if a package brings it (pip install {target}?), install that"
+        raise ConfigurationError(f"script {target!r} does not exist, {instead}.")
     path = Path(target)
     if path.suffix.lower() in (".json", ".yaml", ".yml", ".toml"):
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 from transformers import Trainer
@@ -36,6 +37,8 @@ from hf_elra.trainer.checks import optimizer_of_ours
 from hf_elra.trainer.display import close_display
 from hf_elra.trainer.mixin import ElraTrainerMixin, with_elra
 from hf_elra.trainer.upstream import add_enum_member, optimizer_handlers
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -75,8 +78,11 @@ def _wrap_init(initialise: Any) -> Any:
             _check(type(self), arguments, given.get("model"), data)
         with budget_as_max_steps(arguments, _budget(arguments, data)):
             initialise(self, *args, **kwargs)
-        if not isinstance(self, ElraTrainerMixin):  # the mixin prepares itself
+        if not isinstance(self, ElraTrainerMixin):  # the mixin prepares itself, and tells this
             look_again(self)
+        settings = ElraSettings.of(self.args, only_checked=True)
+        if not isinstance(self, ElraTrainerMixin) and (idle := settings.idle_without_elra()):
+            logger.warning("%s has no effect with optim=%s.", ", ".join(idle), optimizer_name(self.args))
 
     return __init__
 

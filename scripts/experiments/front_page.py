@@ -1,6 +1,6 @@
-"""README's pictures and table, and the numbers on two pages, made from the raw files of docs/results.
+"""README's pictures and table, and the tables on other pages, made from the raw files of docs/results.
 
-    python scripts/experiments/front_page.py            # draws docs/pictures/, writes into README.md and two pages
+    python scripts/experiments/front_page.py            # draws docs/pictures/, writes into README.md and other pages
     python scripts/experiments/front_page.py --check    # says what is not that of the raw files
 
 One picture shows the German captions at batch 16: the one text on which nothing was chosen. The other one shows losses
@@ -17,6 +17,8 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,8 @@ CALLED = {
 """What this picture calls tasks."""
 FINE_TUNING = ("SFT", "SFT, LoRA", "DPO", "DPO, LoRA", "KTO", "KTO, LoRA", "GRPO")
 """Of TRL's Trainers, those after which the loss on the old text was measured."""
+KINDS_OF_LORA = ("SFT, rsLoRA", "SFT, DoRA", "SFT, LoRA and tables", "SFT, LoRA in 8 bits")
+"""Other runs of these."""
 
 
 def read(folder: Path, row: str, batch: int = 16) -> list[dict[str, Any]]:
@@ -323,29 +327,29 @@ def front_page() -> str:
     return "\n\n".join([table(), between, needs_a_rate()])
 
 
-def fine_tuning() -> str:
-    """The table of the page on fine-tuning: loss or reward of TRL's Trainers, and in brackets that on the old text."""
+def fine_tuning(names: tuple[str, ...] = FINE_TUNING) -> str:
+    """A table of the page on fine-tuning: loss or reward of TRL's Trainers, and in brackets that on the old text.
+
+    Rows that were run with none of the clients are left out.
+    """
     import clients
 
     runs = clients.by_rate((NO_RATE / "clients.jsonl").read_text("utf-8").splitlines())
-    lines = [f"| | {' | '.join(FINE_TUNING)} |", f"|---|{'---:|' * len(FINE_TUNING)}"]
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     best = {
-        optim: {name: clients.best_rate(f"TRL {name}", runs, optim) for name in FINE_TUNING}
+        optim: {name: clients.best_rate(f"TRL {name}", runs, optim) for name in names}
         for optim in (clients.ADAMW, *clients.OTHERS)
     }
     rows: dict[str, tuple[str, dict[str, float | None]]] = {
-        "**elra_spectral**": (clients.OURS, dict.fromkeys(FINE_TUNING)),
+        "**elra_spectral**": (clients.OURS, dict.fromkeys(names)),
         **{
-            f"the same, `max_drift={drift}`": (f"{clients.OURS}, max_drift={drift}", dict.fromkeys(FINE_TUNING))
+            f"the same, `max_drift={drift}`": (f"{clients.OURS}, max_drift={drift}", dict.fromkeys(names))
             for drift in (0.2, 0.1)
         },
         "AdamW, best of four rates": (clients.ADAMW, best[clients.ADAMW]),
         **{f"{optim.split(',')[0]}, best rate, cosine": (optim, best[optim]) for optim in clients.OTHERS},
-        **{
-            f"AdamW, {name}, one seed": (clients.ADAMW, dict.fromkeys(FINE_TUNING, float(name)))
-            for name in ("3e-4", "1e-4")
-        },
-        "AdamW, TRL's default": (clients.ADAMW, dict.fromkeys(FINE_TUNING)),
+        **{f"AdamW, {name}, one seed": (clients.ADAMW, dict.fromkeys(names, float(name))) for name in ("3e-4", "1e-4")},
+        "AdamW, TRL's default": (clients.ADAMW, dict.fromkeys(names)),
     }
     for title, (optim, rates) in rows.items():
         cells = []
@@ -359,8 +363,30 @@ def fine_tuning() -> str:
             measure = clients.CLIENTS[f"TRL {name}"].better
             end, kept = (statistics.fmean(run[kind] for run in found) for kind in (measure, "stories"))
             cells.append(f"{end:.3f} ({kept:.2f})")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        if set(cells) != {"–"}:
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def small_tasks(which: int) -> str:
+    """One of the tables of ``no_rate.py``."""
+    import no_rate
+
+    return no_rate.tables((NO_RATE / "no_rate.jsonl").read_text("utf-8").splitlines()).split("\n\n")[which]
+
+
+def cost() -> str:
+    """The table of ``no_rate_cost.py``."""
+    import no_rate_cost
+
+    return no_rate_cost.table([json.loads(line) for line in (NO_RATE / "cost.jsonl").read_text("utf-8").splitlines()])
+
+
+def other_trainers() -> str:
+    """The table of ``clients.py``."""
+    import clients
+
+    return clients.table((NO_RATE / "clients.jsonl").read_text("utf-8").splitlines())
 
 
 def table_of_rates() -> str:
@@ -382,21 +408,25 @@ def result_of_spectral() -> str:
     )
 
 
-MADE = {
-    "README.md": front_page,
-    "docs/guides/finetuning.md": fine_tuning,
-    "docs/optimizers/elra_spectral.md": result_of_spectral,
-    "docs/results/no_rate.md": table_of_rates,
+MADE: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (front_page,),
+    "docs/guides/finetuning.md": (fine_tuning, partial(fine_tuning, KINDS_OF_LORA)),
+    "docs/optimizers/elra_spectral.md": (result_of_spectral,),
+    "docs/results/no_rate.md": (*(partial(small_tasks, n) for n in range(3)), cost, other_trainers, table_of_rates),
 }
-"""What is written between the two marks of a file."""
+"""What is written between the marks of a file, one after another."""
 DRAWN = {"captions": (draw_captions, numbers_of_captions), "rates": (draw_rates, numbers_of_rates)}
 """What draws a picture, and what it shows in numbers."""
 
 
 def renewed(path: str) -> str:
     """Return the text of a file with what is made of the raw files in it."""
+    text = (ROOT / path).read_text("utf-8")
     between = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?=\n{re.escape(END)})", re.S)
-    return between.sub(lambda _: f"\n{MADE[path]()}\n", (ROOT / path).read_text("utf-8"))
+    makers = iter(MADE[path])
+    found = between.sub(lambda _: f"\n{next(makers)()}\n", text)
+    assert next(makers, None) is None, f"{path} has fewer marks than tables"
+    return found
 
 
 def stale() -> list[str]:

@@ -46,7 +46,7 @@ def test_optim_args_are_typed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("min_stepnorm=0.1", "Did you mean 'min_step_norm'.*Valid names: lr, step_rule"),
+        ("min_stepnorm=0.1", "Did you mean 'min_step_norm'.*Valid names: step_rule"),
         ("min_step_norm=big", "min_step_norm='big' must be float"),
         ("restart_window=1.5", "restart_window='1.5' must be int or none"),
         ("soft_restart=maybe", "must be bool"),

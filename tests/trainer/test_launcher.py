@@ -95,6 +95,12 @@ def test_unmodified_script_with_a_stock_optimizer(tmp_path, capsys):
     assert "--elra_min_step_norm had no effect" in capsys.readouterr().err
 
 
+def test_flags_without_effect_are_named_before_the_training(tmp_path, caplog_warnings):
+    script = write_script(tmp_path)
+    assert run([str(script), *flags(tmp_path, "--optim", "sgd", "--elra_min_step_norm=0.25")]) == 0
+    assert "elra_min_step_norm has no effect with optim=sgd" in caplog_warnings.text
+
+
 def test_module(tmp_path, monkeypatch):
     write_script(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -131,6 +137,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, messag
 def test_missing_script(capsys):
     assert run(["no_such_script.py"]) == 2
     assert "'no_such_script.py' does not exist" in capsys.readouterr().err
+    assert run(["no_such_command"]) == 2
+    assert "'no_such_command' does not exist, nor does a command of that name" in capsys.readouterr().err
     assert run(["-m", "no_such.module"]) == 2
     assert "module 'no_such.module' cannot be found" in capsys.readouterr().err
     assert run(["trl.scripts.sft"]) == 2

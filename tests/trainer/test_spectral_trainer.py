@@ -179,7 +179,7 @@ class Evaluated(TrainerCallback):
 
 def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
     spectral(tmp_path, max_grad_norm=0.5, lr_scheduler_type="cosine")
-    assert "elra_spectral crops the step instead (max_relative_step)" in caplog_warnings.text
+    assert "Use 0; a step of elra_spectral does not grow with the gradient." in caplog_warnings.text
     assert "multiplies elra_spectral's own learning rate, which then is not corrected by slopes" in caplog_warnings.text
 
 
@@ -190,6 +190,11 @@ def test_warnings_name_the_optimizer(tmp_path, caplog_warnings):
         ({"optim_args": "momentum=2"}, "momentum=2.0 must be a number in"),
         ({"optim_args": "embeddings=1"}, "'embeddings' is not an argument of ELRASpectral"),
         ({"optim_args": "experts=1"}, "'experts' is not an argument of ELRASpectral"),
+        ({"optim_args": "lr=1e-3"}, "lr=1e-3 is the Trainer's learning_rate; pass --learning_rate 1e-3"),
+        ({"optim_args": "step_rule=bb2"}, "'step_rule' is not an argument of ELRASpectral. It is one of --optim elra"),
+        ({"optim_args": "max_drift=0.2", "optim": "elra"}, "argument of ELRA. It is one of --optim elra_spectral"),
+        ({"optim_args": "weights=trained max_drift=0.2"}, 'between them, as in "weights=trained,max_drift=0.2"'),
+        ({"elra_max_step_norm": 1.0}, "cannot be used with optim=elra_spectral; leave it out, as the size of the"),
         ({"elra_boost_mean": "all"}, "elra_boost_mean='all' must be one of off, cycle, run"),
         ({"elra_boost_mean": "off", "elra_boost_every": 2}, "elra_boost_every=2 does nothing"),
     ],

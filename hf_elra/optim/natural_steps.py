@@ -8,14 +8,14 @@ noise walks as far as the root of the number of steps, so that a rate in proport
 
 Whether a tensor is new is read off its weights: those of one that nobody has trained are independent of each other.
 The length is a beginning; slopes correct it (``rules/end_slopes.py``). The constants are measured, see
-docs/results/no_rate.md.
+docs/results/no_rate_constants.md.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,67 +105,111 @@ def natural_steps(groups: Sequence[dict[str, Any]], weights: str = "auto") -> Na
         weights: ``"new"`` or ``"trained"`` for what all of them are, a head at the end too; ``"auto"`` to see for
             oneself.
     """
-    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
-    params = {(g, i): groups[g]["params"][i] for g, i in places}
-    matrices = [
-        (g, i) for g, i in places if params[g, i].dim() > 1 and params[g, i].numel() and not groups[g]["embeddings"][i]
-    ]
-    adapters = {(g, i): groups[g]["adapters"][i] for g, i in matrices if groups[g]["adapters"][i]}
-    unpaired = [place for place in matrices if place not in adapters]
-    verdicts, squares, plain = {}, {}, {}
-    for place in unpaired:  # one after another, as all of a matrix that is split over processes is fetched
-        values = whole(params[place].detach()).flatten(1).float()
-        verdicts[place], squares[place] = looks_new(values), float(vector_norm(values)) ** 2
-        plain[place] = verdicts[place] is True or not stands_out(values)
-    sizes = {True: 0, False: 0, None: 0}
-    for place, verdict in verdicts.items():
-        sizes[verdict] += params[place].numel()
-    looks_trained = sizes[False] > TRAINED_SHARE * (sizes[False] + sizes[True])
-    is_trained = bool(adapters) or weights == "trained" or (weights == "auto" and looks_trained)
-    new = _new_ones(places, params, verdicts) if is_trained and weights == "auto" else set()
-    trained = [place for place in unpaired if is_trained and place not in new]
-    number = sum(params[place].numel() for place in trained)
-    root_mean_square = math.sqrt(sum(squares[place] for place in trained) / max(number, 1))
-    looked_at = [(params[place].numel(), plain[place]) for place in trained]
-    looked_at += {pair: (size, is_plain) for pair, _, size, is_plain in adapters.values()}.values()
-    is_hardly_trained = weights == "auto" and _is_hardly_trained(looked_at)
+    found = _look_at(groups)
+    is_trained = bool(found.adapters) or weights == "trained" or (weights == "auto" and _looks_trained(found))
+    new = _new_ones(found) if is_trained and weights == "auto" else set()
+    trained = [place for place in found.matrices if is_trained and place not in new]
+    is_hardly_trained = weights == "auto" and _is_hardly_trained(found, trained)
     further = HARDLY if is_hardly_trained and new else 1.0
-    of_trained = TRAINED * further * max(root_mean_square, LEAST_SIZE)
-    of_new = HEAD if is_trained else NEW
-    rates = {
-        (g, i): of_trained
-        if (g, i) in trained
-        else of_new / math.sqrt(_longer_side(params[g, i], is_expert=groups[g]["experts"][i]))
-        for g, i in unpaired
-    }
-    rates |= {place: further * rate for place, rate in _rates_of_adapters(params, adapters).items()}
-    counted = [*adapters, *trained] or unpaired
+
+    rates = _rates_of_matrices(found, trained, HEAD if is_trained else NEW, further)
+    counted = [*found.adapters, *trained] or list(found.matrices)
     rate = statistics.median(rates[place] for place in counted) if counted else NEW / math.sqrt(FEWEST)
-    for g, i in places:
-        if groups[g]["embeddings"][i] and params[g, i].numel():
-            wide = torch.promote_types(params[g, i].dtype, torch.float32)
-            norm = float(whole(vector_norm(params[g, i].detach().to(wide))))
-            size = norm / math.sqrt(params[g, i].numel())
-            if is_trained:
-                rates[g, i] = TRAINED_EMBEDDING * further * max(size, LEAST_SIZE)
-            else:
-                rates[g, i] = max(rate, OUTPUT * size if groups[g]["outputs"][i] else EMBEDDING)
-    for bias in (place for place in new if params[place].dim() == 1):
-        rates[bias] = max(rates[place] for place in new if params[place].dim() > 1)
+    rates |= _rates_of_tables(found, rate, further if is_trained else None)
+    for bias in (place for place in new if found.params[place].dim() == 1):
+        rates[bias] = max(rates[place] for place in new if found.params[place].dim() > 1)
+    whitened = set() if is_trained or not found.matrices else {t for t in found.tables if found.params[t].dim() == 2}
+
+    def by_group(of_place: Callable[[Place], Any]) -> list[list[Any]]:
+        return [[of_place((g, i)) for i in range(len(group["params"]))] for g, group in enumerate(groups)]
+
     return NaturalSteps(
-        rate,
-        [[rates.get((g, i), rate) / rate for i in range(len(group["params"]))] for g, group in enumerate(groups)],
-        [[(g, i) in new for i in range(len(group["params"]))] for g, group in enumerate(groups)],
-        [
-            [
-                flag and p.dim() == 2 and bool(unpaired) and not is_trained
-                for p, flag in zip(group["params"], group["embeddings"], strict=True)
-            ]
-            for group in groups
-        ],
-        is_trained,
-        FREER if is_hardly_trained else NEARER if adapters else 1.0,
+        rate=rate,
+        shares=by_group(lambda place: rates.get(place, rate) / rate),
+        new=by_group(lambda place: place in new),
+        whitened=by_group(lambda place: place in whitened),
+        is_trained=is_trained,
+        room=FREER if is_hardly_trained else NEARER if found.adapters else 1.0,
     )
+
+
+Place = tuple[int, int]
+"""A parameter: the number of its group, and its number in that."""
+
+
+@dataclass
+class _Matrix:
+    """What the weights of a matrix show: whether it looks new, if that can be told, the sum of its squares, and whether
+    no singular value stands out; and its longer side, of stacked experts that of each."""
+
+    is_new: bool | None
+    squares: float
+    is_plain: bool
+    longer_side: int
+
+
+@dataclass
+class _Found:
+    """What there is: all parameters, and of these the pairs of LoRA (with the group's ``adapters``), tables (with
+    whether they are output layers) and all other matrices."""
+
+    params: dict[Place, Tensor]
+    adapters: dict[Place, Any]
+    tables: dict[Place, bool]
+    matrices: dict[Place, _Matrix]
+
+
+def _look_at(groups: Sequence[dict[str, Any]]) -> _Found:
+    """Sort parameters by kind, and look at the weights of matrices."""
+    found = _Found({}, {}, {}, {})
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            found.params[g, i] = p
+            if not p.numel():
+                continue
+            if group["embeddings"][i]:
+                found.tables[g, i] = group["outputs"][i]
+            elif p.dim() > 1 and group["adapters"][i]:
+                found.adapters[g, i] = group["adapters"][i]
+            elif p.dim() > 1:  # one after another, as all of a matrix that is split over processes is fetched
+                values = whole(p.detach()).flatten(1).float()
+                is_new = looks_new(values)
+                is_plain = is_new is True or not stands_out(values)
+                side = _longer_side(p.shape[1:] if group["experts"][i] else p.shape)
+                found.matrices[g, i] = _Matrix(is_new, float(vector_norm(values)) ** 2, is_plain, side)
+    return found
+
+
+def _looks_trained(found: _Found) -> bool:
+    """Whether enough of the weights that tell are in trained matrices."""
+    sizes = {True: 0, False: 0, None: 0}
+    for place, matrix in found.matrices.items():
+        sizes[matrix.is_new] += found.params[place].numel()
+    return sizes[False] > TRAINED_SHARE * (sizes[False] + sizes[True])
+
+
+def _rates_of_matrices(found: _Found, trained: Sequence[Place], of_new: float, further: float) -> dict[Place, float]:
+    """Return the rates of matrices: that of trained ones, of new ones ``of_new`` by their sides, and those of pairs."""
+    number = sum(found.params[place].numel() for place in trained)
+    squares = sum(found.matrices[place].squares for place in trained)
+    of_trained = TRAINED * further * max(math.sqrt(squares / max(number, 1)), LEAST_SIZE)
+    rates = {place: of_new / math.sqrt(matrix.longer_side) for place, matrix in found.matrices.items()}
+    rates |= dict.fromkeys(trained, of_trained)
+    return rates | {place: further * rate for place, rate in _rates_of_adapters(found).items()}
+
+
+def _rates_of_tables(found: _Found, rate: float, further: float | None) -> dict[Place, float]:
+    """Return the rates of embeddings and output layers; ``further`` is None in a new model."""
+    rates = {}
+    for place, is_output in found.tables.items():
+        p = found.params[place]
+        norm = float(whole(vector_norm(p.detach().to(torch.promote_types(p.dtype, torch.float32)))))
+        size = norm / math.sqrt(p.numel())
+        if further is None:
+            rates[place] = max(rate, OUTPUT * size if is_output else EMBEDDING)
+        else:
+            rates[place] = TRAINED_EMBEDDING * further * max(size, LEAST_SIZE)
+    return rates
 
 
 def looks_new(matrix: Tensor) -> bool | None:
@@ -208,29 +252,28 @@ def stands_out(matrix: Tensor) -> bool:
     return float(vector_norm(matrix @ vector)) >= STRETCHED * by_chance > 0
 
 
-def _is_hardly_trained(looked_at: Sequence[tuple[int, bool]]) -> bool:
+def _is_hardly_trained(found: _Found, trained: Sequence[Place]) -> bool:
     """Whether a model has little to lose: most of its weights are in matrices, trained ones or beside pairs of LoRA, of
     which no singular value stands out.
 
     So it is after a short training, or one along polar factors, which adds the same to all directions.
-
-    Args:
-        looked_at: of every matrix its size, and whether no singular value stands out.
     """
+    looked_at = [(found.params[place].numel(), found.matrices[place].is_plain) for place in trained]
+    looked_at += {pair: (size, is_plain) for pair, _, size, is_plain in found.adapters.values()}.values()
     return 2 * sum(size for size, is_plain in looked_at if is_plain) > sum(size for size, _ in looked_at)
 
 
-def _new_ones(places: Sequence[Any], params: dict[Any, Tensor], verdicts: dict[Any, bool | None]) -> set[Any]:
+def _new_ones(found: _Found) -> set[Place]:
     """Of a trained model the matrices at its end that look new, as those of a fresh head, and their biases.
 
     What looks new elsewhere was trained little: before a matrix that does not look new, or before the scale of a
     normalisation that was trained. In groups of their own vectors come in the order of the matrices, but nobody knows
     whether one is behind a matrix or before it; then those that fit a matrix are behind it.
     """
-    new: set[Any] = set()
-    vectors = [place for place in places if params[place].dim() == 1 and params[place].numel() > 0]
-    for place in reversed(verdicts):
-        if verdicts[place] is False:
+    params, new = found.params, set()
+    vectors = [place for place, p in params.items() if p.dim() == 1 and p.numel() > 0]
+    for place in reversed(found.matrices):
+        if found.matrices[place].is_new is False:
             break
         fits = bool(vectors) and len(params[vectors[-1]]) == len(params[place])
         if fits and vectors[-1][0] == place[0] and vectors[-1] < place:
@@ -272,21 +315,22 @@ def adapters_of(model: nn.Module) -> list[Pair]:
     return pairs
 
 
-def _rates_of_adapters(params: dict[Any, Tensor], adapters: dict[Any, Any]) -> dict[Any, float]:
+def _rates_of_adapters(found: _Found) -> dict[Place, float]:
     """Return the rates of pairs, whose product changes by as much as suits it."""
-    pairs: dict[float, list[Any]] = {}
+    params, adapters = found.params, found.adapters
+    pairs: dict[float, list[Place]] = {}
     for place, (pair, *_) in adapters.items():
         pairs.setdefault(pair, []).append(place)
     rates = {}
     for members in pairs.values():
         multiplied = max(adapters[members[0]][1], LEAST_SIZE)
-        side = max(_longer_side(params[place]) for place in members)
+        side = max(_longer_side(params[place].shape) for place in members)
         rank = min(min(params[place].flatten(1).shape) for place in members)
         for place in members:
             rates[place] = ADAPTER * math.sqrt(OF_RANK / rank) / (math.sqrt(side) * multiplied)
     return rates
 
 
-def _longer_side(matrix: Tensor, *, is_expert: bool = False) -> int:
-    """Of the matrix that a tensor is, output channels by the rest; of stacked experts, of each of them."""
-    return max(matrix[0].flatten(1).shape if is_expert else matrix.flatten(1).shape)
+def _longer_side(shape: Sequence[int]) -> int:
+    """Of the matrix that a tensor is: output channels by the rest."""
+    return max(shape[0], math.prod(shape[1:]))

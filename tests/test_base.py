@@ -228,3 +228,14 @@ def test_settings_that_a_loaded_state_replaces_are_told(recwarn):
     made(momentum=0.5, lr=2e-3, warmup=0).load_state_dict(trusted.state_dict())
     (told,) = recwarn.list
     assert "which replace lr=0.002 by 0.001. To change them" in str(told.message)
+
+
+@pytest.mark.parametrize("name", ["updates_per_epoch", "total_updates"])
+@pytest.mark.parametrize("value", [0, -3, "all", True, float("nan")])
+def test_lengths_that_a_loop_tells_are_checked_at_once(name, value):
+    optimizer = OPTIMIZERS["elra_spectral"]([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ConfigurationError, match=f"optimizer.{name}={value!r} must be a number > 0"):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) is None
+    setattr(optimizer, name, 7)
+    assert getattr(optimizer, name) == 7

@@ -94,6 +94,29 @@ class LastUpdate(NamedTuple):
     limit: str | None = None
 
 
+class Told:
+    """An attribute that a Trainer or a bare loop sets: a number above 0, or None where nobody knows.
+
+    Args:
+        example: what it might be, for the message of the ConfigurationError that another value raises.
+    """
+
+    def __init__(self, example: str) -> None:
+        self.example = example
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> int | None:
+        return None if instance is None else instance.__dict__.get(self.name)
+
+    def __set__(self, instance: Any, value: int | None) -> None:
+        if value is not None:
+            name = f"optimizer.{self.name}"
+            need_number({name: value}, name, lambda v: v > 0, f"a number > 0, as {self.example}, or None")
+        instance.__dict__[self.name] = value
+
+
 class LossAwareOptimizer(torch.optim.Optimizer):
     """An optimizer that has to know the loss of every update.
 
@@ -123,9 +146,9 @@ class LossAwareOptimizer(torch.optim.Optimizer):
     """Returns the loss at x - s·u, told s and u (group by group, of the parameters that have a gradient); a Trainer
     sets it for optimizers with :attr:`needs_line_loss`. Where the rule asks for other batches than that of this update,
     it is told ``batches``, of how many of the next updates."""
-    updates_per_epoch: int | None = None
+    updates_per_epoch = Told("len(loader)")
     """For rules that count in epochs; a Trainer sets it, no part of the state."""
-    total_updates: int | None = None
+    total_updates = Told("epochs * len(loader)")
     """How many updates there will be, for bounds on a whole run; a Trainer sets it, no part of the state."""
     samples_per_update: int | None = None
     """For rules that count samples; a Trainer sets it, no part of the state."""

@@ -1,4 +1,8 @@
-"""The rule of ``elra_spectral``: a rate that falls as 1/√t, corrected by the slopes at the ends of steps."""
+"""The rule of ``elra_spectral``: a rate that falls as 1/√t, corrected by the slopes at the ends of steps.
+
+``decisions.py`` makes the same decisions on the device, and ``reference/spectral.py`` in plain float64; tests hold the
+three together.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from hf_elra import cli
+from hf_elra import WeightAverage, cli
 from hf_elra.recipes import babyllama, finetune, image_classifier
 from hf_elra.trainer import ElraSettings
 from tests.conftest import ROOT, llama, token_rows
@@ -90,6 +90,9 @@ def test_a_block_that_is_no_loop_runs_without_training(block, tmp_path, monkeypa
     def loss_of(batch):
         return model(input_ids=batch, labels=batch).loss
 
+    average = WeightAverage(model, power=8)
+    average.add()
+    average.save("out/checkpoint-500")
     names = {
         "model": model, "data": data, "loader": [data], "torch": torch, "__name__": "shown",
         "batch": tokens, "large_batch": tokens, "loss": loss_of(tokens),

@@ -211,6 +211,54 @@ def spectral_beside_one(shape, split, momentum, on_device=False):
     }
 
 
+class Adapted(nn.Module):
+    """A frozen layer, of which a singular value stands out if it is stretched, a pair of LoRA beside it, and a head."""
+
+    def __init__(self, stretch):
+        super().__init__()
+        self.base = nn.Linear(40, 33, bias=False).requires_grad_(False)
+        self.base.weight.data += stretch
+        self.first, self.second = nn.Linear(40, 3, bias=False), nn.Linear(3, 33, bias=False)
+        self.head = nn.Linear(33, 9)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, inputs):
+        return self.head(self.base(inputs) + 2 * self.second(self.first(inputs)))
+
+    def pairs(self):
+        return [(self.first.weight, self.second.weight, 2.0, self.base.weight)]
+
+
+def adapters_on_shards(stretches):
+    """Of every stretch of the frozen weights, split by FSDP2 as all others: bounds and path beside one process."""
+    dist.init_process_group("gloo")
+    return [adapters_beside_one(stretch) for stretch in stretches]
+
+
+def adapters_beside_one(stretch):
+    torch.manual_seed(0)
+    plain = Adapted(stretch).double()
+    parted = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    one, other = (
+        ELRASpectral([p for p in model.parameters() if p.requires_grad], adapters=model.pairs())
+        for model in (plain, parted)
+    )
+    other.process_group = dist.group.WORLD
+    for number in range(30):
+        inputs = torch.randn(16, 40, generator=torch.Generator().manual_seed(number)).double()
+        for model, optimizer in ((plain, one), (parted, other)):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs[:, :9]).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+    return {
+        "apart": (flat_weights(plain) - flat_weights(parted)).abs().max().item(),
+        "alpha": [optimizer.alpha for optimizer in (one, other)],
+        "room": [optimizer.parts().rule.usually for optimizer in (one, other)],
+        "split": type(parted.base.weight).__name__,
+    }
+
+
 def checkpoint_of_shards(folder):
     """A bare loop with FSDP2 in float32, saved after three of six updates and gone on from by others: whether both end
     at the same bits, and the types of the state."""

@@ -105,6 +105,15 @@ def test_polar_factors_of_shards_are_those_of_whole_matrices(processes, cases):
             assert found["reductions"] == [1]
 
 
+def test_pairs_of_lora_beside_split_weights_walk_the_path_of_one_process():
+    """Beside weights that look trained, and hardly so: their bounds are read off all parts."""
+    for found, times in zip(together(workers.adapters_on_shards, 2, stretches=[0.1, 0.0]), (2, 32), strict=True):
+        assert found["split"] == "DTensor"
+        assert found["room"] == [times, times]
+        assert found["alpha"][1] == pytest.approx(found["alpha"][0], rel=1e-9)
+        assert found["apart"] < 1e-10
+
+
 def test_copies_share_polar_factors_bit_by_bit_and_send_what_the_docs_say():
     """As if every process took all of them; the formula is that of docs/guides/devices.md."""
     alike = {(64, 64): 5, (160, 64): 1, (64, 160): 2, (8, 8): 7}  # matrices of a shape, the last in a stack of experts

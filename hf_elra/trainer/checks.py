@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_elra.errors import ConfigurationError
 from hf_elra.optim import ELRA, ELRASpectral, Guarded, LossAwareOptimizer, embeddings_of
@@ -148,6 +151,25 @@ def check_made(trainer: Any, made: Any) -> None:
             f"is {type(unwrap_optimizer(made)).__name__}: name that one, or let create_optimizer make the one that is "
             "named (super().create_optimizer() does)."
         )
+
+
+def refuse_state_of_ours(trainer: Any, resume_from_checkpoint: Any) -> None:
+    """Raise a ConfigurationError where a stock optimizer is to go on from a state of ours, which it cannot read."""
+    folder = resume_from_checkpoint
+    if folder is True:
+        folder = get_last_checkpoint(trainer.args.output_dir)
+    if not isinstance(folder, (str, Path)) or not (file := Path(folder) / "optimizer.pt").is_file():
+        return
+    try:
+        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        parts = groups[0]["scalars"]["parts"]
+    except Exception:  # a state of another optimizer; what is wrong with a file is told by whoever loads it
+        return
+    raise ConfigurationError(
+        f"resume_from_checkpoint={str(folder)!r} holds the state of an optimizer of hf_elra ({parts}), which "
+        f"optim={optimizer_name(trainer.args)} cannot read. Go on with the same --optim, or load the weights alone "
+        "(from_pretrained) and begin a new run."
+    )
 
 
 def checkpoint_to_resume(trainer: Any, resume_from_checkpoint: Any) -> Any:

@@ -33,7 +33,7 @@ from hf_elra.trainer.arguments import (
     wants_mixin,
 )
 from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
-from hf_elra.trainer.checks import optimizer_of_ours
+from hf_elra.trainer.checks import optimizer_of_ours, refuse_state_of_ours
 from hf_elra.trainer.display import close_display
 from hf_elra.trainer.mixin import ElraTrainerMixin, with_elra
 from hf_elra.trainer.upstream import add_enum_member, optimizer_handlers
@@ -92,6 +92,8 @@ def _wrap_train(train: Any) -> Any:
         look_again(self)
         if isinstance(self, ElraTrainerMixin):
             resume_from_checkpoint = self.begin_training(resume_from_checkpoint)
+        else:
+            refuse_state_of_ours(self, resume_from_checkpoint)
         try:
             return train(self, resume_from_checkpoint, *args, **kwargs)
         finally:

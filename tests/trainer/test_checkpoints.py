@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_elra.errors import CheckpointError, ConfigurationError
 from hf_elra.recipes.run_folder import check_run_folder
 from hf_elra.trainer.checkpoints import damage_of, last_whole_checkpoint
-from tests.conftest import token_rows, trainer, weights
+from tests.conftest import arguments, llama, token_rows, trainer, weights
 
 
 def trained(folder, model=None, resume=None):
@@ -135,3 +135,20 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     for folder in (tmp_path, tmp_path / "new" / "run"):
         with pytest.raises(ConfigurationError, match="cannot be written; choose another folder"):
             check_run_folder(str(folder), {}, resume=holds_a_run, overwrite=False)
+
+
+def test_a_stock_optimizer_is_told_whose_state_it_is_to_go_on_from(tmp_path):
+    def run(optim, max_steps):
+        made = arguments(
+            tmp_path, TrainingArguments, optim=optim, max_steps=max_steps, save_strategy="steps", save_steps=2
+        )
+        return Trainer(llama(), made, train_dataset=token_rows(50))
+
+    run("elra_spectral", 2).train()
+    for given in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(ConfigurationError, match="Spectral, EndSlopes.*which optim=adamw_torch cannot read"):
+            run("adamw_torch", 4).train(resume_from_checkpoint=given)
+    run("elra_spectral", 4).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut short")
+    with pytest.raises(Exception, match="(?i)pickle|zip|central directory|load"):  # torch tells
+        run("adamw_torch", 6).train(resume_from_checkpoint=True)

@@ -24,7 +24,7 @@ from hf_elra import (
     experts_of,
     outputs_of,
 )
-from hf_elra.optim.directions.polar import has_bfloat16_tiles, iterates_in, polar_factor
+from hf_elra.optim.directions.polar import iterates_in, multiplies_bfloat16, polar_factor
 from hf_elra.optim.directions.spectral import Spectral, kept_in, spectral_direction
 from hf_elra.optim.reference.spectral import ReferenceSpectral
 from hf_elra.optim.rules import Measurement
@@ -140,7 +140,7 @@ def test_few_or_many_matrices_at_once_are_the_same(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiles", "asked", "found"),
+    ("dtype", "faster", "asked", "found"),
     [
         ("float32", True, "auto", "bfloat16"),
         ("bfloat16", True, "auto", "bfloat16"),
@@ -152,19 +152,25 @@ def test_few_or_many_matrices_at_once_are_the_same(monkeypatch, dtype):
         ("float32", False, "bfloat16", "bfloat16"),
     ],
 )
-def test_what_polar_factors_are_computed_in(monkeypatch, dtype, tiles, asked, found):
-    monkeypatch.setattr("hf_elra.optim.directions.polar.has_bfloat16_tiles", lambda: tiles)
+def test_what_polar_factors_are_computed_in(monkeypatch, dtype, faster, asked, found):
+    monkeypatch.setattr("hf_elra.optim.directions.polar.multiplies_bfloat16", lambda: faster)
     matrices = torch.zeros(1, 128, 128, dtype=getattr(torch, dtype))
     assert iterates_in(matrices, asked) == getattr(torch, found)
     if asked == "auto":  # small ones are faster otherwise
         assert iterates_in(matrices[:, 1:], asked) == torch.promote_types(matrices.dtype, torch.float32)
 
 
-def test_a_torch_that_says_nothing_of_tiles_has_none(monkeypatch):
-    has_bfloat16_tiles.cache_clear()
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    assert not has_bfloat16_tiles()
-    has_bfloat16_tiles.cache_clear()
+@pytest.mark.parametrize("kind", ["amx_tile", "avx512_bf16"])
+def test_a_cpu_multiplies_bfloat16_faster_by_either_of_two_kinds_and_not_if_torch_says_nothing(monkeypatch, kind):
+    for known in ("amx_tile", "avx512_bf16"):
+        monkeypatch.delattr(torch.cpu, f"_is_{known}_supported", raising=False)
+    multiplies_bfloat16.cache_clear()
+    assert not multiplies_bfloat16()
+    for says in (False, True):
+        monkeypatch.setattr(torch.cpu, f"_is_{kind}_supported", lambda says=says: says, raising=False)
+        multiplies_bfloat16.cache_clear()
+        assert multiplies_bfloat16() == (says and torch.backends.mkldnn.is_available())
+    multiplies_bfloat16.cache_clear()
 
 
 def test_polar_factors_in_bfloat16_are_near_those_in_float32():

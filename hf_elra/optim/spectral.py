@@ -99,8 +99,8 @@ class ELRASpectral(DecidesOnDevice):
             one larger matrix: the memory for them is a few times as many numbers in float32 (on a GPU half of that).
             Which are taken together changes nothing else. Default: 2^24.
         polar_dtype (str): what polar factors are computed in. ``"auto"`` takes bfloat16 on a CUDA device, and on a CPU
-            that multiplies it in tiles (AMX) for matrices that are not small, but of float64 parameters; else, and with
-            ``"float32"``, it is the type of the state but at least float32. Default: ``"auto"``.
+            that multiplies it faster (AMX, AVX512_BF16) for matrices that are not small, but of float64 parameters;
+            else, and with ``"float32"``, it is the type of the state but at least float32. Default: ``"auto"``.
         state_dtype (str): what the averaged gradient and the last direction are kept in, and the step is taken from.
             ``"auto"`` takes bfloat16, but float64 for float64 parameters: with the weight average in float32 that is 8
             bytes a parameter, as much as AdamW's state. ``"float32"`` is at least that. A state that was saved in

@@ -15,8 +15,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x³ and x⁵, as in Muon (K. Jordan et al., 2024): the polynomial is steep where singular values are
 small."""
 STEPS = 5
-FEWEST_IN_TILES = 2**14
-"""Numbers of a matrix from which on a CPU with tiles is faster in bfloat16; one small matrix costs more there."""
+FEWEST_IN_BFLOAT16 = 2**14
+"""Numbers of a matrix from which on a CPU that can is faster in bfloat16; one small matrix costs more there."""
 
 
 def polar_factor(matrices: Tensor, dtype: str = "auto") -> Tensor:
@@ -66,22 +66,23 @@ def iterates_in(matrices: Tensor, asked: str) -> torch.dtype:
         asked: ``"bfloat16"``; ``"float32"``, which means at least that; or ``"auto"`` for bfloat16 where that is
             faster. In float64 a CPU stays exact.
     """
-    is_large = matrices.shape[1] * matrices.shape[2] >= FEWEST_IN_TILES
+    is_large = matrices.shape[1] * matrices.shape[2] >= FEWEST_IN_BFLOAT16
     on_a_cpu = matrices.device.type == "cpu" and matrices.dtype != torch.float64 and is_large
-    is_faster = matrices.is_cuda or (on_a_cpu and has_bfloat16_tiles())
+    is_faster = matrices.is_cuda or (on_a_cpu and multiplies_bfloat16())
     if asked == "bfloat16" or (asked == "auto" and is_faster):
         return torch.bfloat16
     return torch.promote_types(matrices.dtype, torch.float32)
 
 
 @functools.cache
-def has_bfloat16_tiles() -> bool:
-    """Return whether this CPU multiplies matrices in bfloat16 in tiles (AMX), six times as fast as in float32.
+def multiplies_bfloat16() -> bool:
+    """Return whether this CPU multiplies matrices in bfloat16 faster than in float32: in tiles (AMX, six times as fast)
+    or by dot products (AVX512_BF16, four times).
 
-    PyTorch has no public name for that; where its private one is gone, the answer is no.
+    PyTorch has no public names for that; where its private ones are gone, the answer is no.
     """
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and torch.backends.mkldnn.is_available() and bool(asked())
+    asked = [getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("amx_tile", "avx512_bf16")]
+    return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in asked)
 
 
 def near_one(tensor: Tensor, largest: Tensor) -> Tensor:

@@ -90,9 +90,7 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
         ConfigurationError: the optimizer cannot be used with what the Trainer has.
     """
     if ours is None:
-        if without_effect := settings.idle_without_elra():
-            name = optimizer_name(trainer.args)
-            logger.warning("%s has no effect with optim=%s.", ", ".join(without_effect), name)
+        warn_of_idle(trainer.args, settings)
         return {}
     if trainer.is_fsdp_enabled and issubclass(ours, Around):
         raise ConfigurationError(
@@ -104,6 +102,12 @@ def check_trainer(trainer: Any, ours: type[LossAwareOptimizer] | None, settings:
     if ours is Guarded:  # what suits a stock optimizer suits it still
         return {}
     return replaced_defaults(args, ours="ELRA" if issubclass(ours, ELRA) else name_of(ours))
+
+
+def warn_of_idle(args: Any, settings: ElraSettings) -> None:
+    """Warn of flags that do nothing with an optimizer that is none of ours."""
+    if idle := settings.idle_without_elra():
+        logger.warning("%s has no effect with optim=%s.", ", ".join(idle), optimizer_name(args))
 
 
 def name_of(ours: type[LossAwareOptimizer]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any
 
 from transformers import Trainer
@@ -33,12 +32,10 @@ from hf_elra.trainer.arguments import (
     wants_mixin,
 )
 from hf_elra.trainer.batch_control import budget_as_max_steps, build_batch_control, default_control
-from hf_elra.trainer.checks import optimizer_of_ours, refuse_state_of_ours
+from hf_elra.trainer.checks import optimizer_of_ours, refuse_state_of_ours, warn_of_idle
 from hf_elra.trainer.display import close_display
 from hf_elra.trainer.mixin import ElraTrainerMixin, with_elra
 from hf_elra.trainer.upstream import add_enum_member, optimizer_handlers
-
-logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -80,9 +77,8 @@ def _wrap_init(initialise: Any) -> Any:
             initialise(self, *args, **kwargs)
         if not isinstance(self, ElraTrainerMixin):  # the mixin prepares itself, and tells this
             look_again(self)
-        settings = ElraSettings.of(self.args, only_checked=True)
-        if not isinstance(self, ElraTrainerMixin) and (idle := settings.idle_without_elra()):
-            logger.warning("%s has no effect with optim=%s.", ", ".join(idle), optimizer_name(self.args))
+        if not isinstance(self, ElraTrainerMixin):
+            warn_of_idle(self.args, ElraSettings.of(self.args, only_checked=True))
 
     return __init__
 
